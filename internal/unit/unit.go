@@ -1,0 +1,86 @@
+// Package unit says what a unit is: one process that PID 1 starts, and all that it may do.
+//
+// A unit is written as unit.json beside the daemon's code (more than one: <name>.unit.json). "make gen" checks
+// every such file and turns them into Go literals for PID 1, which therefore parses nothing at run time. This file must import nothing that
+// PID 1 should not hold; reading JSON is in parse.go and is linked only where it is called.
+package unit
+
+import "time"
+
+// Unit is one supervised process. The zero value of a field means what its comment says.
+type Unit struct {
+	// Name is the unit's name, argv[0] of the process, and the name of its socket and control group.
+	Name string
+	// Exec is the program and its arguments after argv[0]. Exec[0] is an absolute path.
+	Exec []string
+	// Env is added to PATH, BULKHEAD_UNIT and BULKHEAD_FDS.
+	Env []string
+
+	// UID and Groups are numeric ids. The primary group is the number of UID.
+	UID    uint32
+	Groups []uint32
+	// Capabilities is a bit mask as in capabilities(7); the process has exactly these in its permitted,
+	// effective, inheritable, ambient and bounding sets (root units: permitted, effective, bounding).
+	Capabilities uint64
+	// NewPrivileges is true where execve may raise privileges (containerd); the default is no_new_privs.
+	NewPrivileges bool
+
+	// Network is "none" (an empty network namespace; inherited listeners still work) or "host".
+	Network string
+	// MountNamespace is "" (one of its own, which sees later mounts of the host but makes none there),
+	// "shared" (one of its own, whose mounts appear on the host: storaged), or the name of a
+	// namespace that several units share and that outlives each of them ("workload").
+	MountNamespace string
+	// Hide lists folders over which an empty read-only tmpfs is mounted.
+	Hide []string
+
+	// Listen lists the listening sockets that PID 1 binds at boot and keeps: "unix" is
+	// /run/bulkhead/sock/<name>.sock (SOCK_STREAM, mode 0666), "tcp:PORT" is all addresses of the host's network.
+	Listen []string
+	// Console is true if the process gets /dev/console, for writing, as descriptor "console".
+	Console bool
+
+	// Limits of its control group (cgroup v2); 0 means "max". MemoryMax is in bytes.
+	MemoryMax uint64
+	PidsMax   uint64
+	CPUWeight uint64
+	// Delegate leaves the control group's subtree to the process (containerd, kubelet).
+	Delegate bool
+	// NoFile is RLIMIT_NOFILE, soft and hard; 0 means 1024.
+	NoFile uint64
+	// OOMScoreAdj is as in proc_pid_oom_score_adj(5).
+	OOMScoreAdj int
+
+	// Restart is "always", "on-failure" or "never". Exit code 125 means "do not restart me" for all of them.
+	Restart string
+	// Autostart is true if PID 1 starts it at boot.
+	Autostart bool
+	// NotifyReady is true if the process writes a newline to descriptor 3; else it counts as ready once it runs.
+	NotifyReady bool
+	// KillProcess is true if only the main process is killed on stop, not its whole control group (containerd).
+	KillProcess bool
+	// StartTimeout and StopTimeout are how long it may take to be ready, and to exit after SIGTERM.
+	// Zero StartTimeout: no limit. Zero StopTimeout: 10 seconds.
+	StartTimeout, StopTimeout time.Duration
+
+	// Owners lists the users that may start, stop and restart it, besides machined.
+	Owners []uint32
+	// Runtime is the mode of /run/bulkhead/<name>, made at boot and owned by the unit; 0 means no such folder.
+	Runtime uint32
+}
+
+// Paths that PID 1 and the daemons agree on.
+const (
+	// RunDir holds one folder for each unit that asks for one.
+	RunDir = "/run/bulkhead"
+	// SocketDir holds the listening sockets of all daemons, and PID 1's control socket.
+	SocketDir = "/run/bulkhead/sock"
+	// InitSocket is PID 1's control socket (SOCK_SEQPACKET).
+	InitSocket = SocketDir + "/init.sock"
+	// StateDir is where STATE is mounted; each daemon that keeps something has a folder of its name there.
+	StateDir = "/state"
+	// FirstListener is the number of the first descriptor named in BULKHEAD_FDS; 3 is the ready pipe.
+	FirstListener = 4
+	// DoNotRestart is the exit code that ends a unit for good.
+	DoNotRestart = 125
+)
