@@ -1,0 +1,129 @@
+package config
+
+import "net/netip"
+
+// APIVersion is the only version of documents that this program reads.
+const APIVersion = "bulkhead.dev/v1"
+
+// Kind names a document's kind.
+type Kind string
+
+// The kinds there are, in the order in which they are written.
+const (
+	KindMachine    Kind = "Machine"
+	KindNetwork    Kind = "Network"
+	KindStorage    Kind = "Storage"
+	KindCluster    Kind = "Cluster"
+	KindKubernetes Kind = "Kubernetes"
+)
+
+// Set is a whole configuration: at most one document of each kind. A kind that was not
+// written has its defaults (see Defaults), so no field is nil after Parse.
+type Set struct {
+	Machine    *Machine
+	Network    *Network
+	Storage    *Storage
+	Cluster    *Cluster
+	Kubernetes *Kubernetes
+}
+
+// Role says what a node does in the cluster.
+type Role string
+
+const (
+	ControlPlane Role = "controlplane" // runs etcd and the control plane, and pods too (Kubernetes.schedulable)
+	Worker       Role = "worker"
+)
+
+// Machine is the node by itself.
+type Machine struct {
+	// Hostname is also the Kubernetes node's name. Default: "bulkhead-" and 6 digits of the machine id. RFC 1123 label(s), at most 63 characters.
+	Hostname string `yaml:"hostname,omitempty"`
+	// Role defaults to controlplane.
+	Role Role `yaml:"role,omitempty"`
+}
+
+// Network is links, addresses, routes, names and the firewall. Default: DHCP on every physical interface.
+type Network struct {
+	Interfaces    []Interface  `yaml:"interfaces,omitempty"`
+	Nameservers   []netip.Addr `yaml:"nameservers,omitempty"` // before those from DHCP
+	SearchDomains []string     `yaml:"searchDomains,omitempty"`
+	Firewall      Firewall     `yaml:"firewall,omitempty"`
+}
+
+// LinkName is a network interface's name, for example "eth0".
+type LinkName string
+
+// Interface is one link.
+type Interface struct {
+	// Name is exact ("eth0") or a pattern with * ("en*"). Required.
+	Name LinkName `yaml:"name"`
+	// DHCP asks for an IPv4 lease. It may stand beside static addresses.
+	DHCP bool `yaml:"dhcp,omitempty"`
+	// MTU in bytes, 68 to 65535; 0 leaves the driver's.
+	MTU       int            `yaml:"mtu,omitempty"`
+	Addresses []netip.Prefix `yaml:"addresses,omitempty"`
+	Routes    []Route        `yaml:"routes,omitempty"`
+}
+
+// Route is one static route over its interface.
+type Route struct {
+	To     netip.Prefix `yaml:"to"`            // required
+	Via    netip.Addr   `yaml:"via,omitempty"` // none: on link
+	Metric int          `yaml:"metric,omitempty"`
+}
+
+// Firewall is the ingress policy: what is not allowed is dropped. Established connections, loopback, ICMP and
+// pod traffic are always allowed, and so are the node's own ports from anywhere unless a rule here names the port.
+type Firewall struct {
+	Allow []Allow `yaml:"allow,omitempty"`
+}
+
+// Allow opens a port.
+type Allow struct {
+	Port     int            `yaml:"port"`               // 1 to 65535
+	Protocol string         `yaml:"protocol,omitempty"` // "tcp" (default) or "udp"
+	From     []netip.Prefix `yaml:"from,omitempty"`     // none: anywhere
+}
+
+// Storage is the disk that STATE and VAR live on.
+type Storage struct {
+	// Disk is a device ("/dev/vda") or "system" (default): the disk that the running system was started from.
+	Disk string `yaml:"disk,omitempty"`
+	// Wipe allows foreign data on the disk, and only that, to be destroyed. It never touches a Bulkhead volume.
+	Wipe bool `yaml:"wipe,omitempty"`
+	// Filesystem of STATE and VAR: "ext4" (default).
+	Filesystem string `yaml:"filesystem,omitempty"`
+	// StateSize of STATE; default 256MiB, at least 64MiB. VAR takes the rest, at least 2GiB.
+	StateSize Size `yaml:"stateSize,omitempty"`
+}
+
+// Size is in bytes; it is written like "256MiB" or "10GiB".
+type Size uint64
+
+// Cluster is what all nodes of a cluster agree on.
+type Cluster struct {
+	// Name defaults to "bulkhead".
+	Name string `yaml:"name,omitempty"`
+	// Endpoint is the URL under which clients and workers reach the API server, for example
+	// "https://10.0.0.5:6443". Default: the node's own first address.
+	Endpoint string `yaml:"endpoint,omitempty"`
+	// Names are further names and addresses in the server certificates (apid, gateway, API server).
+	Names []string `yaml:"names,omitempty"`
+}
+
+// Kubernetes is the cluster's Kubernetes.
+type Kubernetes struct {
+	// PodSubnet defaults to 10.244.0.0/16; a node gets a /24 of it.
+	PodSubnet netip.Prefix `yaml:"podSubnet,omitempty"`
+	// ServiceSubnet defaults to 10.96.0.0/16. Its first address is the API server's Service, its tenth is DNS.
+	ServiceSubnet netip.Prefix `yaml:"serviceSubnet,omitempty"`
+	// Domain defaults to "cluster.local".
+	Domain string `yaml:"domain,omitempty"`
+	// CNI is "bridge" (default, built in) or "none" (bring your own).
+	CNI string `yaml:"cni,omitempty"`
+	// Schedulable says whether pods run on control-plane nodes too; default true.
+	Schedulable *bool `yaml:"schedulable,omitempty"`
+	// PodSecurity is the default Pod Security level: "baseline" (default), "restricted" or "privileged".
+	PodSecurity string `yaml:"podSecurity,omitempty"`
+}

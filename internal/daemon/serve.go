@@ -1,0 +1,141 @@
+package daemon
+
+import (
+	"context"
+	"net"
+	"runtime/debug"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+)
+
+// Bounds of every daemon's socket.
+const (
+	MaxMessage     = 4 << 20 // bytes, received
+	maxStreams     = 256     // at once on one connection
+	maxConnections = 256     // at once on one socket
+	drain          = 3 * time.Second
+)
+
+// Serve serves the daemon's Unix socket until ctx is done: what register adds, the health service, all of it guarded.
+//
+// Services with a served_by option may be called by apid, control.v1 by machined, others by those whom extra lists.
+// It says ready once the socket is served. It returns ctx's error after open calls have had a few seconds to end.
+func Serve(ctx context.Context, env Env, extra peer.List, register func(*grpc.Server)) error {
+	list := peer.List{
+		controlv1.Control_ServiceDesc.ServiceName: {uid.Machined},
+		healthv1.Health_ServiceDesc.ServiceName:   {uid.Apid, uid.Machined},
+	}
+	for k, v := range extra {
+		list[k] = append(list[k], v...)
+	}
+	s := grpc.NewServer(append(peer.ServerOptions(list, env.Who),
+		grpc.MaxRecvMsgSize(MaxMessage),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.SharedWriteBuffer(true),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
+			defer survive(env, &err)
+			return h(ctx, req)
+		}),
+		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) (err error) {
+			defer survive(env, &err)
+			return h(srv, ss)
+		}),
+	)...)
+	register(s)
+	hs := health.NewServer()
+	healthv1.RegisterHealthServer(s, hs)
+	peer.Public(s, list) // before Serve: the list is not changed any more
+
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(Limit(env.Listen, maxConnections)) }()
+	env.Ready()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	hs.Shutdown()
+	force := time.AfterFunc(drain, s.Stop)
+	s.GracefulStop()
+	force.Stop()
+	<-done
+	return ctx.Err()
+}
+
+// survive turns a panic in one call into that call's error; the others go on.
+func survive(env Env, err *error) {
+	if r := recover(); r != nil {
+		env.Log.Error("call panicked", "err", r, "stack", string(debug.Stack()))
+		*err = errs.New(errs.Internal, "%s: internal error; its log has the details", env.Name)
+	}
+}
+
+// Limit returns a listener that has at most n connections open; further ones wait in the socket's backlog.
+func Limit(l net.Listener, n int) net.Listener { return &limited{Listener: l, slots: make(chan struct{}, n), done: make(chan struct{})} }
+
+type limited struct {
+	net.Listener
+	slots  chan struct{}
+	done   chan struct{}
+	closed atomic.Bool
+}
+
+func (l *limited) Accept() (net.Conn, error) {
+	select {
+	case l.slots <- struct{}{}:
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+	c, err := l.Listener.Accept()
+	if err != nil {
+		<-l.slots
+		return nil, err
+	}
+	// The concrete type must stay visible: SO_PEERCRED needs the Unix socket.
+	if uc, ok := c.(*net.UnixConn); ok {
+		return &unixConn{UnixConn: uc, release: l.release()}, nil
+	}
+	return &conn{Conn: c, release: l.release()}, nil
+}
+
+func (l *limited) release() func() {
+	var once atomic.Bool
+	return func() {
+		if once.CompareAndSwap(false, true) {
+			<-l.slots
+		}
+	}
+}
+
+func (l *limited) Close() error {
+	if l.closed.CompareAndSwap(false, true) {
+		close(l.done)
+	}
+	return l.Listener.Close()
+}
+
+type conn struct {
+	net.Conn
+	release func()
+}
+
+func (c *conn) Close() error { defer c.release(); return c.Conn.Close() }
+
+type unixConn struct {
+	*net.UnixConn
+	release func()
+}
+
+func (c *unixConn) Close() error { defer c.release(); return c.UnixConn.Close() }

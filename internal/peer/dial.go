@@ -1,0 +1,95 @@
+package peer
+
+import (
+	"encoding/json"
+	"sort"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
+	"google.golang.org/protobuf/types/descriptorpb"
+
+	"github.com/bulkhead-os/bulkhead/internal/unit"
+)
+
+// attempts bounds how often a call is tried; grpc's own limit is five.
+const attempts = 5
+
+// Socket returns the path of a daemon's socket.
+func Socket(daemon string) string { return unit.SocketDir + "/" + daemon + ".sock" }
+
+// Dial returns a connection to a Unix socket; it is opened when first used and opened again when lost.
+// Calls wait until the daemon is there, and calls that may be repeated are, so that the restart of a
+// daemon delays callers and fails none. The caller closes it.
+func Dial(path string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
+	return grpc.NewClient("unix://"+path, append([]grpc.DialOption{
+		grpc.WithTransportCredentials(insecure.NewCredentials()), // the server learns who we are from the kernel
+	}, append(Patient(), opts...)...)...)
+}
+
+// Patient are the options that make a client wait for a server that restarts, and repeat calls that may be repeated.
+func Patient() []grpc.DialOption {
+	return []grpc.DialOption{
+		grpc.WithDefaultServiceConfig(serviceConfig()),
+		grpc.WithMaxCallAttempts(attempts),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+			MinConnectTimeout: 20 * time.Second,
+		}),
+		grpc.WithIdleTimeout(0),
+	}
+}
+
+// serviceConfig is grpc's JSON service config (grpc/service_config.proto): wait for the server; repeat, on UNAVAILABLE, the
+// methods whose idempotency_level says that this is harmless. It is made from the protos linked into this program.
+func serviceConfig() string {
+	type name struct {
+		Service string `json:"service"`
+		Method  string `json:"method,omitempty"`
+	}
+	type retry struct {
+		MaxAttempts          int      `json:"maxAttempts"`
+		InitialBackoff       string   `json:"initialBackoff"`
+		MaxBackoff           string   `json:"maxBackoff"`
+		BackoffMultiplier    float64  `json:"backoffMultiplier"`
+		RetryableStatusCodes []string `json:"retryableStatusCodes"`
+	}
+	type method struct {
+		Name         []name `json:"name"`
+		WaitForReady bool   `json:"waitForReady"`
+		RetryPolicy  *retry `json:"retryPolicy,omitempty"`
+	}
+	var again []name
+	protoregistry.GlobalFiles.RangeFiles(func(f protoreflect.FileDescriptor) bool {
+		for i := range f.Services().Len() {
+			s := f.Services().Get(i)
+			for j := range s.Methods().Len() {
+				m := s.Methods().Get(j)
+				o, _ := m.Options().(*descriptorpb.MethodOptions)
+				if o.GetIdempotencyLevel() != descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN {
+					again = append(again, name{string(s.FullName()), string(m.Name())})
+				}
+			}
+		}
+		return true
+	})
+	sort.Slice(again, func(i, j int) bool {
+		return again[i].Service+again[i].Method < again[j].Service+again[j].Method
+	})
+	cfg := struct {
+		MethodConfig []method `json:"methodConfig"`
+	}{[]method{{Name: []name{{}}, WaitForReady: true}}}
+	if len(again) > 0 {
+		cfg.MethodConfig = append(cfg.MethodConfig, method{Name: again, WaitForReady: true, RetryPolicy: &retry{
+			MaxAttempts: attempts, InitialBackoff: "0.05s", MaxBackoff: "1s", BackoffMultiplier: 2, RetryableStatusCodes: []string{"UNAVAILABLE"},
+		}})
+	}
+	out, err := json.Marshal(cfg)
+	if err != nil {
+		panic("peer: service config: " + err.Error()) // fixed types: cannot fail
+	}
+	return string(out)
+}
