@@ -83,7 +83,9 @@ func survive(env Env, err *error) {
 }
 
 // Limit returns a listener that has at most n connections open; further ones wait in the socket's backlog.
-func Limit(l net.Listener, n int) net.Listener { return &limited{Listener: l, slots: make(chan struct{}, n), done: make(chan struct{})} }
+func Limit(l net.Listener, n int) net.Listener {
+	return &limited{Listener: l, slots: make(chan struct{}, n), done: make(chan struct{})}
+}
 
 type limited struct {
 	net.Listener

@@ -15,15 +15,15 @@ import (
 type Kind uint8
 
 const (
-	Internal     Kind = iota // a defect or a broken machine
-	Invalid                  // the request is wrong whatever the state: correct it
-	NotFound                 // the thing named does not exist
-	Conflict                 // it is older than what is there, or somebody else was first: look again
-	Denied                   // the caller may not
-	Unavailable              // not now: try again
-	Precondition             // something else must be done first; the text says what
-	Unauthenticated          // the caller did not show who it is
-	Exhausted                // a limit is reached; the text names it
+	Internal        Kind = iota // a defect or a broken machine
+	Invalid                     // the request is wrong whatever the state: correct it
+	NotFound                    // the thing named does not exist
+	Conflict                    // it is older than what is there, or somebody else was first: look again
+	Denied                      // the caller may not
+	Unavailable                 // not now: try again
+	Precondition                // something else must be done first; the text says what
+	Unauthenticated             // the caller did not show who it is
+	Exhausted                   // a limit is reached; the text names it
 )
 
 var code = [...]codes.Code{

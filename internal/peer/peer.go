@@ -106,7 +106,9 @@ func (c creds) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, e
 func (c creds) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return nil, nil, fmt.Errorf("peer: these credentials are for servers")
 }
-func (creds) Info() credentials.ProtocolInfo            { return credentials.ProtocolInfo{SecurityProtocol: "peercred"} }
+func (creds) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "peercred"}
+}
 func (c creds) Clone() credentials.TransportCredentials { return c }
 func (creds) OverrideServerName(string) error           { return nil }
 
