@@ -882,7 +882,10 @@ type SignCertificateRequest struct {
 	// For example "apid-server", "gateway-server", "etcd-server"; the full list is in trustd/profile.go.
 	Profile string `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
 	// PKCS #10, DER.
-	Csr           []byte `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`
+	Csr []byte `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`
+	// 0 means what the profile says, mostly 24 hours. Only profiles for people ("kubernetes-admin") take another value,
+	// which the profile bounds; for all others it is INVALID_ARGUMENT.
+	TtlSeconds    uint64 `protobuf:"varint,3,opt,name=ttl_seconds,json=ttlSeconds,proto3" json:"ttl_seconds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -929,6 +932,13 @@ func (x *SignCertificateRequest) GetCsr() []byte {
 		return x.Csr
 	}
 	return nil
+}
+
+func (x *SignCertificateRequest) GetTtlSeconds() uint64 {
+	if x != nil {
+		return x.TtlSeconds
+	}
+	return 0
 }
 
 type SignCertificateResponse struct {
@@ -1050,10 +1060,12 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\bTokenKey\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
-	"public_key\x18\x02 \x01(\fR\tpublicKey\"D\n" +
+	"public_key\x18\x02 \x01(\fR\tpublicKey\"e\n" +
 	"\x16SignCertificateRequest\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x10\n" +
-	"\x03csr\x18\x02 \x01(\fR\x03csr\"K\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\x12\x1f\n" +
+	"\vttl_seconds\x18\x03 \x01(\x04R\n" +
+	"ttlSeconds\"K\n" +
 	"\x17SignCertificateResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\tR\vcertificate\x12\x0e\n" +
 	"\x02ca\x18\x02 \x01(\tR\x02ca2T\n" +
