@@ -25,11 +25,18 @@ type System[Spec, State any, Step fmt.Stringer] struct {
 	Observe func(context.Context) (State, error)
 	// Plan returns the steps from a state to a spec, or why there is no way. Equal inputs give equal steps.
 	Plan func(Spec, State) ([]Step, error)
-	// Apply does one step. Doing a done step succeeds.
+	// Bare plans as long as there is no spec (storaged: machined's configuration lies on a volume that must be mounted
+	// first). It must be pure. It may be nil: then nothing is done without a spec.
+	Bare func(State) ([]Step, error)
+	// Apply does one step. Doing a done step succeeds. It returns Skipped for a step that an earlier failure made impossible.
 	Apply func(context.Context, Step) error
 	// Report is called after each round with what was read back; it must not block. It may be nil.
 	Report func(State)
 }
+
+// Skipped is Apply's answer for a step that could not be tried because an earlier one of the round failed. That one's error
+// says what is wrong; this one is not reported.
+var Skipped = errors.New("skipped: an earlier step failed")
 
 // Pauses between rounds that did not converge.
 const (
@@ -121,12 +128,15 @@ func (l *Loop[Spec, State, Step]) round(ctx context.Context) bool {
 	v, _ := l.spec.Get()
 	have, err := l.sys.Observe(ctx)
 	var steps []Step
-	if err == nil && v.generation > 0 {
-		steps, err = l.sys.Plan(v.spec, have)
+	if err == nil {
+		steps, err = l.plan(v, have)
 	}
 	for _, s := range steps {
 		start := time.Now()
 		if e := l.sys.Apply(ctx, s); e != nil {
+			if errors.Is(e, Skipped) && err != nil {
+				continue
+			}
 			err = errors.Join(err, fmt.Errorf("%s: %w", s, e))
 			continue
 		}
@@ -136,7 +146,7 @@ func (l *Loop[Spec, State, Step]) round(ctx context.Context) bool {
 		var e error
 		if have, e = l.sys.Observe(ctx); e != nil {
 			err = errors.Join(err, e)
-		} else if steps, e = l.sys.Plan(v.spec, have); e != nil {
+		} else if steps, e = l.plan(v, have); e != nil {
 			err = errors.Join(err, e)
 		}
 	}
@@ -160,6 +170,16 @@ func (l *Loop[Spec, State, Step]) round(ctx context.Context) bool {
 		l.sys.Report(have)
 	}
 	return err == nil && len(steps) == 0
+}
+
+func (l *Loop[Spec, State, Step]) plan(v versioned[Spec], have State) ([]Step, error) {
+	switch {
+	case v.generation > 0:
+		return l.sys.Plan(v.spec, have)
+	case l.sys.Bare != nil:
+		return l.sys.Bare(have)
+	}
+	return nil, nil
 }
 
 func equal(a, b *controlv1.State) bool {
