@@ -38,7 +38,7 @@ var plugins = []struct {
 	{"protoc-gen-go", "module=" + module, false},
 	{"protoc-gen-go-grpc", "module=" + module, true},
 	{"protoc-gen-grpc-gateway", "module=" + module, true},
-	{"protoc-gen-openapiv3", "", true},
+	{"protoc-gen-openapiv3", "disable_default_errors=true", true},
 }
 
 func main() {
@@ -147,20 +147,31 @@ func generate(ctx context.Context, tool string, req *pluginpb.CodeGeneratorReque
 		return fmt.Errorf("%s", resp.GetError())
 	}
 	for _, f := range resp.File {
-		path := f.GetName()
-		if strings.Contains(path, "openapi") {
-			path = filepath.Join("gateway", "openapi", filepath.Base(filepath.Dir(path))+"-"+filepath.Base(path))
+		if strings.HasSuffix(f.GetName(), ".openapi.json") {
+			continue // merged below
 		}
-		if old, err := os.ReadFile(path); err == nil && string(old) == f.GetContent() {
-			continue
-		}
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		if err := write(f.GetName(), []byte(f.GetContent())); err != nil {
 			return err
 		}
-		if err := os.WriteFile(path, []byte(f.GetContent()), 0o644); err != nil {
-			return err
-		}
-		fmt.Println("wrote", path)
 	}
-	return nil
+	if tool != "protoc-gen-openapiv3" {
+		return nil
+	}
+	doc, err := mergeOpenAPI(resp.File)
+	if err != nil {
+		return err
+	}
+	return write("gateway/openapi.json", doc)
+}
+
+// write replaces a file unless it has these bytes already.
+func write(path string, content []byte) error {
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, content) {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	fmt.Println("wrote", path)
+	return os.WriteFile(path, content, 0o644)
 }

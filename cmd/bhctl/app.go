@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/bulkhead-os/bulkhead/internal/client"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+)
+
+// defaultTimeout bounds one unary call. It is longer than any restart of a daemon.
+const defaultTimeout = 30 * time.Second
+
+// app is what all commands share: where they write, and the flags of the root command.
+type app struct {
+	in       io.Reader
+	out, err io.Writer
+
+	contextName, endpoint, token, format string
+	timeout                              time.Duration
+}
+
+// dial returns a connection to the node of the context, or of the flags. The caller closes it.
+func (a *app) dial() (*grpc.ClientConn, error) {
+	c, err := a.target()
+	if err != nil {
+		return nil, err
+	}
+	return client.Dial(c.Endpoint, c.credentials())
+}
+
+// target is the context to use, with the flags' values in it.
+func (a *app) target() (*clusterContext, error) {
+	cfg, err := loadContexts()
+	if err != nil {
+		return nil, err
+	}
+	c, err := cfg.pick(a.contextName)
+	if err != nil {
+		return nil, err
+	}
+	if a.endpoint != "" {
+		c.Endpoint = a.endpoint
+	}
+	if a.token != "" {
+		c.Token, c.Certificate, c.Key = a.token, "", ""
+	}
+	return c, nil
+}
+
+// call dials, gives f a context with the call's time limit, and closes.
+func (a *app) call(ctx context.Context, f func(context.Context, *grpc.ClientConn) error) error {
+	limit := a.timeout
+	if limit == 0 {
+		limit = defaultTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	return a.stream(ctx, f)
+}
+
+// stream is call without a limit, unless --timeout gives one.
+func (a *app) stream(ctx context.Context, f func(context.Context, *grpc.ClientConn) error) error {
+	conn, err := a.dial()
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if a.timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, a.timeout)
+		defer cancel()
+	}
+	return f(ctx, conn)
+}
+
+// receive reads a stream to its end; the user's Ctrl-C is an end too.
+func receive[T any](s grpc.ServerStreamingClient[T], f func(*T) error) error {
+	for {
+		m, err := s.Recv()
+		if errors.Is(err, io.EOF) || status.Code(err) == codes.Canceled {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if err := f(m); err != nil {
+			return err
+		}
+	}
+}
+
+// explain adds to an error what the user can do about it.
+func explain(err error) string {
+	text := errs.Text(err)
+	switch status.Code(err) {
+	case codes.Unauthenticated:
+		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  or ask an administrator for bhctl token / bhctl certificate."
+	case codes.PermissionDenied:
+		return text + "\n  Ask an administrator for a credential with that role: bhctl token --role ROLE."
+	case codes.Unavailable:
+		if strings.Contains(text, "certificate") {
+			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, or was it reset?"
+		}
+		return text + "\n  Is the node up, and the endpoint right? bhctl config show; for a local machine: bhctl status."
+	case codes.DeadlineExceeded:
+		return text + "\n  The node did not answer in time; --timeout 2m waits longer."
+	}
+	return text
+}
+
+func (a *app) checkFormat() error {
+	switch a.format {
+	case "table", "json", "yaml":
+		return nil
+	}
+	return fmt.Errorf("--output: %q is none of table, json, yaml", a.format)
+}

@@ -1,0 +1,179 @@
+package gateway
+
+import (
+	"context"
+	_ "embed"
+	"encoding/json"
+	"io"
+	"net/http"
+	"strings"
+
+	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
+	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+)
+
+//go:embed openapi.json
+var openAPI []byte
+
+// routes is everything that HTTP sees.
+func (g *Gateway) routes() (http.Handler, error) {
+	json := &runtime.JSONPb{MarshalOptions: protojson.MarshalOptions{EmitDefaultValues: true}}
+	rest := runtime.NewServeMux(
+		runtime.WithMarshalerOption(runtime.MIMEWildcard, json),
+		runtime.WithMarshalerOption("text/event-stream", events{json}),
+		runtime.WithIncomingHeaderMatcher(passHeader),
+		runtime.WithOutgoingHeaderMatcher(func(string) (string, bool) { return "", false }),
+		runtime.WithErrorHandler(func(_ context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, _ *http.Request, err error) {
+			writeProblem(w, status.Convert(err))
+		}),
+		runtime.WithRoutingErrorHandler(routingProblem),
+	)
+	ctx := context.Background() // the handlers close nothing: the connection is the caller's
+	for _, register := range []func(context.Context, *runtime.ServeMux, *grpc.ClientConn) error{
+		machinev1.RegisterMachineHandler, configv1.RegisterConfigHandler, networkv1.RegisterNetworkHandler, storagev1.RegisterStorageHandler,
+		trustv1.RegisterTrustHandler, etcdv1.RegisterEtcdHandler, kubernetesv1.RegisterKubernetesHandler,
+	} {
+		if err := register(ctx, rest, g.cfg.Apid); err != nil {
+			return nil, err
+		}
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/v1/", rest)
+	mux.HandleFunc("GET /openapi.json", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = w.Write(openAPI)
+	})
+	mux.Handle("GET /metrics", metricsHandler(g.cfg.Apid))
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		writeProblem(w, status.Newf(codes.NotFound, "nothing at %.100q; the paths are in /openapi.json", r.URL.Path))
+	})
+	return secured(mux), nil
+}
+
+// passHeader lets only the bearer token through to apid, and the caller's own time limit.
+func passHeader(key string) (string, bool) {
+	switch key {
+	case "Authorization":
+		return "authorization", true
+	case "Grpc-Timeout":
+		return "", false // grpc-gateway reads it by itself
+	}
+	return "", false
+}
+
+// secured adds the headers that browsers should always see.
+func secured(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Cache-Control", "no-store")
+		h.Set("Strict-Transport-Security", "max-age=31536000")
+		next.ServeHTTP(w, r)
+	})
+}
+
+func routingProblem(_ context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, r *http.Request, code int) {
+	switch code {
+	case http.StatusMethodNotAllowed:
+		writeProblemAs(w, code, status.Newf(codes.Unimplemented, "%s is not allowed for %.100q; /openapi.json has the methods", r.Method, r.URL.Path))
+	case http.StatusNotFound:
+		writeProblemAs(w, code, status.Newf(codes.NotFound, "nothing at %.100q; the paths are in /openapi.json", r.URL.Path))
+	default:
+		writeProblemAs(w, code, status.New(codes.InvalidArgument, http.StatusText(code)))
+	}
+}
+
+// problem is an RFC 9457 problem document, with the gRPC code as extension member.
+type problem struct {
+	Type   string `json:"type"`
+	Title  string `json:"title"`
+	Status int    `json:"status"`
+	Detail string `json:"detail,omitempty"`
+	Code   string `json:"code"`
+}
+
+func writeProblem(w http.ResponseWriter, s *status.Status) {
+	writeProblemAs(w, runtime.HTTPStatusFromCode(s.Code()), s)
+}
+
+func writeProblemAs(w http.ResponseWriter, code int, s *status.Status) {
+	if code == http.StatusUnauthorized {
+		w.Header().Set("WWW-Authenticate", `Bearer realm="bulkhead"`)
+	}
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(code)
+	name := strings.ToUpper(camelGap(s.Code().String()))
+	_ = json.NewEncoder(w).Encode(problem{"about:blank", http.StatusText(code), code, s.Message(), name})
+}
+
+// camelGap turns "PermissionDenied" into "Permission_Denied".
+func camelGap(s string) string {
+	var b strings.Builder
+	for i, r := range s {
+		if i > 0 && r >= 'A' && r <= 'Z' && s[i-1] >= 'a' {
+			b.WriteByte('_')
+		}
+		b.WriteRune(r)
+	}
+	return b.String()
+}
+
+// events writes each message of a stream as a server-sent event (WHATWG HTML, section 9.2).
+type events struct{ *runtime.JSONPb }
+
+func (events) ContentType(any) string { return "text/event-stream" }
+func (events) Delimiter() []byte      { return []byte("\n\n") }
+func (e events) Marshal(v any) ([]byte, error) {
+	data, err := e.JSONPb.Marshal(v)
+	return append([]byte("data: "), data...), err
+}
+func (e events) NewEncoder(w io.Writer) runtime.Encoder {
+	return runtime.EncoderFunc(func(v any) error {
+		data, err := e.Marshal(v)
+		if err != nil {
+			return err
+		}
+		_, err = w.Write(append(data, e.Delimiter()...))
+		return err
+	})
+}
+
+// counted counts requests by the class of their answer.
+func (g *Gateway) counted(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		c := &classed{ResponseWriter: w}
+		next.ServeHTTP(c, r)
+		g.control.requests.Add(1, c.class())
+	})
+}
+
+type classed struct {
+	http.ResponseWriter
+	code int
+}
+
+func (c *classed) WriteHeader(code int) { c.code = code; c.ResponseWriter.WriteHeader(code) }
+
+// Unwrap lets http.ResponseController flush streams.
+func (c *classed) Unwrap() http.ResponseWriter { return c.ResponseWriter }
+
+// Flush is what grpc-gateway looks for.
+func (c *classed) Flush() { _ = http.NewResponseController(c.ResponseWriter).Flush() }
+
+func (c *classed) class() string {
+	if c.code == 0 {
+		return "2xx"
+	}
+	return string(rune('0'+c.code/100)) + "xx"
+}
