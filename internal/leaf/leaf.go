@@ -14,6 +14,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -48,6 +49,8 @@ type Pair struct {
 	TLS *tls.Certificate // Leaf is set; the chain has the leaf only
 	// Certificate and CA are PEM. The key's PEM is made by KeyPEM on request.
 	Certificate, CA []byte
+
+	names string // that the document gave when it was signed
 }
 
 // KeyPEM returns the key as PKCS #8. For programs that take nothing but a file; the file belongs on a tmpfs.
@@ -114,7 +117,10 @@ func (l *Leaf) tls() (*tls.Certificate, error) {
 // Run gets a pair and renews it until ctx is done; it returns ctx's error. A failed try is repeated; the old pair stays meanwhile.
 func (l *Leaf) Run(ctx context.Context) error {
 	pause := firstPause
-	timer := time.NewTimer(0)
+	if err := l.cfg.Trust.wait(ctx); err != nil {
+		return err
+	}
+	timer := time.NewTimer(look)
 	defer timer.Stop()
 	said := ""
 	force := false
@@ -123,7 +129,7 @@ func (l *Leaf) Run(ctx context.Context) error {
 		p, _ := l.cell.Get()
 		var err error
 		if force || stale(p, roots, time.Now()) {
-			err = l.sign(ctx)
+			err = l.sign(ctx, names(roots))
 		}
 		next := look
 		if ctx.Err() != nil {
@@ -158,9 +164,12 @@ func renewAt(c *x509.Certificate) time.Time {
 	return c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) * 2 / 3)
 }
 
-// stale reports whether a pair is missing, old, from the future, or signed by an authority that is trusted no more.
+// stale reports whether a pair is missing, old, from the future, of old names, or signed by an authority that is trusted no more.
 func stale(p *Pair, roots *Roots, now time.Time) bool {
 	if p == nil || !now.Before(renewAt(p.TLS.Leaf)) || now.Before(p.TLS.Leaf.NotBefore) {
+		return true
+	}
+	if p.names != names(roots) && slices.Contains(p.TLS.Leaf.ExtKeyUsage, x509.ExtKeyUsageServerAuth) {
 		return true
 	}
 	for _, ca := range []string{roots.State.GetOsCa(), roots.State.GetEtcdCa(), roots.State.GetKubernetesCa(), roots.State.GetFrontProxyCa()} {
@@ -168,11 +177,13 @@ func stale(p *Pair, roots *Roots, now time.Time) bool {
 			return false
 		}
 	}
-	return roots.State.GetClaimed() // before the first word from trustd nothing is known
+	return true
 }
 
+func names(r *Roots) string { return strings.Join(r.State.GetNames(), " ") }
+
 // sign makes a key and has it certified.
-func (l *Leaf) sign(ctx context.Context) error {
+func (l *Leaf) sign(ctx context.Context, names string) error {
 	ctx, cancel := context.WithTimeout(ctx, deadline)
 	defer cancel()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -204,7 +215,7 @@ func (l *Leaf) sign(ctx context.Context) error {
 	}
 	l.cell.Set(&Pair{
 		TLS:         &tls.Certificate{Certificate: [][]byte{block.Bytes}, PrivateKey: key, Leaf: leaf},
-		Certificate: []byte(resp.GetCertificate()), CA: []byte(resp.GetCa()),
+		Certificate: []byte(resp.GetCertificate()), CA: []byte(resp.GetCa()), names: names,
 	})
 	l.cfg.Log.Info("certificate signed", "profile", l.cfg.Profile, "serial", leaf.SerialNumber.Text(16), "expires", leaf.NotAfter.Format(time.RFC3339))
 	return nil

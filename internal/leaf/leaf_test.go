@@ -57,7 +57,7 @@ func (s *signer) SignCertificate(_ context.Context, r *trustv1.SignCertificateRe
 		return nil, err
 	}
 	tmpl := &x509.Certificate{SerialNumber: big.NewInt(int64(s.calls)), Subject: pkix.Name{CommonName: r.GetProfile()},
-		NotBefore: time.Now().Add(-5 * time.Minute), NotAfter: time.Now().Add(24 * time.Hour)}
+		NotBefore: time.Now().Add(-5 * time.Minute), NotAfter: time.Now().Add(24 * time.Hour), ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -77,11 +77,16 @@ func TestRenewsAtTwoThirdsAndKeepsOldOneOnFailure(t *testing.T) {
 		go func() { done <- l.Run(ctx) }()
 
 		synctest.Wait()
+		if s.count() != 0 {
+			t.Fatalf("%d calls before trustd's first word, want none", s.count())
+		}
+		trust.cell.Set(&Roots{State: &trustv1.TrustState{}, Known: true})
+		synctest.Wait()
 		if _, err := l.GetCertificate(nil); err == nil || s.count() != 1 {
 			t.Fatalf("before the authority exists: err %v after %d calls, want an error after 1", err, s.count())
 		}
 		s.set("CA1", nil)
-		trust.cell.Set(&Roots{State: &trustv1.TrustState{Claimed: true, OsCa: "CA1"}})
+		trust.cell.Set(&Roots{Known: true, State: &trustv1.TrustState{Claimed: true, OsCa: "CA1"}})
 		synctest.Wait()
 		first, err := l.GetCertificate(&tls.ClientHelloInfo{})
 		if err != nil || s.count() != 2 {
@@ -109,10 +114,16 @@ func TestRenewsAtTwoThirdsAndKeepsOldOneOnFailure(t *testing.T) {
 			t.Error("not renewed after trustd works again")
 		}
 		s.set("CA2", nil)
-		trust.cell.Set(&Roots{State: &trustv1.TrustState{Claimed: true, OsCa: "CA2"}})
+		trust.cell.Set(&Roots{Known: true, State: &trustv1.TrustState{Claimed: true, OsCa: "CA2"}})
 		synctest.Wait()
 		if third, _ := l.GetCertificate(nil); third == second {
 			t.Error("not renewed after its authority was replaced")
+		}
+		third, _ := l.GetCertificate(nil)
+		trust.cell.Set(&Roots{Known: true, State: &trustv1.TrustState{Claimed: true, OsCa: "CA2", Names: []string{"node"}}})
+		synctest.Wait()
+		if fourth, _ := l.GetCertificate(nil); fourth == third {
+			t.Error("a server's certificate is not renewed after its names changed")
 		}
 		cancel()
 		if err := <-done; !errors.Is(err, context.Canceled) {

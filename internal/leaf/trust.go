@@ -14,7 +14,10 @@ import (
 
 // Roots is what the node trusts at one moment. A pool is nil until its authority exists. It must not be changed.
 type Roots struct {
-	State                            *trustv1.TrustState // never nil; the PEM texts of the same authorities are in it
+	// State is as trustd sent it, with the PEM texts of the same authorities; never nil.
+	State *trustv1.TrustState
+	// Known is false until trustd has said its first word.
+	Known                            bool
 	OS, Etcd, Kubernetes, FrontProxy *x509.CertPool
 }
 
@@ -69,7 +72,7 @@ func (t *Trust) follow(ctx context.Context) error {
 }
 
 func (t *Trust) set(s *trustv1.TrustState) error {
-	r := &Roots{State: s}
+	r := &Roots{State: s, Known: true}
 	for _, a := range []struct {
 		name, pem string
 		pool      **x509.CertPool
@@ -84,4 +87,19 @@ func (t *Trust) set(s *trustv1.TrustState) error {
 	}
 	t.cell.Set(r)
 	return nil
+}
+
+// wait returns once trustd has said its first word.
+func (t *Trust) wait(ctx context.Context) error {
+	for {
+		r, changed := t.cell.Get()
+		if r.Known {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		}
+	}
 }

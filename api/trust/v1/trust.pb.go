@@ -740,7 +740,9 @@ type TrustState struct {
 	KubernetesCa string `protobuf:"bytes,5,opt,name=kubernetes_ca,json=kubernetesCa,proto3" json:"kubernetes_ca,omitempty"`
 	FrontProxyCa string `protobuf:"bytes,6,opt,name=front_proxy_ca,json=frontProxyCa,proto3" json:"front_proxy_ca,omitempty"`
 	// Public keys (PKIX, DER) that verify bearer tokens, newest first.
-	TokenKeys     []*TokenKey `protobuf:"bytes,7,rep,name=token_keys,json=tokenKeys,proto3" json:"token_keys,omitempty"`
+	TokenKeys []*TokenKey `protobuf:"bytes,7,rep,name=token_keys,json=tokenKeys,proto3" json:"token_keys,omitempty"`
+	// Names from the document that server certificates get. When they change, such certificates are asked for anew.
+	Names         []string `protobuf:"bytes,8,rep,name=names,proto3" json:"names,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -820,6 +822,13 @@ func (x *TrustState) GetFrontProxyCa() string {
 func (x *TrustState) GetTokenKeys() []*TokenKey {
 	if x != nil {
 		return x.TokenKeys
+	}
+	return nil
+}
+
+func (x *TrustState) GetNames() []string {
+	if x != nil {
+		return x.Names
 	}
 	return nil
 }
@@ -1046,7 +1055,7 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\x06sha256\x18\a \x01(\tR\x06sha256\x12\x14\n" +
 	"\x05names\x18\b \x03(\tR\x05names\x12\x10\n" +
 	"\x03pem\x18\t \x01(\tR\x03pem\"\x13\n" +
-	"\x11WatchTrustRequest\"\xf6\x01\n" +
+	"\x11WatchTrustRequest\"\x8c\x02\n" +
 	"\n" +
 	"TrustState\x12\x18\n" +
 	"\aclaimed\x18\x01 \x01(\bR\aclaimed\x12\"\n" +
@@ -1056,7 +1065,8 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\rkubernetes_ca\x18\x05 \x01(\tR\fkubernetesCa\x12$\n" +
 	"\x0efront_proxy_ca\x18\x06 \x01(\tR\ffrontProxyCa\x121\n" +
 	"\n" +
-	"token_keys\x18\a \x03(\v2\x12.trust.v1.TokenKeyR\ttokenKeys\"9\n" +
+	"token_keys\x18\a \x03(\v2\x12.trust.v1.TokenKeyR\ttokenKeys\x12\x14\n" +
+	"\x05names\x18\b \x03(\tR\x05names\"9\n" +
 	"\bTokenKey\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
