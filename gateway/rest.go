@@ -61,16 +61,8 @@ func (g *Gateway) routes() (http.Handler, error) {
 	return secured(mux), nil
 }
 
-// passHeader lets only the bearer token through to apid, and the caller's own time limit.
-func passHeader(key string) (string, bool) {
-	switch key {
-	case "Authorization":
-		return "authorization", true
-	case "Grpc-Timeout":
-		return "", false // grpc-gateway reads it by itself
-	}
-	return "", false
-}
+// passHeader lets no header through: grpc-gateway itself passes the bearer token and the caller's own time limit.
+func passHeader(string) (string, bool) { return "", false }
 
 // secured adds the headers that browsers should always see.
 func secured(next http.Handler) http.Handler {

@@ -1,0 +1,205 @@
+package gateway
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"google.golang.org/genproto/googleapis/api/annotations"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
+
+	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/leaf"
+	"github.com/bulkhead-os/bulkhead/internal/metrics"
+)
+
+// door is what the gateway needs of apid: it refuses calls without the token "good".
+type door struct {
+	machinev1.UnimplementedMachineServer
+}
+
+func admit(ctx context.Context) error {
+	md, _ := metadata.FromIncomingContext(ctx)
+	for key := range md {
+		if strings.HasPrefix(key, "bulkhead-") || key == "x-evil" {
+			return status.Errorf(codes.Internal, "metadata %q got through the gateway", key)
+		}
+	}
+	if a := md.Get("authorization"); len(a) != 1 || a[0] != "Bearer good" {
+		return status.Error(codes.Unauthenticated, "no valid credential")
+	}
+	return nil
+}
+
+func (door) GetVersion(ctx context.Context, _ *machinev1.GetVersionRequest) (*machinev1.GetVersionResponse, error) {
+	return &machinev1.GetVersionResponse{Version: "v1.2.3"}, admit(ctx)
+}
+
+func (door) RestartService(ctx context.Context, r *machinev1.RestartServiceRequest) (*machinev1.RestartServiceResponse, error) {
+	if err := admit(ctx); err != nil {
+		return nil, err
+	}
+	return nil, status.Errorf(codes.PermissionDenied, "RestartService needs role operator or admin (unit %s)", r.Name)
+}
+
+func (door) StreamEvents(_ *machinev1.StreamEventsRequest, s grpc.ServerStreamingServer[machinev1.Event]) error {
+	for _, text := range []string{"one", "two"} {
+		if err := s.Send(&machinev1.Event{Text: text}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (door) ListMetrics(ctx context.Context, _ *machinev1.ListMetricsRequest) (*machinev1.ListMetricsResponse, error) {
+	m := metrics.New("x")
+	m.Counter("bulkhead_x_things_total", "Things.", "kind").Add(3, "a\"b")
+	return &machinev1.ListMetricsResponse{Daemons: []*machinev1.DaemonMetrics{
+		{Daemon: "x", Families: m.Families()}, {Daemon: "y", Families: metrics.New("y").Families()},
+		{Daemon: "z", Error: "does not answer"},
+		{Daemon: "bad", Families: []*controlv1.Family{{Name: "not a name", Type: controlv1.Family_GAUGE, Samples: []*controlv1.Sample{{Value: 1}}}}},
+	}}, admit(ctx)
+}
+
+// serve starts the gateway's handler in front of a door, on plain HTTP.
+func serve(t *testing.T) *httptest.Server {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := grpc.NewServer()
+	machinev1.RegisterMachineServer(s, door{})
+	go func() { _ = s.Serve(l) }()
+	t.Cleanup(s.Stop)
+	conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	g, err := New(Config{Env: daemon.Env{Log: slog.New(slog.DiscardHandler), TCP: l, Metrics: metrics.New("gateway")}, Apid: conn, Leaf: leaf.New(leaf.Config{})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := httptest.NewServer(g.server.Handler)
+	t.Cleanup(h.Close)
+	return h
+}
+
+func do(t *testing.T, method, url string, header map[string]string) (*http.Response, string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for k, v := range header {
+		req.Header.Set(k, v)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp, string(body)
+}
+
+func TestREST(t *testing.T) {
+	h := serve(t)
+	good := map[string]string{"Authorization": "Bearer good", "Bulkhead-Roles": "admin", "X-Evil": "1", "Grpc-Metadata-Bulkhead-Caller": "root"}
+	for _, c := range []struct {
+		name, method, path string
+		header             map[string]string
+		status             int
+		kind, body         string
+	}{
+		{"get", "GET", "/v1/version", good, 200, "application/json", `"version":"v1.2.3"`},
+		{"no token", "GET", "/v1/version", nil, 401, "application/problem+json", `"code":"UNAUTHENTICATED"`},
+		{"wrong role", "POST", "/v1/services/apid:restart", good, 403, "application/problem+json", `needs role operator or admin (unit apid)`},
+		{"no such path", "GET", "/v1/nothing", good, 404, "application/problem+json", `/openapi.json`},
+		{"outside", "GET", "/", nil, 404, "application/problem+json", `/openapi.json`},
+		{"wrong method", "DELETE", "/v1/version", good, 405, "application/problem+json", `DELETE is not allowed`},
+		{"bad query", "GET", "/v1/events?tail=many", good, 400, "application/problem+json", `"code":"INVALID_ARGUMENT"`},
+		{"lines", "GET", "/v1/events", good, 200, "application/json", `{"result":`},
+		{"events", "GET", "/v1/events", map[string]string{"Accept": "text/event-stream"}, 200, "text/event-stream", "data: {"},
+		{"openapi", "GET", "/openapi.json", nil, 200, "application/json", `"openapi": "3.1.0"`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			resp, body := do(t, c.method, h.URL+c.path, c.header)
+			if resp.StatusCode != c.status || resp.Header.Get("Content-Type") != c.kind || !strings.Contains(body, c.body) {
+				t.Errorf("%s %s = %d %s\n%s\nwant %d %s with %s", c.method, c.path, resp.StatusCode, resp.Header.Get("Content-Type"), body, c.status, c.kind, c.body)
+			}
+		})
+	}
+}
+
+// TestPublicRPCs walks every proto: what apid would let out must be in REST and in the OpenAPI document.
+func TestPublicRPCs(t *testing.T) {
+	var doc struct {
+		Paths map[string]map[string]json.RawMessage
+	}
+	if err := json.Unmarshal(openAPI, &doc); err != nil {
+		t.Fatal(err)
+	}
+	seen := 0
+	protoregistry.GlobalFiles.RangeFiles(func(f protoreflect.FileDescriptor) bool {
+		for i := range f.Services().Len() {
+			for j := range f.Services().Get(i).Methods().Len() {
+				m := f.Services().Get(i).Methods().Get(j)
+				need, _ := proto.GetExtension(m.Options(), authv1.E_Need).([]authv1.Role)
+				if len(need) == 0 || need[0] == authv1.Role_INTERNAL || need[0] == authv1.Role_CLAIM {
+					continue
+				}
+				seen++
+				rule, _ := proto.GetExtension(m.Options(), annotations.E_Http).(*annotations.HttpRule)
+				path := rule.GetGet() + rule.GetPost()
+				if _, ok := doc.Paths[path]; path == "" || !ok {
+					t.Errorf("%s: path %q is not in openapi.json", m.FullName(), path)
+				}
+			}
+		}
+		return true
+	})
+	if seen < 20 {
+		t.Errorf("saw %d public RPCs: the walk does not work", seen)
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	h := serve(t)
+	if resp, _ := do(t, "GET", h.URL+"/metrics", nil); resp.StatusCode != 401 {
+		t.Errorf("without a token: %d, want 401", resp.StatusCode)
+	}
+	resp, body := do(t, "GET", h.URL+"/metrics", map[string]string{"Authorization": "Bearer good"})
+	if resp.StatusCode != 200 {
+		t.Fatalf("%d: %s", resp.StatusCode, body)
+	}
+	for _, want := range []string{
+		`bulkhead_x_things_total{daemon="x",kind="a\"b"} 3`,
+		`bulkhead_daemon_up{daemon="x"} 1`, `bulkhead_daemon_up{daemon="z"} 0`,
+		`bulkhead_daemon_goroutines{daemon="y"}`,
+	} {
+		if !strings.Contains(body, want) {
+			t.Errorf("no %s in\n%s", want, body)
+		}
+	}
+}
