@@ -65,8 +65,8 @@ func found(s string) string {
 	return strconv.Quote(s)
 }
 
-// nearest returns the name that the person probably meant, or "" if none is close.
-func nearest(got string, names []string) string {
+// Nearest returns the name that the person who wrote got probably meant, or "" if none is close.
+func Nearest(got string, names []string) string {
 	best, distance := "", max(2, len(got)/3)+1
 	if len(got) > 64 {
 		return ""
@@ -106,7 +106,7 @@ func edits(a, b string) int {
 // noSuch says that a name is unknown, which was probably meant, and which there are.
 func noSuch(what, got string, names []string) string {
 	text := "no such " + what
-	if n := nearest(got, names); n != "" {
+	if n := Nearest(got, names); n != "" {
 		text += "; nearest is " + n
 	}
 	return text + "; there are " + strings.Join(names, ", ")

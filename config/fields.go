@@ -143,7 +143,7 @@ func (f field) check(v reflect.Value) string {
 					return ""
 				}
 			}
-			if n := nearest(s, f.oneOf); n != "" {
+			if n := Nearest(s, f.oneOf); n != "" {
 				return bad(found(s), "is unknown, nearest is "+n)
 			}
 			return bad(found(s), "is unknown")

@@ -18,8 +18,9 @@ import (
 const (
 	MaxSize  = 1 << 20 // bytes
 	maxDepth = 20      // nested lists and mappings
-	maxMarks = 100_000 // characters that can begin a YAML node: bounds memory before the YAML parser runs
+	maxMarks = 50_000  // characters that can begin a YAML node: bounds memory before the YAML parser runs
 	maxDocs  = 64      // documents, empty ones too
+	maxKept  = 1000    // problems kept until they are sorted; further ones are only counted
 )
 
 // Parse reads a text of any number of documents and fills in every default. The text is taken whole or refused whole:
@@ -47,13 +48,18 @@ func Parse(name string, data []byte) (Set, error) {
 type parser struct {
 	name     string
 	problems []Problem
+	more     int             // problems that are only counted
 	lines    map[string]int  // of every field that was written
 	bad      map[string]bool // fields with a problem of their own
 }
 
 func (p *parser) problem(line int, at, format string, args ...any) {
-	p.problems = append(p.problems, Problem{p.name, line, at, fmt.Sprintf(format, args...)})
 	p.bad[at] = true
+	if len(p.problems) == maxKept {
+		p.more++
+		return
+	}
+	p.problems = append(p.problems, Problem{p.name, line, at, fmt.Sprintf(format, args...)})
 }
 
 // follow adds a problem between fields, at the line of the field or of what holds it, unless the field is known to be wrong by itself.
@@ -76,9 +82,9 @@ func (p *parser) err() error {
 		return nil
 	}
 	sort.SliceStable(p.problems, func(i, j int) bool { return p.problems[i].Line < p.problems[j].Line })
-	e := &Error{Problems: p.problems}
+	e := &Error{Problems: p.problems, More: p.more}
 	if len(e.Problems) > maxProblems {
-		e.More = len(e.Problems) - maxProblems
+		e.More += len(e.Problems) - maxProblems
 		e.Problems = e.Problems[:maxProblems]
 	}
 	return e

@@ -95,7 +95,7 @@ func TestParseRefuses(t *testing.T) {
 				"n.yaml:4: Machine.role: \"x\" is unknown; allowed: controlplane, worker"},
 		{"not UTF-8", "kind: a\nb: \xff", "n.yaml:2: byte 0xff is not UTF-8; save the text as UTF-8"},
 		{"too long", strings.Repeat("#", MaxSize+1), "n.yaml: 1048577 bytes; at most 1048576 are allowed"},
-		{"too many nodes", "a: [" + strings.Repeat(",", maxMarks) + "]", "n.yaml: more than 100000 lines, list entries and fields"},
+		{"too many nodes", "a: [" + strings.Repeat(",", maxMarks) + "]", "n.yaml: more than 50000 lines, list entries and fields"},
 		{"not YAML", "kind: [", "n.yaml:1: not YAML: did not find expected node content"},
 		{"too many documents", strings.Repeat("---\n", 70), "n.yaml: more than 63 documents"},
 	} {
