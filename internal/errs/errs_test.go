@@ -1,0 +1,27 @@
+package errs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"testing"
+
+	"google.golang.org/grpc/status"
+)
+
+// Kind and text survive a socket; the chain does not.
+func TestKindsSurvive(t *testing.T) {
+	for kind := Internal; kind <= Exhausted; kind++ {
+		err := fmt.Errorf("outer: %w", New(kind, "read %q: %w", "x", io.EOF))
+		if !errors.Is(err, io.EOF) || !Is(err, kind) {
+			t.Errorf("kind %d here: %v has kind %d", kind, err, Of(err))
+		}
+		far := status.Convert(err).Err()
+		if !Is(far, kind) || Text(far) != `outer: read "x": EOF` {
+			t.Errorf("kind %d over a socket: kind %d, text %q", kind, Of(far), Text(far))
+		}
+	}
+	if Of(io.EOF) != Internal || Is(nil, Internal) || Text(nil) != "" {
+		t.Error("plain errors are Internal, nil is none")
+	}
+}

@@ -1,0 +1,84 @@
+package unit
+
+import (
+	"os"
+	"strings"
+	"testing"
+	"testing/fstest"
+	"time"
+)
+
+const good = `{"name": "x", "exec": ["/bin/x", "-v"], "user": "networkd", "groups": ["etcdd"], "capabilities": ["NET_ADMIN", "CHOWN"],
+"network": "host", "listen": ["unix", "tcp:50000"], "memory_max": "64M", "restart": "always", "owners": ["kubeletd"], "runtime": "0750", "stop_timeout": "5s"}`
+
+func TestParse(t *testing.T) {
+	u, err := Parse([]byte(good))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u.UID != 104 || len(u.Groups) != 1 || u.Groups[0] != 109 || u.Capabilities != 1<<12|1 || u.MemoryMax != 64<<20 || u.Runtime != 0o750 ||
+		u.StopTimeout != 5*time.Second || len(u.Owners) != 1 || u.Owners[0] != 110 {
+		t.Errorf("got %+v", u)
+	}
+}
+
+// Each mistake is named with the field, what was found and what is allowed.
+func TestParseRefuses(t *testing.T) {
+	for _, c := range []struct{ old, new, want string }{
+		{`"name": "x"`, `"nam": "x"`, `unknown field "nam"`},
+		{`"name": "x"`, `"name": "a/b"`, `"a/b" must have`},
+		{`"/bin/x"`, `"x"`, `absolute path`},
+		{`"user": "networkd"`, `"user": "nobody"`, `user: no user "nobody"; there are root, machined`},
+		{`"NET_ADMIN"`, `"CAP_NET_ADMIN"`, `no capability "CAP_NET_ADMIN"`},
+		{`"host"`, `"bridge"`, `network: "bridge" is none of`},
+		{`"tcp:50000"`, `"udp:1"`, `listen: "udp:1" is neither`},
+		{`"64M"`, `"64"`, `memory_max: "64" is not a size`},
+		{`"always"`, `"often"`, `restart: "often" is none of`},
+		{`"5s"`, `"five"`, `stop_timeout: "five"`},
+		{`"0750"`, `"rwx"`, `runtime: "rwx"`},
+		{`"5s"}`, `"5s"} {}`, `more than one`},
+	} {
+		_, err := Parse([]byte(strings.Replace(good, c.old, c.new, 1)))
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", c.new, err, c.want)
+		}
+	}
+}
+
+func TestLoadRefusesTwins(t *testing.T) {
+	tree := fstest.MapFS{"a/unit.json": {Data: []byte(good)}, "b/x.unit.json": {Data: []byte(good)}, "c/testdata/unit.json": {Data: []byte("broken")}}
+	if _, err := Load(tree); err == nil || !strings.Contains(err.Error(), "a/unit.json already") {
+		t.Errorf("Load = %v, want the other file named", err)
+	}
+}
+
+// TestUnits reads the units of this tree. Rules that hold for all of them stand here, once.
+func TestUnits(t *testing.T) {
+	units, err := Load(os.DirFS("../.."))
+	if err != nil {
+		t.Fatal(err)
+	}
+	users := map[uint32]string{}
+	workload := map[string]bool{"containerd": true, "kubelet": true, "kube-proxy": true, "image-load": true}
+	for _, u := range units {
+		if u.UID == 0 && !workload[u.Name] {
+			t.Errorf("%s runs as root: only the workload side may", u.Name)
+		}
+		if first, twice := users[u.UID]; twice && u.UID != 0 {
+			t.Errorf("%s and %s share user %d", first, u.Name, u.UID)
+		}
+		users[u.UID] = u.Name
+		if u.NewPrivileges && !workload[u.Name] {
+			t.Errorf("%s may gain privileges", u.Name)
+		}
+		if workload[u.Name] && (u.MountNamespace != "workload" || !strings.Contains(strings.Join(u.Hide, " "), SocketDir) || !strings.Contains(strings.Join(u.Hide, " "), StateDir)) {
+			t.Errorf("%s: the workload side must not see %s and %s; namespace %q hides %v", u.Name, SocketDir, StateDir, u.MountNamespace, u.Hide)
+		}
+		if u.MemoryMax == 0 && !workload[u.Name] {
+			t.Errorf("%s has no memory limit", u.Name)
+		}
+	}
+	if len(units) == 0 {
+		t.Error("no unit found")
+	}
+}
