@@ -1,0 +1,107 @@
+// Package boot brings the machine from the kernel's hand-over to a root on which units can run. It is two lists of steps: First in
+// the initramfs, Second on the verified root. It reads nothing from a network, and trusts the kernel command line alone: from
+// there comes the root hash, and all else on a disk is believed only as far as dm-verity checks it.
+package boot
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-os/bulkhead/init/console"
+)
+
+// A step is one thing that has to work.
+type step struct {
+	name string                 // what it does, after "cannot"
+	do   func() (string, error) // returns what there is to tell, if anything
+	look string                 // where a person should look if it fails
+}
+
+// run does the steps in order. The first that fails ends the boot.
+func run(steps []step) {
+	for _, s := range steps {
+		told, err := s.do()
+		if err != nil {
+			console.Say("bulkhead: cannot ", s.name, ": ", err.Error())
+			console.GiveUp("bulkhead: look at ", s.look)
+		}
+		if told != "" {
+			console.Say("bulkhead: ", told)
+		}
+	}
+}
+
+// Ordered says whether the kernel command line has the word without which PID 1 does nothing at all.
+// In the initramfs it mounts /proc for that: the caller has made sure that it is PID 1.
+func Ordered() bool {
+	line, err := os.ReadFile("/proc/cmdline")
+	if errors.Is(err, fs.ErrNotExist) {
+		os.Mkdir("/proc", 0o555)
+		unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
+		line, _ = os.ReadFile("/proc/cmdline")
+	}
+	for _, word := range strings.Fields(string(line)) {
+		if word == "bulkhead" {
+			return true
+		}
+	}
+	return false
+}
+
+// A mount is a file system that the kernel makes up.
+type mount struct {
+	target, fs string
+	flags      uintptr
+	data       string
+	optional   bool // kernels may be built without it
+}
+
+// mountSteps returns one step for each mount. One that is there already is left alone.
+func mountSteps(table []mount) (steps []step) {
+	for _, m := range table {
+		steps = append(steps, step{"mount " + m.target, func() (string, error) {
+			os.Mkdir(m.target, 0o755) // mount says what is wrong if this was
+			err := unix.Mount(m.fs, m.target, m.fs, m.flags, m.data)
+			if err == unix.EBUSY || m.optional {
+				err = nil
+			}
+			return "", err
+		}, "the kernel's configuration: it needs the file system " + m.fs})
+	}
+	return steps
+}
+
+// modules loads kernel modules, given as one path in each line, relative to dir. One that cannot be loaded is told and left:
+// it may be for a device that this machine does not have.
+func modules(list, dir string) (string, error) {
+	text, err := os.ReadFile(list)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	} else if err != nil {
+		return "", err
+	}
+	start, n := time.Now(), 0
+	for _, path := range strings.Fields(string(text)) {
+		if err := load(dir + path); err != nil && err != unix.EEXIST {
+			console.Say("bulkhead: module ", path, ": ", err.Error())
+		} else {
+			n++
+		}
+	}
+	return strconv.Itoa(n) + " modules loaded in " + console.Seconds(time.Since(start)), nil
+}
+
+func load(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.FinitModule(fd, "", 0)
+}

@@ -1,0 +1,60 @@
+// Command init is PID 1 of a node: it brings up the verified root (boot), keeps units running (supervise) and ends everything in
+// order (halt). In the processes that it makes it is also the trampoline (confine). It understands nothing: no protocol, no
+// configuration, no network. Outside of a Bulkhead machine it refuses to do anything.
+package main
+
+import (
+	"os"
+
+	"github.com/bulkhead-os/bulkhead/init/boot"
+	"github.com/bulkhead-os/bulkhead/init/confine"
+	"github.com/bulkhead-os/bulkhead/init/console"
+	"github.com/bulkhead-os/bulkhead/init/halt"
+	"github.com/bulkhead-os/bulkhead/init/supervise"
+	"github.com/bulkhead-os/bulkhead/internal/initctl"
+)
+
+//go:generate go run ../internal/unit/gen -tree .. -out units.go
+
+func main() {
+	trampoline := os.Args[0] == confine.Name && len(os.Args) == 2 && os.Getppid() == 1
+	if !trampoline && os.Getpid() != 1 || !boot.Ordered() {
+		os.Stderr.WriteString("init: this is PID 1 of Bulkhead; it acts only as PID 1 and with the word bulkhead on the kernel command line\n")
+		os.Exit(1)
+	}
+	switch {
+	case trampoline:
+		confine.Main(units, os.Args[1])
+	case len(os.Args) > 1 && os.Args[1] == "supervise":
+		serve()
+	default:
+		boot.First()
+	}
+}
+
+// serve is the life of the machine. It does not return.
+func serve() {
+	defer func() {
+		if r := recover(); r != nil {
+			what := "unknown"
+			switch r := r.(type) {
+			case error:
+				what = r.Error()
+			case string:
+				what = r
+			}
+			console.GiveUp("bulkhead: PID 1 is broken: ", what)
+		}
+	}()
+	boot.Second()
+	s, err := supervise.New(units)
+	if err != nil {
+		console.GiveUp("bulkhead: cannot supervise: ", err.Error())
+	}
+	order := s.Run()
+	var names []string
+	for _, u := range units {
+		names = append(names, u.Name)
+	}
+	halt.All(names, s.Drain, order == initctl.PowerOff)
+}

@@ -1,0 +1,61 @@
+package supervise
+
+import (
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-os/bulkhead/init/console"
+)
+
+// A logPipe takes what a unit writes to its standard output and error. It lives as long as PID 1, so that no line is lost while
+// the unit or the log's reader is started again.
+type logPipe struct {
+	read, write int
+	size        int
+	lost        int // bytes that nobody read in time
+}
+
+func (l *logPipe) make() error {
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		return os.NewSyscallError("pipe", err)
+	}
+	unix.SetNonblock(p[0], true) // not the other end: a program may not expect that of its standard output
+	for size := logSize; size >= 1<<16; size /= 2 {
+		if _, err := unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, size); err == nil {
+			break
+		}
+	}
+	size, err := unix.FcntlInt(uintptr(p[0]), unix.F_GETPIPE_SZ, 0)
+	*l = logPipe{read: p[0], write: p[1], size: size}
+	return err
+}
+
+// relieve drops the older half of a pipe that nobody empties: the unit would block on it. It says whether to look again soon.
+func (l *logPipe) relieve(name string) (soon bool) {
+	n, err := unix.IoctlGetInt(l.read, unix.TIOCINQ)
+	if err != nil || n <= l.size/4 {
+		return false
+	}
+	// A pipe counts pages, so that it may be full with half of its bytes.
+	poll := []unix.PollFd{{Fd: int32(l.write), Events: unix.POLLOUT}}
+	unix.Poll(poll, 0)
+	if n <= l.size/4*3 && poll[0].Revents&unix.POLLOUT != 0 {
+		return true
+	}
+	if l.lost == 0 {
+		console.Say("unit ", name, ": nobody reads its log, the oldest ", strconv.Itoa(n/2), " bytes are dropped, and so will be others")
+	}
+	buf := make([]byte, 1<<14)
+	for left := n / 2; left > 0; {
+		got, err := unix.Read(l.read, buf[:min(left, len(buf))])
+		if got <= 0 || err != nil {
+			break
+		}
+		left -= got
+		l.lost += got
+	}
+	return true
+}

@@ -1,0 +1,300 @@
+// Package supervise keeps units running: it starts them, restarts them, and answers on the control socket. One loop owns every
+// wait, so nothing here is locked. It understands nothing of what units do.
+package supervise
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-os/bulkhead/init/console"
+	"github.com/bulkhead-os/bulkhead/internal/initctl"
+	"github.com/bulkhead-os/bulkhead/internal/unit"
+)
+
+const (
+	killAgain   = 5 * time.Second  // between two tries to kill what does not die: it hangs in the kernel
+	stopTimeout = 10 * time.Second // of units that say nothing
+	lookOften   = 100 * time.Millisecond
+	lookSeldom  = time.Second
+)
+
+// processes is what a supervisor needs of the kernel. Its methods do not block.
+type processes interface {
+	spawn(v *service, ready int) (pid int, err error)
+	kill(v *service, s unix.Signal)          // SIGKILL is for all that the unit has
+	swept(v *service)                        // its process has ended: nothing of it may stay
+	wait() (pid int, status unix.WaitStatus) // one that has ended; pid 0: none
+}
+
+// A service is a unit and what is known about it.
+type service struct {
+	*unit.Unit
+	log    logPipe
+	listen []int // in the order of Unit.Listen
+	cgroup int
+
+	state    State
+	since    time.Time // of the state
+	timer    time.Time // when Timer happens; zero: never
+	pid      int
+	ready    int       // read end of its ready pipe, or -1
+	began    time.Time // of the process
+	up       time.Time // when it became ready; zero: it is not
+	failures int       // in a row
+	restarts uint32
+	end      uint8 // how the last process ended, as in initctl.Record
+	value    uint8
+}
+
+// A Supervisor runs units. Only one goroutine may use it.
+type Supervisor struct {
+	kernel  processes
+	units   []*service // sorted by name
+	epoll   int
+	wake    int            // eventfd: a process may have ended
+	on      map[int]func() // what to do when a descriptor is ready
+	conns   map[int]*conn
+	look    time.Time    // when to look at the log pipes and feed the watchdog
+	dog     int          // the watchdog, or -1
+	order   initctl.Verb // Reboot or PowerOff, once somebody has asked
+	halting bool
+}
+
+func newSupervisor(units []*service, k processes, socket string) (s *Supervisor, err error) {
+	s = &Supervisor{kernel: k, units: units, on: map[int]func(){}, conns: map[int]*conn{}, dog: -1}
+	slices.SortFunc(s.units, func(a, b *service) int { return strings.Compare(a.Name, b.Name) })
+	if s.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return nil, os.NewSyscallError("epoll_create", err)
+	}
+	if s.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, os.NewSyscallError("eventfd", err)
+	}
+	s.watch(s.wake, unix.EPOLLIN, s.reap)
+	return s, s.serve(socket)
+}
+
+// Run starts the units that start by themselves and keeps units as they shall be, until somebody orders Reboot or PowerOff.
+func (s *Supervisor) Run() initctl.Verb {
+	for _, v := range s.units {
+		if v.Autostart {
+			s.happen(v, Start)
+		}
+	}
+	s.loop(time.Time{}, func() bool { return s.order != 0 })
+	return s.order
+}
+
+// Drain stops units for good and returns the names of those that had not ended when the time was up. From the first call on,
+// no unit is started any more.
+func (s *Supervisor) Drain(names []string) (stuck []string) {
+	s.halting = true
+	var left []*service
+	limit := time.Duration(0)
+	for _, v := range s.units {
+		if slices.Contains(names, v.Name) {
+			s.happen(v, Stop)
+			left = append(left, v)
+			limit = max(limit, v.stopTime())
+		}
+	}
+	s.loop(time.Now().Add(limit+killAgain), func() bool {
+		left = slices.DeleteFunc(left, func(v *service) bool { return v.state == Down })
+		return len(left) == 0
+	})
+	for _, v := range left {
+		stuck = append(stuck, v.Name)
+	}
+	return stuck
+}
+
+// loop waits for all there is to wait for, until done or the deadline, if there is one.
+func (s *Supervisor) loop(deadline time.Time, done func() bool) {
+	var events [16]unix.EpollEvent
+	for {
+		now := time.Now()
+		next := s.timers(now)
+		s.tell()
+		if done() || !deadline.IsZero() && now.After(deadline) {
+			return
+		}
+		n, _ := unix.EpollWait(s.epoll, events[:], int(max(0, next.Sub(now).Milliseconds()+1)))
+		for _, e := range events[:max(n, 0)] {
+			if do := s.on[int(e.Fd)]; do != nil { // an earlier event of this round may have closed it
+				do()
+			}
+		}
+	}
+}
+
+// timers lets happen what is due and returns when to come again.
+func (s *Supervisor) timers(now time.Time) (next time.Time) {
+	if !now.Before(s.look) {
+		s.look = now.Add(lookSeldom)
+		for _, v := range s.units {
+			if v.log.relieve(v.Name) {
+				s.look = now.Add(lookOften)
+			}
+		}
+		s.Feed()
+	}
+	next = s.look
+	for _, v := range s.units {
+		if !v.timer.IsZero() && !now.Before(v.timer) {
+			v.timer = time.Time{}
+			s.happen(v, Timer)
+		}
+		if !v.timer.IsZero() && v.timer.Before(next) {
+			next = v.timer
+		}
+	}
+	return next
+}
+
+// Feed tells the hardware watchdog that PID 1 lives.
+func (s *Supervisor) Feed() { unix.Write(s.dog, []byte{0}) }
+
+// happen is the one place where a unit's state changes.
+func (s *Supervisor) happen(v *service, e Event) {
+	c, ok := table[v.state][e]
+	if !ok || s.halting && c.do == Spawn {
+		return
+	}
+	before, now := v.state, time.Now()
+	if v.state = c.next; before != v.state {
+		v.since = now
+	}
+	switch {
+	case v.state == Up:
+		v.timer, v.up = time.Time{}, now
+		s.say(v, now)
+	case v.state == Down:
+		v.timer = time.Time{}
+		s.say(v, now)
+	case c.do == Spawn:
+		s.spawn(v, now)
+	case c.do == Term:
+		s.kernel.kill(v, unix.SIGTERM)
+		v.timer = now.Add(v.stopTime())
+	case c.do == Kill:
+		console.Say("unit ", v.Name, ": ", [...]string{Starting: "not ready in time", Stopping: "does not stop", Cycling: "does not stop"}[before], ", killing it")
+		s.kernel.kill(v, unix.SIGKILL)
+		v.timer = now.Add(killAgain)
+	case c.do == Pause && before == Cycling: // somebody asked for it
+		v.timer = now
+	case c.do == Pause:
+		life, wait := time.Duration(0), time.Duration(0)
+		if !v.up.IsZero() {
+			life = now.Sub(v.up)
+		}
+		wait, v.failures = pause(life, v.failures)
+		v.timer = now.Add(wait)
+		v.restarts++
+		s.say(v, now)
+	}
+	s.changed(v)
+}
+
+// say tells people about a unit that is up, down or waiting. Of failures in a row it tells the first, second, fourth, eighth ...
+func (s *Supervisor) say(v *service, now time.Time) {
+	if v.failures&(v.failures-1) != 0 {
+		return
+	}
+	ending := v.record().Ending()
+	switch v.state {
+	case Up:
+		ending = "up in " + console.Seconds(now.Sub(v.began))
+	case Down:
+		ending += ", stays down"
+	case Waiting:
+		if v.failures > 1 {
+			ending += ", " + strconv.Itoa(v.failures) + " times in a row"
+		}
+		ending += ", again in " + console.Seconds(v.timer.Sub(now))
+	}
+	console.Say("unit ", v.Name, ": ", ending)
+}
+
+// spawn makes the unit's process; the unit is Starting.
+func (s *Supervisor) spawn(v *service, now time.Time) {
+	v.began, v.up, v.timer = now, time.Time{}, time.Time{}
+	ready := [2]int{-1, -1}
+	var err error
+	if v.NotifyReady {
+		err = unix.Pipe2(ready[:], unix.O_CLOEXEC|unix.O_NONBLOCK)
+	}
+	if err == nil {
+		v.pid, err = s.kernel.spawn(v, ready[1])
+	}
+	unix.Close(ready[1])
+	v.ready = ready[0]
+	var errno unix.Errno
+	switch {
+	case err != nil:
+		errors.As(err, &errno)
+		v.pid = 0
+		s.ended(v, initctl.NotStarted, uint8(errno))
+	case v.NotifyReady:
+		if v.StartTimeout > 0 {
+			v.timer = now.Add(v.StartTimeout)
+		}
+		s.watch(v.ready, unix.EPOLLIN, func() { s.hear(v) })
+	default:
+		s.happen(v, Ready)
+	}
+}
+
+// hear reads a unit's ready pipe.
+func (s *Supervisor) hear(v *service) {
+	var b [16]byte
+	n, err := unix.Read(v.ready, b[:])
+	if err != nil {
+		return
+	}
+	s.forget(v.ready)
+	v.ready = -1
+	if bytes.IndexByte(b[:n], '\n') >= 0 {
+		s.happen(v, Ready)
+	}
+}
+
+// reap takes note of every process that has ended, orphans of others included.
+func (s *Supervisor) reap() {
+	var b [8]byte
+	unix.Read(s.wake, b[:])
+	for {
+		pid, status := s.kernel.wait()
+		if pid <= 0 {
+			return
+		}
+		for _, v := range s.units {
+			if v.pid == pid && status.Signaled() {
+				s.ended(v, initctl.Killed, uint8(status.Signal()))
+			} else if v.pid == pid {
+				s.ended(v, initctl.Exited, uint8(status.ExitStatus()))
+			}
+		}
+	}
+}
+
+func (s *Supervisor) ended(v *service, how, value uint8) {
+	if v.ready >= 0 {
+		s.forget(v.ready)
+	}
+	v.ready, v.pid, v.end, v.value = -1, 0, how, value
+	s.kernel.swept(v)
+	s.happen(v, ended(v.Restart, how, value))
+}
+
+func (v *service) stopTime() time.Duration {
+	if v.StopTimeout == 0 {
+		return stopTimeout
+	}
+	return v.StopTimeout
+}
