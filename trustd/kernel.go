@@ -1,0 +1,255 @@
+package trustd
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-os/bulkhead/internal/claim"
+)
+
+// place says where the keys lie.
+type place uint8
+
+const (
+	unknown  place = iota // a STATE volume is on the disk but not mounted yet: whether the node has an owner is not known
+	volatile              // in the runtime folder: lost with the power
+	durable               // on STATE
+)
+
+// Names in both folders. Each file is replaced whole, so that it is there or not.
+const (
+	identityFile = "identity.json" // made by Claim
+	clusterFile  = "cluster.json"  // made by Bootstrap
+	codeFile     = "claim-code"    // runtime folder only
+	stateLabel   = "STATE"         // the partition's name, as the kernel shows it in uevent
+	maxFile      = 1 << 20
+
+	// stateWait is how long a STATE partition may take to be mounted. Other systems have partitions of that name too;
+	// if it is ours after all, its keys win when it comes.
+	stateWait = time.Minute
+)
+
+// settle brings the keys to where they belong and loads them. It looks at what is there, not at what happened, so
+// that it may be repeated at any time and after a power cut at any moment:
+//
+//	STATE has keys           they are the node's; copies in the runtime folder are wiped
+//	STATE, none on it        keys in the runtime folder are moved there, if any; else nobody owns the node
+//	STATE is coming          wait: its keys are the node's; after stateWait take it for another system's
+//	no STATE                 keys in the runtime folder, if any; else nobody owns the node
+func (d *Daemon) settle() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	err := d.settleLocked()
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	if text != d.problem {
+		if d.problem = text; text != "" {
+			d.log.Error("keys not settled", "err", text)
+		}
+		d.report()
+	}
+	return err
+}
+
+func (d *Daemon) settleLocked() error {
+	if exists(d.cfg.StateDir) {
+		if err := d.move(); err != nil {
+			return err
+		}
+		return d.load(d.cfg.StateDir, durable)
+	}
+	if d.where == durable { // never look for another owner because a volume went away
+		return fmt.Errorf("%s: it is gone; keys stay in memory until trustd ends", d.cfg.StateDir)
+	}
+	_, err := os.Lstat(filepath.Join(d.cfg.Runtime, identityFile))
+	if errors.Is(err, fs.ErrNotExist) && d.where == unknown && stateOnDisk(d.cfg.Blocks) {
+		if d.cfg.Now().Sub(d.start) < stateWait {
+			return nil
+		}
+		d.log.Error("volume STATE is there but was not mounted; the node can be claimed by whoever sees its console", "dur", stateWait.String())
+	}
+	return d.load(d.cfg.Runtime, volatile)
+}
+
+// settled reports whether there is nothing to look for any more.
+func (d *Daemon) settled() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.where == durable && d.problem == ""
+}
+
+// load reads the keys of a folder, once per folder, and offers the node to be claimed if there are none.
+func (d *Daemon) load(dir string, where place) error {
+	if d.where == where {
+		return nil
+	}
+	k, err := readKeyring(dir)
+	if err != nil {
+		return err
+	}
+	if k.os == nil {
+		if err := d.offer(); err != nil {
+			return err
+		}
+	} else {
+		d.code = ""
+	}
+	d.where = where
+	d.keys.Set(k)
+	d.publish()
+	d.report()
+	d.log.Info("keys loaded", "folder", dir, "claimed", k.os != nil, "bootstrapped", k.cluster != nil)
+	return nil
+}
+
+// offer makes the node claimable: by the key from outside, or by a code that outlives a restart of trustd but not of the machine.
+func (d *Daemon) offer() error {
+	if d.code != "" {
+		return nil // offered already, before STATE came
+	}
+	key, err := readFile(d.cfg.ClaimKey)
+	if err == nil {
+		if d.code, err = claim.Normalize(string(key)); err != nil {
+			return fmt.Errorf("%s: %w", d.cfg.ClaimKey, err)
+		}
+		d.show(banner(""))
+		return nil
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	path := filepath.Join(d.cfg.Runtime, codeFile)
+	text, err := readFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		var code string
+		if code, err = claim.NewCode(d.cfg.Random); err != nil {
+			return err
+		}
+		text, err = []byte(code), writeFile(d.cfg.Runtime, codeFile, []byte(code))
+	}
+	if err != nil {
+		return err
+	}
+	if d.code, err = claim.Normalize(string(text)); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	d.show(banner(string(text)))
+	return nil
+}
+
+// move brings files from the runtime folder to STATE and wipes them. A file that STATE has already wins: it is older.
+func (d *Daemon) move() error {
+	for _, name := range []string{identityFile, clusterFile} {
+		from, to := filepath.Join(d.cfg.Runtime, name), filepath.Join(d.cfg.StateDir, name)
+		data, err := readFile(from)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return err
+		}
+		if _, err := os.Lstat(to); errors.Is(err, fs.ErrNotExist) {
+			if err := writeFile(d.cfg.StateDir, name, data); err != nil {
+				return err
+			}
+		} else if err != nil {
+			return err
+		} else if old, err := readFile(to); err != nil {
+			return err
+		} else if string(old) != string(data) { // equal: the power failed between writing and wiping
+			d.log.Warn("keys made in this boot are dropped: STATE has an owner's", "folder", d.cfg.StateDir)
+			d.where = unknown // what was loaded from the runtime folder is void
+		}
+		if err := wipe(from); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// stateOnDisk reports whether the kernel sees a partition named STATE.
+func stateOnDisk(blocks string) bool {
+	entries, err := os.ReadDir(blocks)
+	if err != nil {
+		return false
+	}
+	for _, e := range entries {
+		text, err := os.ReadFile(filepath.Join(blocks, e.Name(), "uevent"))
+		if err != nil {
+			continue // it went away
+		}
+		for line := range strings.SplitSeq(string(text), "\n") {
+			if line == "PARTNAME="+stateLabel {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// readFile reads a small file.
+func readFile(path string) ([]byte, error) {
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if st.Size() > maxFile {
+		return nil, fmt.Errorf("%s: %d bytes, at most %d are read", path, st.Size(), maxFile)
+	}
+	return os.ReadFile(path)
+}
+
+// writeFile writes dir/name so that after a power cut it has the old content or the new. Mode 0600.
+func writeFile(dir, name string, data []byte) (err error) {
+	temp := filepath.Join(dir, "."+name+".new")
+	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(temp, filepath.Join(dir, name))
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", filepath.Join(dir, name), err), ignoreMissing(os.Remove(temp)))
+	}
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// wipe overwrites a file on a tmpfs, where that reaches the only copy, and removes it.
+func wipe(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return ignoreMissing(err)
+	}
+	st, err := f.Stat()
+	if err == nil {
+		_, err = f.WriteAt(make([]byte, min(st.Size(), maxFile)), 0)
+	}
+	return errors.Join(err, f.Close(), os.Remove(path))
+}
+
+func ignoreMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}

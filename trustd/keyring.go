@@ -1,0 +1,302 @@
+package trustd
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"time"
+)
+
+// keyring is all that trustd guards. It is never changed, only replaced. It has no text form on purpose.
+type keyring struct {
+	os      *authority // nil: nobody owns the node
+	tokens  []key      // newest first; Ed25519
+	cluster *cluster   // nil: not bootstrapped
+}
+
+// cluster is what Bootstrap makes.
+type cluster struct {
+	etcd, kubernetes, frontProxy *authority
+	accounts                     []key  // sign service-account tokens, newest first; ECDSA P-256
+	secrets                      []seal // encrypt Kubernetes' secrets, newest first
+}
+
+// key is a signing key with the name under which it is published.
+type key struct {
+	id      string
+	private crypto.Signer
+	public  []byte // PKIX, DER
+}
+
+// seal is an AES-256 key.
+type seal struct {
+	id  string
+	aes []byte
+}
+
+func (keyring) String() string { return "[secret]" }
+func (cluster) String() string { return "[secret]" }
+func (key) String() string     { return "[secret]" }
+func (seal) String() string    { return "[secret]" }
+
+// The files on STATE. The previous image must be able to read what this one writes: fields are only added.
+const fileVersion = 1
+
+type authorityOnDisk struct {
+	Certificate string `json:"certificate"` // PEM
+	Key         string `json:"key"`         // PEM, PKCS #8
+}
+type sealOnDisk struct {
+	ID  string `json:"id"`
+	Key []byte `json:"key"`
+}
+type identityOnDisk struct {
+	Version   int             `json:"version"`
+	OS        authorityOnDisk `json:"os"`
+	TokenKeys []string        `json:"tokenKeys"` // PEM, PKCS #8
+}
+type clusterOnDisk struct {
+	Version         int             `json:"version"`
+	Etcd            authorityOnDisk `json:"etcd"`
+	Kubernetes      authorityOnDisk `json:"kubernetes"`
+	FrontProxy      authorityOnDisk `json:"frontProxy"`
+	ServiceAccounts []string        `json:"serviceAccounts"` // PEM, PKCS #8
+	Secrets         []sealOnDisk    `json:"secrets"`
+}
+
+// newIdentity makes what Claim needs, and the file that holds it.
+func newIdentity(random io.Reader, now time.Time) (*keyring, []byte, error) {
+	ca, err := newAuthority("os-ca", random, now)
+	if err != nil {
+		return nil, nil, err
+	}
+	_, private, err := ed25519.GenerateKey(random)
+	if err != nil {
+		return nil, nil, err
+	}
+	token, err := newKey(private)
+	if err != nil {
+		return nil, nil, err
+	}
+	file := identityOnDisk{Version: fileVersion}
+	if file.OS, err = ca.disk(); err != nil {
+		return nil, nil, err
+	}
+	text, err := pemKey(private)
+	if err != nil {
+		return nil, nil, err
+	}
+	file.TokenKeys = []string{text}
+	data, err := json.Marshal(file)
+	return &keyring{os: ca, tokens: []key{token}}, data, err
+}
+
+// newCluster makes what Bootstrap needs, and the file that holds it.
+func newCluster(random io.Reader, now time.Time) (*cluster, []byte, error) {
+	c, file := &cluster{}, clusterOnDisk{Version: fileVersion}
+	for _, a := range []struct {
+		name string
+		to   **authority
+		disk *authorityOnDisk
+	}{{"etcd-ca", &c.etcd, &file.Etcd}, {"kubernetes-ca", &c.kubernetes, &file.Kubernetes}, {"front-proxy-ca", &c.frontProxy, &file.FrontProxy}} {
+		ca, err := newAuthority(a.name, random, now)
+		if err != nil {
+			return nil, nil, err
+		}
+		if *a.disk, err = ca.disk(); err != nil {
+			return nil, nil, err
+		}
+		*a.to = ca
+	}
+	private, err := ecdsa.GenerateKey(elliptic.P256(), random)
+	if err != nil {
+		return nil, nil, err
+	}
+	account, err := newKey(private)
+	if err != nil {
+		return nil, nil, err
+	}
+	text, err := pemKey(private)
+	if err != nil {
+		return nil, nil, err
+	}
+	s := seal{aes: make([]byte, 32)}
+	if _, err := io.ReadFull(random, s.aes); err != nil {
+		return nil, nil, err
+	}
+	serial, err := newSerial(random)
+	if err != nil {
+		return nil, nil, err
+	}
+	s.id = "kms-" + serial.Text(16)[:16] // must tell nothing of the key: random
+	c.accounts, c.secrets = []key{account}, []seal{s}
+	file.ServiceAccounts, file.Secrets = []string{text}, []sealOnDisk{{ID: s.id, Key: s.aes}}
+	data, err := json.Marshal(file)
+	return c, data, err
+}
+
+// readKeyring reads the keys in a folder; files that are not there leave their part empty.
+func readKeyring(dir string) (*keyring, error) {
+	k := &keyring{}
+	path := filepath.Join(dir, identityFile)
+	data, err := readFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return k, nil // a cluster without an owner cannot be: Bootstrap asks for one
+	} else if err != nil {
+		return nil, err
+	}
+	if err := k.parseIdentity(data); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	path = filepath.Join(dir, clusterFile)
+	if data, err = readFile(path); errors.Is(err, fs.ErrNotExist) {
+		return k, nil
+	} else if err != nil {
+		return nil, err
+	}
+	if k.cluster, err = parseCluster(data); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return k, nil
+}
+
+func (k *keyring) parseIdentity(data []byte) error {
+	var f identityOnDisk
+	if err := json.Unmarshal(data, &f); err != nil {
+		return err
+	}
+	if f.Version != fileVersion {
+		return fmt.Errorf("version is %d; this image reads %d", f.Version, fileVersion)
+	}
+	ca, err := f.OS.parse("os-ca")
+	if err != nil {
+		return err
+	}
+	tokens, err := parseKeys("token key", f.TokenKeys)
+	if err != nil {
+		return err
+	}
+	for _, t := range tokens {
+		if _, ok := t.private.(ed25519.PrivateKey); !ok {
+			return fmt.Errorf("token key %s: it is no Ed25519 key", t.id)
+		}
+	}
+	k.os, k.tokens = ca, tokens
+	return nil
+}
+
+func parseCluster(data []byte) (*cluster, error) {
+	var f clusterOnDisk
+	if err := json.Unmarshal(data, &f); err != nil {
+		return nil, err
+	}
+	if f.Version != fileVersion {
+		return nil, fmt.Errorf("version is %d; this image reads %d", f.Version, fileVersion)
+	}
+	c := &cluster{}
+	var err, e error
+	c.etcd, e = f.Etcd.parse("etcd-ca")
+	err = errors.Join(err, e)
+	c.kubernetes, e = f.Kubernetes.parse("kubernetes-ca")
+	err = errors.Join(err, e)
+	c.frontProxy, e = f.FrontProxy.parse("front-proxy-ca")
+	err = errors.Join(err, e)
+	c.accounts, e = parseKeys("service-account key", f.ServiceAccounts)
+	err = errors.Join(err, e)
+	for _, a := range c.accounts {
+		if k, ok := a.private.(*ecdsa.PrivateKey); !ok || k.Curve != elliptic.P256() {
+			err = errors.Join(err, fmt.Errorf("service-account key %s: it is no ECDSA P-256 key", a.id))
+		}
+	}
+	if len(f.Secrets) == 0 {
+		err = errors.Join(err, errors.New("secrets: no key"))
+	}
+	for _, s := range f.Secrets {
+		if s.ID == "" || len(s.Key) != 32 {
+			err = errors.Join(err, fmt.Errorf("secrets: key %q has %d bytes, must have a name and 32", s.ID, len(s.Key)))
+		}
+		c.secrets = append(c.secrets, seal{id: s.ID, aes: s.Key})
+	}
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (a *authority) disk() (authorityOnDisk, error) {
+	text, err := pemKey(a.key)
+	return authorityOnDisk{Certificate: string(a.pem), Key: text}, err
+}
+
+func (f authorityOnDisk) parse(name string) (*authority, error) {
+	block, _ := pem.Decode([]byte(f.Certificate))
+	if block == nil {
+		return nil, fmt.Errorf("authority %s: no PEM certificate", name)
+	}
+	private, err := parseKey(f.Key)
+	if err != nil {
+		return nil, fmt.Errorf("authority %s: %w", name, err)
+	}
+	k, ok := private.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("authority %s: key is no ECDSA key", name)
+	}
+	return parseAuthority(name, block.Bytes, k)
+}
+
+func parseKeys(what string, texts []string) ([]key, error) {
+	if len(texts) == 0 {
+		return nil, fmt.Errorf("%s: there is none", what)
+	}
+	var keys []key
+	for _, t := range texts {
+		private, err := parseKey(t)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", what, err)
+		}
+		k, err := newKey(private)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", what, err)
+		}
+		keys = append(keys, k)
+	}
+	return keys, nil
+}
+
+func newKey(private crypto.Signer) (key, error) {
+	public, err := x509.MarshalPKIXPublicKey(private.Public())
+	if err != nil {
+		return key{}, err
+	}
+	return key{id: keyID(public), private: private, public: public}, nil
+}
+
+func parseKey(text string) (crypto.Signer, error) {
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		return nil, errors.New("no PEM key")
+	}
+	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	s, ok := k.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("a %T cannot sign", k)
+	}
+	return s, nil
+}
+
+func pemKey(private crypto.Signer) (string, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(private)
+	return string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})), err
+}

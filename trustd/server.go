@@ -1,0 +1,287 @@
+package trustd
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+)
+
+// Of bearer tokens. apid checks the same.
+const (
+	tokenIssuer   = "bulkhead"
+	tokenAudience = "bulkhead-api"
+)
+
+// roles that people and programs can have.
+var roles = []string{"admin", "operator", "reader", "etcd-backup"}
+
+type trustServer struct {
+	trustv1.UnimplementedTrustServer
+	d *Daemon
+}
+
+func (s trustServer) Bootstrap(context.Context, *trustv1.BootstrapRequest) (*trustv1.BootstrapResponse, error) {
+	already, err := s.d.bootstrap()
+	if err != nil {
+		return nil, err
+	}
+	return &trustv1.BootstrapResponse{Already: already}, nil
+}
+
+// bootstrap makes the cluster's keys in one file: all of them or none.
+func (d *Daemon) bootstrap() (already bool, err error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	k, _ := d.keys.Get()
+	if k.cluster != nil {
+		return true, nil
+	}
+	sp, _ := d.spec.Get()
+	switch {
+	case k.os == nil:
+		return false, errs.New(errs.Precondition, "bootstrap: nobody owns this node; claim it first")
+	case sp.generation == 0:
+		return false, errs.New(errs.Precondition, "bootstrap: the node has no configuration; apply one first")
+	case sp.role != config.ControlPlane:
+		return false, errs.New(errs.Precondition, "bootstrap: the node's role is %q; the cluster is made on one of role %q", sp.role, config.ControlPlane)
+	case d.where != durable:
+		return false, errs.New(errs.Precondition, "bootstrap: volume STATE is not mounted; see the storage status")
+	}
+	c, data, err := newCluster(d.cfg.Random, d.cfg.Now())
+	if err != nil {
+		return false, err
+	}
+	if err := writeFile(d.folder(), clusterFile, data); err != nil {
+		return false, err
+	}
+	d.keys.Set(&keyring{os: k.os, tokens: k.tokens, cluster: c})
+	d.publish()
+	d.report()
+	d.log.Info("cluster's authorities made")
+	return false, nil
+}
+
+func (s trustServer) MintToken(ctx context.Context, r *trustv1.MintTokenRequest) (*trustv1.MintTokenResponse, error) {
+	k, _ := s.d.keys.Get()
+	if k.os == nil {
+		return nil, errs.New(errs.Precondition, "nobody owns this node; claim it first")
+	}
+	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles()); err != nil {
+		return nil, err
+	}
+	life, err := lifetime(r.GetTtlSeconds(), time.Hour, 30*day)
+	if err != nil {
+		return nil, err
+	}
+	serial, err := newSerial(s.d.cfg.Random)
+	if err != nil {
+		return nil, err
+	}
+	now := s.d.cfg.Now()
+	id, expires := serial.Text(16), now.Add(life).Truncate(time.Second)
+	t := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.MapClaims{
+		"iss": tokenIssuer, "aud": tokenAudience, "sub": r.GetName(), "roles": r.GetRoles(),
+		"jti": id, "iat": now.Unix(), "exp": expires.Unix(),
+	})
+	t.Header["kid"] = k.tokens[0].id
+	text, err := t.SignedString(k.tokens[0].private)
+	if err != nil {
+		return nil, err
+	}
+	s.d.count.tokens.Add(1)
+	s.d.log.Info("token minted", "name", r.GetName(), "roles", strings.Join(r.GetRoles(), ","), "id", id, "expires", expires.Format(time.RFC3339))
+	return &trustv1.MintTokenResponse{Token: text, Id: id, Expires: timestamppb.New(expires)}, nil
+}
+
+func (s trustServer) IssueCertificate(ctx context.Context, r *trustv1.IssueCertificateRequest) (*trustv1.IssueCertificateResponse, error) {
+	k, _ := s.d.keys.Get()
+	if k.os == nil {
+		return nil, errs.New(errs.Precondition, "nobody owns this node; claim it first")
+	}
+	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles()); err != nil {
+		return nil, err
+	}
+	life, err := lifetime(r.GetTtlSeconds(), day, ownerLife)
+	if err != nil {
+		return nil, err
+	}
+	csr, err := parseRequest(r.GetCsr())
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "%w", err)
+	}
+	cert, err := k.os.sign(csr.PublicKey, personal(r.GetName(), r.GetRoles(), life), s.d.cfg.Random, s.d.cfg.Now())
+	if err != nil {
+		return nil, err
+	}
+	s.d.remember("client", cert)
+	return &trustv1.IssueCertificateResponse{
+		Certificate: cert.Raw, Ca: k.os.cert.Raw, Serial: cert.SerialNumber.Text(16), Expires: timestamppb.New(cert.NotAfter),
+	}, nil
+}
+
+// checkGrant says whether a caller may hand out these roles: an admin all of them, others what they hold. It is pure.
+func checkGrant(c peer.Caller, name string, want []string) error {
+	if err := checkName(name); err != nil {
+		return errs.New(errs.Invalid, "name: %w", err)
+	}
+	if len(want) == 0 || len(want) > len(roles) {
+		return errs.New(errs.Invalid, "roles: %d roles; give 1 to %d of %q", len(want), len(roles), roles)
+	}
+	for i, r := range want {
+		if !slices.Contains(roles, r) || slices.Contains(want[:i], r) {
+			return errs.New(errs.Invalid, "roles: %q; allowed are, once each, %q", r, roles)
+		}
+		if !slices.Contains(c.Roles, "admin") && !slices.Contains(c.Roles, r) {
+			return errs.New(errs.Denied, "roles: %q: you cannot give what you do not hold; you hold %q", r, c.Roles)
+		}
+	}
+	return nil
+}
+
+// lifetime checks a time asked for in seconds.
+func lifetime(seconds uint64, standard, most time.Duration) (time.Duration, error) {
+	if seconds == 0 {
+		return standard, nil
+	}
+	if seconds > uint64(most/time.Second) {
+		return 0, errs.New(errs.Invalid, "ttl_seconds: %d; allowed is at most %d (%s), 0 means %s", seconds, most/time.Second, most, standard)
+	}
+	return time.Duration(seconds) * time.Second, nil
+}
+
+func (s trustServer) ListCertificates(context.Context, *trustv1.ListCertificatesRequest) (*trustv1.ListCertificatesResponse, error) {
+	k, _ := s.d.keys.Get()
+	out := &trustv1.ListCertificatesResponse{}
+	for _, a := range k.authorities() {
+		c := describe(a.name, a.cert)
+		c.Pem = string(a.pem)
+		out.Certificates = append(out.Certificates, c)
+	}
+	out.Certificates = append(out.Certificates, s.d.past.list()...)
+	return out, nil
+}
+
+func (k *keyring) authorities() []*authority {
+	var out []*authority
+	if k.os != nil {
+		out = append(out, k.os)
+	}
+	if k.cluster != nil {
+		out = append(out, k.cluster.etcd, k.cluster.kubernetes, k.cluster.frontProxy)
+	}
+	return out
+}
+
+type signerServer struct {
+	trustv1.UnimplementedSignerServer
+	d *Daemon
+}
+
+func (s signerServer) WatchTrust(_ *trustv1.WatchTrustRequest, out grpc.ServerStreamingServer[trustv1.TrustState]) error {
+	return s.d.trust.Watch(out.Context(), out.Send)
+}
+
+func (s signerServer) SignCertificate(ctx context.Context, r *trustv1.SignCertificateRequest) (*trustv1.SignCertificateResponse, error) {
+	who, _ := peer.From(ctx) // the socket's list has let it in
+	csr, err := parseRequest(r.GetCsr())
+	if err != nil {
+		return nil, errs.New(errs.Invalid, "%w", err)
+	}
+	if r.GetTtlSeconds() > uint64(ownerLife/time.Second) {
+		return nil, errs.New(errs.Invalid, "ttl_seconds: %d is more than any profile allows", r.GetTtlSeconds())
+	}
+	sp, _ := s.d.spec.Get()
+	l, err := decide(r.GetProfile(), who, csr, time.Duration(r.GetTtlSeconds())*time.Second, sp)
+	if err != nil {
+		s.d.count.refused.Add(1)
+		s.d.log.Warn("certificate refused", "user", who.Name(), "err", err.Error())
+		return nil, err
+	}
+	k, _ := s.d.keys.Get()
+	ca := profiles[r.GetProfile()].ca(k)
+	if ca == nil {
+		return nil, errs.New(errs.Precondition, "profile %q: its authority does not exist yet; claim and bootstrap the node", r.GetProfile())
+	}
+	cert, err := ca.sign(csr.PublicKey, l, s.d.cfg.Random, s.d.cfg.Now())
+	if err != nil {
+		return nil, err
+	}
+	s.d.remember(r.GetProfile(), cert)
+	return &trustv1.SignCertificateResponse{Certificate: string(pemCert(cert.Raw)), Ca: string(ca.pem)}, nil
+}
+
+// signed is the newest certificates that were signed, oldest overwritten first. The zero value is empty.
+type signed struct {
+	mu   sync.Mutex
+	ring []*trustv1.Certificate // guarded by mu
+	next int                    // guarded by mu
+}
+
+const maxSigned = 256
+
+func (s *signed) add(c *trustv1.Certificate) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.ring) < maxSigned {
+		s.ring = append(s.ring, c)
+		return
+	}
+	s.ring[s.next] = c
+	s.next = (s.next + 1) % maxSigned
+}
+
+// list returns them oldest first. The certificates must not be changed.
+func (s *signed) list() []*trustv1.Certificate {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Concat(s.ring[s.next:], s.ring[:s.next])
+}
+
+// remember notes a signed certificate for ListCertificates, the log and the figures.
+func (d *Daemon) remember(profile string, c *x509.Certificate) {
+	d.past.add(describe(profile, c))
+	d.count.signed.Add(1, profile)
+	d.log.Info("certificate signed", "profile", profile, "subject", c.Subject.String(), "serial", c.SerialNumber.Text(16), "expires", c.NotAfter.Format(time.RFC3339))
+}
+
+func describe(profile string, c *x509.Certificate) *trustv1.Certificate {
+	sum := sha256.Sum256(c.Raw)
+	names := slices.Clone(c.DNSNames)
+	for _, ip := range c.IPAddresses {
+		names = append(names, ip.String())
+	}
+	return &trustv1.Certificate{
+		Profile: profile, Subject: c.Subject.String(), Issuer: c.Issuer.String(), Serial: c.SerialNumber.Text(16),
+		NotBefore: timestamppb.New(c.NotBefore), NotAfter: timestamppb.New(c.NotAfter), Sha256: hex.EncodeToString(sum[:]), Names: names,
+	}
+}
+
+// folder is where keys are written. The caller holds d.mu.
+func (d *Daemon) folder() string {
+	if d.where == durable {
+		return d.cfg.StateDir
+	}
+	return d.cfg.Runtime
+}
+
+// forgetCode removes the code once it is of no use. The caller holds d.mu.
+func (d *Daemon) forgetCode() {
+	if err := wipe(filepath.Join(d.cfg.Runtime, codeFile)); err != nil {
+		d.log.Warn("claim code not wiped", "err", err.Error())
+	}
+}

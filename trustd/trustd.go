@@ -1,0 +1,187 @@
+// Package trustd is the node's authority: the only process that holds private keys of certificate authorities, token keys and
+// the key behind Kubernetes' secrets. Others send it requests and get signatures.
+//
+// It has no capability and no network. It may read and write its own two folders and the console. It must not know what
+// other daemons do with what it signs; who may ask for what is the table in profile.go.
+package trustd
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	externaljwtv1 "k8s.io/externaljwt/apis/v1"
+	kmsv2 "k8s.io/kms/apis/v2"
+
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/internal/unit"
+)
+
+// Config is fixed for the life of the process.
+type Config struct {
+	Env daemon.Env
+	// Runtime is the folder for keys until StateDir appears; both required.
+	Runtime, StateDir string
+	// ClaimKey is a file with a key that replaces the code on the console; it need not exist.
+	ClaimKey string
+	// Blocks is the kernel's folder of block devices; there one sees whether a STATE volume is on its way.
+	Blocks string
+	// Console is where the claim code is shown; nil: nowhere.
+	Console io.Writer
+	// Now and Random are the clock and the randomness; nil: the real ones.
+	Now    func() time.Time
+	Random io.Reader
+}
+
+// Daemon is trustd. Make it with New; Run must be called once.
+type Daemon struct {
+	cfg Config
+	log *slog.Logger
+
+	start time.Time
+
+	mu      sync.Mutex // serialises changes of keys and of where they lie
+	code    string     // guarded by mu; normalized claim code; "" once claimed or while it is not known whether it is
+	where   place      // guarded by mu
+	problem string     // guarded by mu; of the last look at the folders
+
+	keys  latest.Cell[*keyring]            // never nil
+	spec  latest.Cell[*spec]               // never nil
+	trust latest.Cell[*trustv1.TrustState] // made from keys and spec
+	state latest.Cell[*controlv1.State]    // made from spec and where
+	slow  chan struct{}                    // slots for answers to wrong proofs
+	past  signed                           // what was signed since the start
+	count figures
+}
+
+// Run is trustd as PID 1 starts it.
+func Run(ctx context.Context, env daemon.Env) error {
+	cfg := Config{
+		Env: env, Runtime: filepath.Join(unit.RunDir, env.Name), StateDir: filepath.Join(unit.StateDir, env.Name),
+		ClaimKey: filepath.Join(unit.RunDir, "claim-key"), Blocks: "/sys/class/block",
+	}
+	if env.Console != nil {
+		cfg.Console = env.Console
+	}
+	d, err := New(cfg)
+	if err != nil {
+		return err
+	}
+	return d.Run(ctx)
+}
+
+// New checks the configuration and reads the keys that are there already.
+func New(cfg Config) (*Daemon, error) {
+	if cfg.Env.Log == nil || cfg.Env.Metrics == nil || cfg.Runtime == "" || cfg.StateDir == "" {
+		return nil, errors.New("trustd: log, metrics and both folders are required")
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Random == nil {
+		cfg.Random = rand.Reader
+	}
+	d := &Daemon{cfg: cfg, log: cfg.Env.Log, start: cfg.Now(), slow: make(chan struct{}, wrongProofs), count: newFigures(cfg.Env.Metrics)}
+	d.keys.Set(&keyring{})
+	d.spec.Set(&spec{})
+	d.publish()
+	return d, nil
+}
+
+// Run serves until ctx is done; it returns ctx's error.
+func (d *Daemon) Run(ctx context.Context) error {
+	if err := d.settle(); err != nil {
+		d.log.Warn("keys not settled yet", "err", err.Error())
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.follow(ctx) })
+	g.Go(func() error {
+		return daemon.Serve(ctx, d.cfg.Env, callers(), func(s *grpc.Server) {
+			trustv1.RegisterClaimServer(s, claimServer{d: d})
+			trustv1.RegisterTrustServer(s, trustServer{d: d})
+			trustv1.RegisterSignerServer(s, signerServer{d: d})
+			externaljwtv1.RegisterExternalJWTSignerServer(s, jwtServer{d: d})
+			kmsv2.RegisterKeyManagementServiceServer(s, kmsServer{d: d})
+			controlv1.RegisterControlServer(s, controlServer{d: d})
+		})
+	})
+	return g.Wait()
+}
+
+// callers lists who may call what, besides apid (public services) and machined (control).
+func callers() peer.List {
+	return peer.List{
+		trustv1.Signer_ServiceDesc.ServiceName:                  {uid.Apid, uid.Gateway, uid.Etcdd, uid.Kubeletd},
+		externaljwtv1.ExternalJWTSigner_ServiceDesc.ServiceName: {uid.KubeAPIServer},
+		kmsv2.KeyManagementService_ServiceDesc.ServiceName:      {uid.KubeAPIServer},
+	}
+}
+
+// follow looks again and again until the keys lie on STATE. A mount gives no file event, so this asks; when
+// all is settled it asks no more.
+func (d *Daemon) follow(ctx context.Context) error {
+	timer := time.NewTimer(lookOften)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-timer.C:
+		}
+		err := d.settle()
+		if err == nil && d.settled() {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		next := lookOften
+		if d.cfg.Now().Sub(d.start) > lookOftenFor {
+			next = lookSeldom
+		}
+		timer.Reset(next)
+	}
+}
+
+// Pauses between two looks for the STATE volume: often while the machine boots, for every daemon waits for it.
+const (
+	lookOften    = 50 * time.Millisecond
+	lookSeldom   = 500 * time.Millisecond
+	lookOftenFor = 30 * time.Second
+)
+
+// banner is shown on the console while nobody owns the node.
+func banner(code string) string {
+	const line = "======================================================================"
+	if code == "" {
+		return "\n" + line + "\n  Nobody owns this node yet. It is claimed with the key that it was\n  started with (no code is shown): bhctl claim ADDRESS\n" + line + "\n\n"
+	}
+	return fmt.Sprintf("\n%s\n  Nobody owns this node yet.  Claim code:  %s\n  On your own machine:  bhctl claim ADDRESS\n%s\n\n", line, code, line)
+}
+
+func (d *Daemon) show(text string) {
+	if d.cfg.Console == nil {
+		return
+	}
+	if _, err := io.WriteString(d.cfg.Console, text); err != nil {
+		d.log.Warn("console not written", "err", err.Error())
+	}
+}
+
+// exists reports whether there is a folder at path.
+func exists(path string) bool {
+	st, err := os.Stat(path)
+	return err == nil && st.IsDir()
+}
