@@ -1,0 +1,112 @@
+// Command mkimage makes the bootable image: see docs/image.md.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"github.com/bulkhead-os/bulkhead/deploy/image"
+	"github.com/bulkhead-os/bulkhead/deploy/image/debian"
+)
+
+const usage = `usage:
+  mkimage build [flags]   make the image, if anything that it is made of changed
+  mkimage fetch           fetch the Debian packages of the lock into the cache
+  mkimage lock [FILE]     write a lock of the newest packages (default deploy/image/debian.lock)
+  mkimage show [DIR]      print what the image in DIR (default out/image) consists of
+`
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, os.Args[1:])
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "mkimage:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, args []string) error {
+	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+	dir, err := debian.DefaultCache()
+	if err != nil {
+		return err
+	}
+	cache := debian.Cache{Dir: dir, Log: log}
+	verb, rest := "help", args
+	if len(args) > 0 {
+		verb, rest = args[0], args[1:]
+	}
+	arg := func(fallback string) string {
+		if len(rest) > 0 {
+			return rest[0]
+		}
+		return fallback
+	}
+	switch verb {
+	case "build":
+		return build(ctx, rest, cache, log)
+	case "fetch":
+		l, err := image.Lock()
+		if err != nil {
+			return err
+		}
+		return cache.Fetch(ctx, l)
+	case "lock":
+		l, err := image.RefreshLock(ctx, cache)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(arg("deploy/image/debian.lock"), l.Format(), 0o644)
+	case "show":
+		m, err := image.ReadManifest(arg("out/image"))
+		if err == nil {
+			fmt.Print(m.Table())
+		}
+		return err
+	}
+	fmt.Fprint(os.Stderr, usage)
+	return errors.New("want build, fetch, lock or show")
+}
+
+func build(ctx context.Context, args []string, cache debian.Cache, log *slog.Logger) error {
+	cfg := image.Config{Cache: cache, Log: log}
+	f := flag.NewFlagSet("mkimage build", flag.ContinueOnError)
+	f.StringVar(&cfg.Bin, "bin", "out/bin", "`folder` of our binaries")
+	f.StringVar(&cfg.Kubernetes, "kubernetes", "", "`folder` of the Kubernetes set, or \"none\"")
+	f.StringVar(&cfg.Out, "out", "out/image", "`folder` of the image, replaced as a whole")
+	f.StringVar(&cfg.Version, "version", "0.1.0-dev", "`version` of the image")
+	f.StringVar(&cfg.ClaimKey, "claim-key", "", "`file` with a claim key that becomes part of the image")
+	f.IntVar(&cfg.Level, "level", 15, "`level` of compression, 1 to 22")
+	f.BoolVar(&cfg.AllowMissing, "allow-missing", false, "build without the binaries that do not exist")
+	if err := f.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return nil
+		}
+		return err
+	}
+	if f.NArg() > 0 {
+		return fmt.Errorf("unexpected %q", f.Arg(0))
+	}
+	if cfg.Kubernetes == "" {
+		return errors.New("--kubernetes FOLDER or --kubernetes none is required")
+	}
+	cfg.Out = filepath.Clean(cfg.Out)
+	m, built, err := image.Build(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	if built {
+		fmt.Print(m.Table())
+	} else {
+		fmt.Printf("%s: up to date (Bulkhead %s, root %.16s)\n", cfg.Out, m.Version, m.RootHash)
+	}
+	return nil
+}

@@ -1,0 +1,117 @@
+package image
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/bulkhead-os/bulkhead/deploy/image/verity"
+	"github.com/bulkhead-os/bulkhead/internal/gpt"
+)
+
+const (
+	mib = 1 << 20
+
+	// slotSize is that of a ROOT partition. It never changes: an upgrade must fit the slot that an old image made.
+	slotSize = 256 * mib
+	// treeSize holds the hash tree of a full slot: 1/128 of it, a little for the upper levels, a superblock.
+	treeSize = 4 * mib
+)
+
+// layout returns the partition table and the size of the disk for an image with that root hash. Pure.
+func layout(root [32]byte) (gpt.Table, int64) {
+	t := gpt.Table{DiskGUID: derived("disk", root)}
+	next := int64(mib)
+	for i, p := range []struct {
+		name string
+		typ  gpt.GUID
+		id   gpt.GUID
+		size int64
+	}{
+		{"ROOT-A", gpt.Root, gpt.GUID(root[:16]), slotSize},
+		{"VERITY-A", gpt.RootVerity, gpt.GUID(root[16:]), treeSize},
+		{"ROOT-B", gpt.Root, derived("ROOT-B", root), slotSize},
+		{"VERITY-B", gpt.RootVerity, derived("VERITY-B", root), treeSize},
+	} {
+		t.Partitions = append(t.Partitions, gpt.Partition{
+			Number: i + 1, Type: p.typ, GUID: p.id, Name: p.name, Attributes: gpt.AttrReadOnly | gpt.AttrNoAutoMount,
+			First: uint64(next / gpt.SectorSize), Last: uint64((next+p.size)/gpt.SectorSize) - 1,
+		})
+		next += p.size
+	}
+	return t, next + mib // room for the backup table
+}
+
+// derived makes a GUID that follows from the image, so that builds are reproducible.
+func derived(what string, root [32]byte) gpt.GUID {
+	sum := sha256.Sum256(append([]byte("bulkhead "+what+" "), root[:]...))
+	g := gpt.GUID(sum[:16])
+	g[6], g[8] = g[6]&0x0f|0x80, g[8]&0x3f|0x80 // version 8: its own affair
+	return g
+}
+
+// writeDisk writes the image's disk as a sparse file: the root's file system and its hash tree in slot A.
+func writeDisk(out, squashfs string, tree *verity.Tree) error {
+	table, size := layout(tree.Root)
+	f, err := os.OpenFile(out, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Truncate(size); err != nil {
+		return err
+	}
+	root, err := os.Open(squashfs)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if _, err := io.Copy(&sparseWriter{f: f, off: table.Partitions[0].Start()}, root); err != nil {
+		return err
+	}
+	if _, err := tree.WriteTo(&sparseWriter{f: f, off: table.Partitions[1].Start()}); err != nil {
+		return err
+	}
+	chunks, err := table.Encode(size)
+	if err != nil {
+		return err
+	}
+	for _, c := range chunks {
+		if _, err := f.WriteAt(c.Data, c.Offset); err != nil {
+			return err
+		}
+	}
+	return f.Close()
+}
+
+// fits says by how much something is too large for its place.
+func fits(what string, size, place int64) error {
+	if size > place {
+		return fmt.Errorf("%s is %d bytes, %d more than its partition of %d MiB holds", what, size, size-place, place/mib)
+	}
+	return nil
+}
+
+// sparseWriter writes from an offset on and leaves holes where whole blocks are zero.
+type sparseWriter struct {
+	f   *os.File
+	off int64
+}
+
+var zeros [64 << 10]byte
+
+func (w *sparseWriter) Write(b []byte) (int, error) {
+	done := 0
+	for done < len(b) {
+		n := min(len(b)-done, len(zeros))
+		if piece := b[done : done+n]; !bytes.Equal(piece, zeros[:n]) {
+			if _, err := w.f.WriteAt(piece, w.off); err != nil {
+				return done, err
+			}
+		}
+		done, w.off = done+n, w.off+int64(n)
+	}
+	return done, nil
+}
