@@ -2,7 +2,7 @@
 //
 // A unit is written as unit.json beside the daemon's code (more than one: <name>.unit.json). "make gen" checks
 // every such file and turns them into Go literals for PID 1, which therefore parses nothing at run time. This file must import nothing that
-// PID 1 should not hold; reading JSON is in parse.go and is linked only where it is called.
+// PID 1 should not hold; reading JSON is in package unitfile.
 package unit
 
 import "time"

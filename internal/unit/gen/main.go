@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
 )
 
 func main() {
@@ -24,7 +25,7 @@ func main() {
 }
 
 func run(tree, out string) error {
-	units, err := unit.Load(os.DirFS(tree))
+	units, err := unitfile.Load(os.DirFS(tree))
 	if err != nil {
 		return err
 	}

@@ -1,4 +1,4 @@
-package unit
+package unitfile
 
 import (
 	"os"
@@ -6,6 +6,8 @@ import (
 	"testing"
 	"testing/fstest"
 	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
 const good = `{"name": "x", "exec": ["/bin/x", "-v"], "user": "networkd", "groups": ["etcdd"], "capabilities": ["NET_ADMIN", "CHOWN"],
@@ -54,7 +56,7 @@ func TestLoadRefusesTwins(t *testing.T) {
 
 // TestUnits reads the units of this tree. Rules that hold for all of them stand here, once.
 func TestUnits(t *testing.T) {
-	units, err := Load(os.DirFS("../.."))
+	units, err := Load(os.DirFS("../../.."))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,8 +73,8 @@ func TestUnits(t *testing.T) {
 		if u.NewPrivileges && !workload[u.Name] {
 			t.Errorf("%s may gain privileges", u.Name)
 		}
-		if workload[u.Name] && (u.MountNamespace != "workload" || !strings.Contains(strings.Join(u.Hide, " "), SocketDir) || !strings.Contains(strings.Join(u.Hide, " "), StateDir)) {
-			t.Errorf("%s: the workload side must not see %s and %s; namespace %q hides %v", u.Name, SocketDir, StateDir, u.MountNamespace, u.Hide)
+		if workload[u.Name] && (u.MountNamespace != "workload" || !strings.Contains(strings.Join(u.Hide, " "), unit.SocketDir) || !strings.Contains(strings.Join(u.Hide, " "), unit.StateDir)) {
+			t.Errorf("%s: the workload side must not see %s and %s; namespace %q hides %v", u.Name, unit.SocketDir, unit.StateDir, u.MountNamespace, u.Hide)
 		}
 		if u.MemoryMax == 0 && !workload[u.Name] {
 			t.Errorf("%s has no memory limit", u.Name)

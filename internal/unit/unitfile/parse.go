@@ -1,4 +1,5 @@
-package unit
+// Package unitfile reads unit files. It stands apart from package unit so that PID 1 does not link what reads JSON.
+package unitfile
 
 import (
 	"bytes"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
 // file is unit.json as people write it.
@@ -45,17 +47,17 @@ type file struct {
 }
 
 // Parse reads one unit file. Unknown and wrong fields are errors that name the field, what was found and what is allowed.
-func Parse(data []byte) (Unit, error) {
+func Parse(data []byte) (unit.Unit, error) {
 	var f file
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(&f); err != nil {
-		return Unit{}, err
+		return unit.Unit{}, err
 	}
 	if dec.More() {
-		return Unit{}, fmt.Errorf("more than one JSON value")
+		return unit.Unit{}, fmt.Errorf("more than one JSON value")
 	}
-	u := Unit{
+	u := unit.Unit{
 		Name: f.Name, Exec: f.Exec, Env: f.Env, NewPrivileges: f.NewPrivileges, Network: f.Network, MountNamespace: f.MountNamespace,
 		Hide: f.Hide, Listen: f.Listen, Console: f.Console, PidsMax: f.PidsMax, CPUWeight: f.CPUWeight, Delegate: f.Delegate,
 		NoFile: f.NoFile, OOMScoreAdj: f.OOMScoreAdj, Restart: f.Restart, Autostart: f.Autostart, NotifyReady: f.NotifyReady, KillProcess: f.KillProcess,
@@ -81,9 +83,9 @@ func Parse(data []byte) (Unit, error) {
 		u.Owners = append(u.Owners, one("owners", o))
 	}
 	for _, c := range f.Capabilities {
-		bit := Capability(c)
+		bit := unit.Capability(c)
 		if c == "ALL" {
-			bit = AllCapabilities
+			bit = unit.AllCapabilities
 		}
 		if bit == 0 {
 			keep(fmt.Errorf("capabilities: no capability %q; write the names of capabilities(7) without CAP_, or ALL", c))
@@ -99,9 +101,9 @@ func Parse(data []byte) (Unit, error) {
 		}
 	}
 	if err != nil {
-		return Unit{}, err
+		return unit.Unit{}, err
 	}
-	return u, u.check()
+	return u, check(u)
 }
 
 func size(err error, s string) (uint64, error) {
@@ -109,9 +111,9 @@ func size(err error, s string) (uint64, error) {
 		return 0, err
 	}
 	var n uint64
-	var unit string
-	if _, e := fmt.Sscanf(s, "%d%s", &n, &unit); e == nil {
-		if shift, ok := map[string]uint{"K": 10, "M": 20, "G": 30}[unit]; ok && n < math.MaxUint64>>shift {
+	var letter string
+	if _, e := fmt.Sscanf(s, "%d%s", &n, &letter); e == nil {
+		if shift, ok := map[string]uint{"K": 10, "M": 20, "G": 30}[letter]; ok && n < math.MaxUint64>>shift {
 			return n << shift, nil
 		}
 	}
@@ -130,7 +132,7 @@ func duration(err error, field, s string) (time.Duration, error) {
 }
 
 // check finds what makes no sense in one unit by itself.
-func (u Unit) check() error {
+func check(u unit.Unit) error {
 	oneOf := func(field, got string, allowed ...string) error {
 		for _, a := range allowed {
 			if got == a {
@@ -172,8 +174,8 @@ func (u Unit) check() error {
 }
 
 // Load reads every unit.json and *.unit.json of a source tree, sorted by name, and checks them against each other.
-func Load(tree fs.FS) ([]Unit, error) {
-	var units []Unit
+func Load(tree fs.FS) ([]unit.Unit, error) {
+	var units []unit.Unit
 	from := map[string]string{}
 	err := fs.WalkDir(tree, ".", func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
