@@ -1,0 +1,192 @@
+package networkd
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/bulkhead-os/bulkhead/config"
+)
+
+// Family is an address family, as the firewall's two halves have it.
+type Family string
+
+const (
+	IPv4 Family = "ipv4"
+	IPv6 Family = "ipv6"
+)
+
+func (f Family) has(a netip.Addr) bool { return a.Is4() == (f == IPv4) }
+
+// chainPrefix begins the names of networkd's chains, and of no others. The rest is a hash of the rules: a chain's name says
+// what is in it, so the one in force is right or it is another one.
+const chainPrefix = "BULKHEAD-IN-"
+
+// Table is the part of one family's filter table that is networkd's.
+type Table struct {
+	Family Family
+	Chains []Chain  // sorted by name
+	Jumps  []string // the chains that INPUT enters, in order; a chain may appear twice
+}
+
+// Chain is one chain as the kernel has it.
+type Chain struct {
+	Name  string
+	Rules []string // as iptables-save(8) writes them, without "-A" and the chain
+	// Packets and Bytes are what each rule has matched; parallel to Rules, nil if unknown. Plans ignore them.
+	Packets, Bytes []uint64
+}
+
+// rule is one line of the firewall, for iptables and for people.
+type rule struct{ args, text string }
+
+// ingress returns what may come in, in the order in which it is tried. The spelling is that of iptables-save, because
+// what is read back is compared with it.
+func ingress(want Spec, managed []Link, f Family) []rule {
+	icmp := map[Family]string{IPv4: "icmp", IPv6: "ipv6-icmp"}[f]
+	out := []rule{
+		{"-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", "accept established, related"},
+		{"-i lo -j ACCEPT", "accept in lo"},
+		{"-p " + icmp + " -j ACCEPT", "accept " + icmp},
+	}
+	if f == IPv4 {
+		out = append(out, rule{"-p udp -m udp --sport 67 --dport 68 -j ACCEPT", "accept udp sport 67 dport 68"})
+	}
+	if want.Pods.IsValid() && f.has(want.Pods.Addr()) {
+		pods := want.Pods.Masked().String()
+		for _, l := range managed {
+			if want.Bridge { // a pod's packet cannot come from there: somebody pretends
+				out = append(out, rule{fmt.Sprintf("-s %s -i %s -j DROP", pods, l.Name), fmt.Sprintf("drop in %s from %s", l.Name, pods)})
+			}
+		}
+		out = append(out, rule{"-s " + pods + " -j ACCEPT", "accept from " + pods})
+	}
+	for _, port := range want.Ports {
+		if !slices.ContainsFunc(want.Network.Firewall.Allow, func(a config.Allow) bool { return a.Port == port && a.Protocol != "udp" }) {
+			out = append(out, accept("tcp", port, netip.Prefix{}, f))
+		}
+	}
+	for _, a := range want.Network.Firewall.Allow {
+		protocol := a.Protocol
+		if protocol == "" {
+			protocol = "tcp"
+		}
+		if len(a.From) == 0 {
+			out = append(out, accept(protocol, a.Port, netip.Prefix{}, f))
+		}
+		for _, from := range a.From {
+			if f.has(from.Addr()) {
+				out = append(out, accept(protocol, a.Port, from.Masked(), f))
+			}
+		}
+	}
+	return append(unique(out), rule{"-j DROP", "drop everything else"})
+}
+
+// accept opens a port to a prefix; the zero prefix is everybody.
+func accept(protocol string, port int, from netip.Prefix, f Family) rule {
+	match := ""
+	if from.IsValid() && from.Bits() > 0 {
+		match = "-s " + from.String() + " "
+	} else if f == IPv4 {
+		from = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	} else {
+		from = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	}
+	return rule{
+		args: fmt.Sprintf("%s-p %s -m %s --dport %d -j ACCEPT", match, protocol, protocol, port),
+		text: fmt.Sprintf("accept %s dport %d from %s", protocol, port, from),
+	}
+}
+
+// chainOf returns the chain with these rules.
+func chainOf(rules []rule) Chain {
+	var c Chain
+	h := sha256.New()
+	for _, r := range rules {
+		c.Rules = append(c.Rules, r.args)
+		h.Write([]byte(r.args + "\n"))
+	}
+	c.Name = chainPrefix + hex.EncodeToString(h.Sum(nil)[:4])
+	return c
+}
+
+// planFirewall builds the wanted chain whole, enters it, and only then leaves and deletes what was there before: at every
+// moment INPUT enters at least one whole chain, and each of them ends by dropping. A crash anywhere leaves work for the next plan.
+func planFirewall(want Spec, have State, managed []Link) []Step {
+	var steps []Step
+	if have.NoFirewall != "" {
+		steps = append(steps, Step{Op: opFirewallWait, Content: have.NoFirewall})
+	}
+	for _, t := range have.Tables {
+		do := func(op Op, name string, rules []string) {
+			steps = append(steps, Step{Op: op, Family: t.Family, Name: name, Rules: rules})
+		}
+		c := chainOf(ingress(want, managed, t.Family))
+		at := slices.IndexFunc(t.Chains, func(h Chain) bool { return h.Name == c.Name })
+		if at < 0 || !slices.Equal(t.Chains[at].Rules, c.Rules) {
+			do(opChainBuild, c.Name, c.Rules)
+		}
+		entered := false
+		for _, j := range t.Jumps {
+			entered = entered || j == c.Name
+		}
+		if !entered {
+			do(opJumpAdd, c.Name, nil)
+		}
+		seen := false
+		for _, j := range t.Jumps {
+			if j != c.Name || seen {
+				do(opJumpDel, j, nil)
+			}
+			seen = seen || j == c.Name
+		}
+		for _, h := range t.Chains {
+			if h.Name != c.Name {
+				do(opChainDel, h.Name, nil)
+			}
+		}
+	}
+	return steps
+}
+
+// parseSave reads what iptables-save -c -t filter prints. Chains and rules of others are passed over.
+func parseSave(f Family, text string) (Table, error) {
+	t := Table{Family: f}
+	chains := map[string]*Chain{}
+	for _, line := range strings.Split(text, "\n") {
+		if name, ok := strings.CutPrefix(line, ":"); ok {
+			name, _, _ = strings.Cut(name, " ")
+			if strings.HasPrefix(name, chainPrefix) {
+				chains[name] = &Chain{Name: name}
+			}
+			continue
+		}
+		counters, args, ok := strings.Cut(line, " -A ")
+		if !ok {
+			continue
+		}
+		chain, args, _ := strings.Cut(args, " ")
+		if target, ok := strings.CutPrefix(args, "-j "+chainPrefix); ok && chain == "INPUT" {
+			t.Jumps = append(t.Jumps, chainPrefix+target)
+			continue
+		}
+		c := chains[chain]
+		if c == nil {
+			continue
+		}
+		var packets, bytes uint64
+		if _, err := fmt.Sscanf(counters, "[%d:%d]", &packets, &bytes); err != nil {
+			return Table{}, fmt.Errorf("read firewall: counters of %q: %w", line, err)
+		}
+		c.Rules, c.Packets, c.Bytes = append(c.Rules, args), append(c.Packets, packets), append(c.Bytes, bytes)
+	}
+	for _, c := range chains {
+		t.Chains = append(t.Chains, *c)
+	}
+	slices.SortFunc(t.Chains, func(a, b Chain) int { return strings.Compare(a.Name, b.Name) })
+	return t, nil
+}

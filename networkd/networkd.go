@@ -1,0 +1,122 @@
+// Package networkd brings the network to what the document says: links, addresses, routes, DHCP leases, the resolver's files
+// and the ingress firewall.
+//
+// It is the only daemon that changes the network and the only one that parses what DHCP servers send. It knows nothing of pods
+// but their subnet, and leaves their links, routes and chains alone. Until machined sends a spec it makes the node reachable: DHCP on
+// every physical interface, and a firewall that lets in what the node's own doors need.
+package networkd
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/metrics"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/reconcile"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/networkd/dhcp"
+)
+
+// Config is fixed for the life of the process.
+type Config struct {
+	Env daemon.Env
+	// Dir is networkd's runtime folder: leases, the last spec, and the files that /etc links to. It must exist; a boot empties it.
+	Dir string
+	// Hostname is the name of a node whose document gives it none.
+	Hostname string
+	// Resync is the longest time between two looks; 0 means one minute.
+	Resync time.Duration
+}
+
+// Daemon is networkd. Make it with New.
+type Daemon struct {
+	cfg    Config
+	log    *slog.Logger
+	kernel kernel
+	loop   *reconcile.Loop[Spec, State, Step]
+	status latest.Cell[*networkv1.Status]
+	gauges gauges
+}
+
+// Run is networkd as PID 1 starts it.
+func Run(ctx context.Context, env daemon.Env) error {
+	id, err := os.ReadFile("/etc/machine-id")
+	if err != nil {
+		env.Log.Warn("no machine id: the node's default name is not its own", "err", err.Error())
+	}
+	d, err := New(Config{Env: env, Dir: filepath.Join(unit.RunDir, env.Name), Hostname: defaultHostname(strings.TrimSpace(string(id)))})
+	if err != nil {
+		return err
+	}
+	return d.Run(ctx)
+}
+
+// New reads what an earlier process left in the runtime folder and opens what is needed for good. It changes nothing yet.
+func New(cfg Config) (*Daemon, error) {
+	var d *Daemon
+	pool, err := dhcp.NewPool(cfg.Env.Log, cfg.Dir, func() { d.loop.Wake() })
+	if err != nil {
+		return nil, err
+	}
+	k, err := newLinux(cfg.Dir, pool)
+	if err != nil {
+		return nil, err
+	}
+	d = newDaemon(cfg, k)
+	return d, d.recall()
+}
+
+func newDaemon(cfg Config, k kernel) *Daemon {
+	d := &Daemon{cfg: cfg, log: cfg.Env.Log, kernel: k, gauges: newGauges(cfg.Env.Metrics)}
+	d.loop = reconcile.New(reconcile.System[Spec, State, Step]{
+		Parse:   func(documents []byte) (Spec, error) { return parse(documents, cfg.Hostname) },
+		Observe: k.Read,
+		Plan:    func(want Spec, have State) ([]Step, error) { return plan(want, have), nil },
+		Bare:    func(have State) ([]Step, error) { return plan(bare(cfg.Hostname), have), nil },
+		Apply:   k.Do,
+		Report:  d.report,
+	}, d.log, cfg.Resync)
+	d.status.Set(&networkv1.Status{})
+	return d
+}
+
+// Run serves until ctx is done and every goroutine it started has returned.
+func (d *Daemon) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.loop.Run(ctx) })
+	g.Go(func() error { return d.kernel.Run(ctx, d.loop.Wake) })
+	g.Go(func() error {
+		// kubeletd watches the node's addresses; both services are read by apid and, for control, by machined.
+		extra := peer.List{networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}}
+		return daemon.Serve(ctx, d.cfg.Env, extra, func(s *grpc.Server) {
+			networkv1.RegisterNetworkServer(s, &server{d: d})
+			controlv1.RegisterControlServer(s, &control{Control: reconcile.Control[Spec, State, Step]{Loop: d.loop, Metrics: d.metrics()}, d: d})
+		})
+	})
+	return g.Wait()
+}
+
+func (d *Daemon) metrics() *metrics.Set { return d.cfg.Env.Metrics }
+
+// defaultHostname is "bulkhead-" and six digits that follow from the machine's id.
+func defaultHostname(machineID string) string {
+	if len(machineID) >= 6 {
+		return "bulkhead-" + strings.ToLower(machineID[:6])
+	}
+	sum := sha256.Sum256([]byte(machineID))
+	return "bulkhead-" + hex.EncodeToString(sum[:3])
+}
