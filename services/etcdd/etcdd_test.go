@@ -1,0 +1,298 @@
+package etcdd
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/pem"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/metrics"
+	"github.com/bulkhead-os/bulkhead/internal/testca"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+)
+
+const document = "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n"
+
+// node is an etcdd in this process.
+type node struct {
+	ca      *testca.CA
+	client  string // etcd's address
+	cfg     Config
+	control controlv1.ControlClient
+	etcd    etcdv1.EtcdClient
+	stop    func() error
+}
+
+func free(t *testing.T) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// start runs etcdd in dir, as machined and apid in one.
+func start(t *testing.T, ca *testca.CA, dir string) *node {
+	t.Helper()
+	sock := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns atomic.Int32
+	n := &node{ca: ca, client: free(t)}
+	n.cfg = Config{Signer: ca, DataDir: filepath.Join(dir, "data"), RunDir: filepath.Join(dir, "run"), Client: n.client, Peer: free(t), HTTP: free(t),
+		Env: daemon.Env{Name: "etcdd", Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Listen: l, Ready: func() {},
+			Metrics: metrics.New("etcdd"), Who: func(net.Conn) (uid.ID, error) {
+				if conns.Add(1) == 1 {
+					return uid.Machined, nil
+				}
+				return uid.Apid, nil
+			}}}
+	if err := os.MkdirAll(n.cfg.RunDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	d, err := New(n.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- d.Run(ctx) }()
+	n.stop = func() error { cancel(); return <-done }
+	dial := func() *grpc.ClientConn {
+		c, err := grpc.NewClient("unix://"+sock, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	n.control = controlv1.NewControlClient(dial()) // the first connection is machined's, the second apid's
+	if _, err := n.control.SetSpec(t.Context(), &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: 1, Documents: []byte(document)}}); err != nil {
+		t.Fatal(err)
+	}
+	n.etcd = etcdv1.NewEtcdClient(dial())
+	return n
+}
+
+// until waits for a state of the loop.
+func (n *node) until(t *testing.T, ok func(*controlv1.State) bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+	defer cancel()
+	w, err := n.control.WatchState(ctx, &controlv1.WatchStateRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		s, err := w.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ok(s) {
+			return
+		}
+		t.Log(s)
+	}
+}
+
+func (n *node) as(t *testing.T, profile string) *clientv3.Client {
+	t.Helper()
+	c, err := clientv3.New(clientv3.Config{Logger: zap.NewNop(), Endpoints: []string{"https://" + n.client}, TLS: n.ca.Client(t, profile), DialTimeout: 5 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func TestMember(t *testing.T) {
+	ca, dir := testca.New(t), t.TempDir()
+	n := start(t, ca, dir)
+	n.until(t, func(s *controlv1.State) bool {
+		return len(s.GetPending()) == 1 && s.GetPending()[0] == "wait for volume VAR"
+	})
+	if st, err := n.etcd.GetStatus(t.Context(), &etcdv1.GetStatusRequest{}); err != nil || st.GetState() != "waiting" {
+		t.Fatalf("status without a volume: %v, %v, want waiting", st, err)
+	}
+	if err := os.Mkdir(n.cfg.DataDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	converged := func(s *controlv1.State) bool { return s.GetConverged() }
+	n.until(t, converged)
+
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	kube, own := n.as(t, "etcd-client-kube-apiserver"), n.as(t, "etcd-client-bulkhead")
+	t.Run("rights", func(t *testing.T) { rights(ctx, t, kube, own, n.as(t, "etcd-server")) })
+	t.Run("status", func(t *testing.T) {
+		st, err := n.etcd.GetStatus(ctx, &etcdv1.GetStatusRequest{})
+		if err != nil || st.GetState() != "running" || !st.GetLeader() || len(st.GetMembers()) != 1 || st.GetMembers()[0].GetName() != "n1" || st.GetRevision() < 2 {
+			t.Errorf("status: %v, %v", st, err)
+		}
+	})
+	t.Run("compact", func(t *testing.T) {
+		r, err := kube.Put(ctx, "/registry/a", "new")
+		if err != nil {
+			t.Fatal(err)
+		}
+		root := n.as(t, "etcd-root")
+		if _, err := compactTo(ctx, root, r.Header.Revision); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := root.Get(ctx, "/registry/a", clientv3.WithRev(r.Header.Revision-1)); !errors.Is(err, rpctypes.ErrCompacted) {
+			t.Errorf("a compacted revision reads as %v, want %v", err, rpctypes.ErrCompacted)
+		}
+		if got, err := kube.Get(ctx, compactKey); err != nil || len(got.Kvs) != 1 || string(got.Kvs[0].Value) != strconv.FormatInt(r.Header.Revision, 10) {
+			t.Errorf("%s: %v, %v, want %d", compactKey, got, err, r.Header.Revision)
+		}
+	})
+	t.Run("snapshot", func(t *testing.T) { snapshot(ctx, t, n.etcd) })
+	watch := kube.Watch(ctx, "/registry/", clientv3.WithPrefix()) // a clean stop must not wait for it
+	began := time.Now()
+	if err := n.stop(); !errors.Is(err, context.Canceled) {
+		t.Errorf("stop: %v", err)
+	}
+	if d := time.Since(began); d > 5*time.Second {
+		t.Errorf("stop took %s", d)
+	}
+	_ = watch
+	for _, f := range []string{serverFile, peerFile, caFile} {
+		if fi, err := os.Stat(filepath.Join(n.cfg.RunDir, f)); err != nil || fi.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v %v, want mode 0600", f, fi, err)
+		}
+	}
+
+	again := start(t, ca, dir)
+	again.until(t, converged)
+	if r, err := again.as(t, "etcd-client-kube-apiserver").Get(ctx, "/registry/a"); err != nil || len(r.Kvs) != 1 {
+		t.Errorf("after a restart: %v, %v, want the key", r, err)
+	}
+	if err := again.stop(); !errors.Is(err, context.Canceled) {
+		t.Errorf("stop: %v", err)
+	}
+}
+
+// rights tries what each user must and must not be able to do.
+func rights(ctx context.Context, t *testing.T, kube, own, stranger *clientv3.Client) {
+	put := func(c *clientv3.Client, key string) func() error {
+		return func() error { _, err := c.Put(ctx, key, "v"); return err }
+	}
+	for _, c := range []struct {
+		name string
+		do   func() error
+		ok   bool
+	}{
+		{"kube puts under /registry/", put(kube, "/registry/a"), true},
+		{"kube puts compact_rev_key", put(kube, "compact_rev_key"), true},
+		{"kube probes its health key", func() error { _, err := kube.Get(ctx, "/registry/health"); return err }, true},
+		{"kube lists", func() error { _, err := kube.Get(ctx, "/registry/pods/", clientv3.WithPrefix()); return err }, true},
+		{"kube asks for the status", func() error { _, err := kube.Status(ctx, kube.Endpoints()[0]); return err }, true},
+		{"kube grants a lease", func() error {
+			l, err := kube.Grant(ctx, 60)
+			if err == nil {
+				_, err = kube.Put(ctx, "/registry/events/e", "v", clientv3.WithLease(l.ID))
+			}
+			return err
+		}, true},
+		{"kube compacts", func() error { _, err := kube.Compact(ctx, 2); return err }, false}, // etcd 3.7 reserves it to root, hence compact.go
+		{"kube follows compactions", func() error { _, err := kube.Get(ctx, compactKey); return err }, true},
+		{"kube puts under /bulkhead/", put(kube, "/bulkhead/a"), false},
+		{"kube reads everything", func() error { _, err := kube.Get(ctx, "", clientv3.WithPrefix()); return err }, false},
+		{"kube adds a user", func() error { _, err := kube.UserAdd(ctx, "x", "y"); return err }, false},
+		{"kube takes a snapshot", func() error {
+			r, err := kube.Snapshot(ctx)
+			if err == nil {
+				_, err = io.Copy(io.Discard, r)
+			}
+			return err
+		}, false},
+		{"bulkhead puts under /bulkhead/", put(own, "/bulkhead/a"), true},
+		{"bulkhead reads a secret", func() error { _, err := own.Get(ctx, "/registry/a"); return err }, false},
+		{"the server's own certificate reads", func() error { _, err := stranger.Get(ctx, "/registry/a"); return err }, false},
+	} {
+		if err := c.do(); (err == nil) != c.ok {
+			t.Errorf("%s: %v, want allowed %v", c.name, err, c.ok)
+		}
+	}
+}
+
+func snapshot(ctx context.Context, t *testing.T, c etcdv1.EtcdClient) {
+	s, err := c.StreamSnapshot(ctx, &etcdv1.StreamSnapshotRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []byte
+	for {
+		m, err := s.Recv()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(m.GetData()) > chunk {
+			t.Fatalf("chunk of %d bytes, want at most %d", len(m.GetData()), chunk)
+		}
+		all = append(all, m.GetData()...)
+	}
+	if len(all) < 4096+sha256.Size {
+		t.Fatalf("snapshot has %d bytes", len(all))
+	}
+	body, sum := all[:len(all)-sha256.Size], all[len(all)-sha256.Size:]
+	if got := sha256.Sum256(body); !bytes.Equal(got[:], sum) {
+		t.Error("the snapshot's checksum is wrong")
+	}
+}
+
+func TestRenewedCertificateIsServed(t *testing.T) {
+	ca, dir := testca.New(t), t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "data"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	n := start(t, ca, dir)
+	defer n.stop()
+	n.until(t, func(s *controlv1.State) bool { return s.GetConverged() })
+	path := filepath.Join(n.cfg.RunDir, serverFile)
+	block := func() string {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, _ := pem.Decode(data)
+		return string(b.Bytes)
+	}
+	// A file that lost its content is written again.
+	before := block()
+	if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.control.SetSpec(t.Context(), &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: 2, Documents: []byte(document)}}); err != nil {
+		t.Fatal(err)
+	}
+	n.until(t, func(s *controlv1.State) bool { return s.GetConverged() && s.GetGeneration() == 2 })
+	if after := block(); after != before {
+		t.Error("the certificate's file was not restored")
+	}
+}

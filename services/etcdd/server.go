@@ -1,0 +1,101 @@
+package etcdd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"google.golang.org/grpc"
+
+	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+)
+
+// chunk is the size of a snapshot's pieces, in bytes; the proto promises it.
+const chunk = 64 << 10
+
+// snapshotTime is the longest that one snapshot may take; a client that does not read must not hold a read transaction for ever.
+const snapshotTime = 30 * time.Minute
+
+type server struct {
+	etcdv1.UnimplementedEtcdServer
+	d *Daemon
+}
+
+// StreamSnapshot reads through etcd's maintenance API, which needs no room on the disk.
+func (s *server) StreamSnapshot(_ *etcdv1.StreamSnapshotRequest, out grpc.ServerStreamingServer[etcdv1.Chunk]) error {
+	_, client := s.d.kernel.running()
+	if client == nil {
+		return errs.New(errs.Unavailable, "snapshot: the etcd member does not run: %s", s.d.loop.State().GetError())
+	}
+	select {
+	case s.d.snapshots <- struct{}{}:
+		defer func() { <-s.d.snapshots }()
+	default:
+		return errs.New(errs.Exhausted, "snapshot: another one is being taken; one at a time is allowed")
+	}
+	ctx, cancel := context.WithTimeout(out.Context(), snapshotTime)
+	defer cancel()
+	r, err := client.Snapshot(ctx)
+	if err != nil {
+		return fmt.Errorf("snapshot: %w", err)
+	}
+	defer r.Close()
+	for {
+		buf := make([]byte, chunk) // grpc may still hold the last one
+		n, err := io.ReadFull(r, buf)
+		if n > 0 {
+			if e := out.Send(&etcdv1.Chunk{Data: buf[:n]}); e != nil {
+				return e
+			}
+		}
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("snapshot: %w", err)
+		}
+	}
+}
+
+// GetStatus asks the member now, so that what it says is not older than the question.
+func (s *server) GetStatus(ctx context.Context, _ *etcdv1.GetStatusRequest) (*etcdv1.Status, error) {
+	loop := s.d.loop.State()
+	out := &etcdv1.Status{State: "waiting", Detail: loop.GetError()}
+	e, client := s.d.kernel.running()
+	if e == nil {
+		return out, nil
+	}
+	select {
+	case <-e.Server.ReadyNotify():
+	default:
+		out.State = "starting"
+		return out, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	f, err := readFigures(ctx, client, e)
+	if err != nil {
+		out.State, out.Detail = "error", errs.Text(err)
+		return out, nil
+	}
+	out.State = "running"
+	out.Version, out.MemberId, out.ClusterId, out.Leader = f.Version, f.ID, f.Cluster, f.Leader
+	out.Revision, out.RaftTerm, out.RaftIndex = f.Revision, f.Term, f.Index
+	out.DatabaseBytes, out.DatabaseUsedBytes = f.DatabaseBytes, f.DatabaseUsedByte
+	for _, m := range e.Server.Cluster().Members() {
+		out.Members = append(out.Members, &etcdv1.Member{
+			Id: hexID(uint64(m.ID)), Name: m.Name, PeerUrls: m.PeerURLs, ClientUrls: m.ClientURLs, Learner: m.IsLearner,
+		})
+	}
+	for _, a := range e.Server.Alarms() {
+		out.Alarms = append(out.Alarms, a.GetAlarm().String())
+	}
+	if len(out.Alarms) > 0 {
+		out.State = "error"
+		out.Detail = "alarm: with NOSPACE etcd takes only deletes until it is compacted, defragmented and disarmed"
+	}
+	return out, nil
+}
