@@ -1,0 +1,77 @@
+# Bulkhead. "make up" builds everything and boots a node; "make help" lists the targets.
+
+VERSION    ?= 0.1.0-dev
+KUBERNETES ?= out/kubernetes# or "none": an image without Kubernetes, built in seconds
+LEVEL      ?= 15# of zstd for the root; 3 packs faster and makes an image a fifth larger
+FUZZTIME   ?= 20s
+IMAGE      := out/image
+
+export CGO_ENABLED ?= 0
+GOBUILD = go build -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION)"
+NODE    = ./init $(wildcard ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd)
+HOST    = ./cmd/mkimage $(wildcard ./cmd/bhctl)
+
+.DELETE_ON_ERROR:
+.PHONY: help setup up down build kubernetes image reproducible test test-vm bench fuzz lint gen clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+setup: ## install the host's tools that are missing, by package name (Debian, Ubuntu)
+	@deploy/setup.sh
+
+up: setup image ## build all, boot one node in QEMU, wait until Kubernetes is Ready
+	@out/bin/bhctl up
+
+down: ## remove the machine of "make up"
+	@test ! -x out/bin/bhctl || out/bin/bhctl down
+
+build: ## our binaries, into out/bin
+	@mkdir -p out/bin
+	@$(GOBUILD) -o out/bin/ $(NODE) $(HOST)
+
+kubernetes: ## the Kubernetes set, into out/kubernetes (the first time: many minutes)
+ifeq ($(KUBERNETES),out/kubernetes)
+	@mkdir -p out
+	@dir=$$(deploy/build-kubernetes.sh | tail -n 1) && test -d "$$dir" && \
+	  { test "$$dir" -ef out/kubernetes || ln -sfn "$$dir" out/kubernetes; }
+endif
+
+image: build kubernetes ## the bootable image, into out/image
+	@out/bin/mkimage build --bin out/bin --kubernetes $(KUBERNETES) --out $(IMAGE) --version $(VERSION) --level $(LEVEL)
+
+reproducible: image ## build the image a second time, elsewhere and from nothing, and compare
+	@rm -rf out/again && mkdir -p out/again/bin
+	@GOCACHE=$(abspath out/again/gocache) $(GOBUILD) -o out/again/bin/ $(NODE) $(HOST)
+	@out/again/bin/mkimage build --bin out/again/bin --kubernetes $(KUBERNETES) --out out/again/image --version $(VERSION) --level $(LEVEL)
+	@cmp $(IMAGE)/manifest.json out/again/image/manifest.json
+	@for f in root.squashfs root.verity initramfs.cpio disk.raw vmlinuz cmdline; do cmp $(IMAGE)/$$f out/again/image/$$f || exit 1; done
+	@rm -rf out/again; echo "reproducible: two builds are the same, bit for bit"
+
+test: export CGO_ENABLED = 1
+test: ## every test that needs no virtual machine
+	@go test -race -json ./... | go run ./test/report
+
+test-vm: image ## the tests on the real image in QEMU
+	@BULKHEAD_VM=1 go test -json -count=1 -timeout 60m -p 1 ./test/machine/... ./deploy/qemu/... | go run ./test/report
+
+bench: image ## what the budgets of the design say, measured
+	@BULKHEAD_VM=1 go test -run '^$$' -bench . -benchtime 1x ./test/bench/...
+
+fuzz: ## every fuzz target for FUZZTIME
+	@go list -f '{{.ImportPath}} {{.Dir}}' ./... | while read -r pkg dir; do \
+	  grep -hoE '^func Fuzz[A-Za-z0-9_]+' "$$dir"/*_test.go 2>/dev/null | sed 's/^func //' | while read -r f; do \
+	    echo "== $$pkg $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$pkg" || exit 1; \
+	  done || exit 1; done
+
+lint: ## gofmt, vet, staticcheck
+	@test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
+	@go vet ./...
+	@go tool staticcheck ./...
+
+gen: ## generated code: protocols, units
+	@go run ./api/gen
+	@go generate ./...
+
+clean: ## remove what was built; caches outside the clone stay
+	@rm -rf out
