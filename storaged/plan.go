@@ -1,0 +1,479 @@
+package storaged
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/storaged/probe"
+)
+
+// Op is what a step does.
+type Op string
+
+// The steps there are. Each leaves the disk such that the next look sees how far things got.
+const (
+	opCreate Op = "gpt create" // writes an empty table
+	opRemove Op = "gpt remove" // takes a foreign partition out
+	opRepair Op = "gpt repair" // writes both copies anew, the backup at the end of the disk
+	opAdd    Op = "gpt add"    // adds a volume, marked as unformatted
+	opGrow   Op = "gpt grow"   // moves a volume's end
+	opTell   Op = "partition"  // tells the kernel where a partition is
+	opMkfs   Op = "mkfs"       // and takes the mark away
+	opFsck   Op = "fsck"
+	opMount  Op = "mount"
+	opGrowFS Op = "grow" // makes a mounted file system as large as its partition
+	opEntry  Op = "entry"
+)
+
+// A Step is one change. Fields that its Op does not need are zero.
+type Step struct {
+	Op          Op
+	Volume      VolumeName
+	Disk        string // "/dev/vda"
+	Device      string // "/dev/vda5"
+	Number      int
+	Start, Size int64  // of the partition, in bytes
+	Over        string // what is lost; "" if nothing that plan knows of
+	Wipe        bool   // foreign data may be lost
+	Entry       entry
+}
+
+// String is the form for people; the same in tests, logs and status.
+func (s Step) String() string {
+	over := ""
+	if s.Over != "" {
+		over = " over " + s.Over
+	}
+	switch s.Op {
+	case opCreate:
+		return fmt.Sprintf("gpt create on %s%s", s.Disk, over)
+	case opRemove:
+		return fmt.Sprintf("gpt remove %s on %s", s.Over, s.Disk)
+	case opRepair:
+		return fmt.Sprintf("gpt repair on %s", s.Disk)
+	case opAdd:
+		return fmt.Sprintf("gpt add %s %s on %s%s", s.Volume, sizeText(s.Size), s.Disk, over)
+	case opGrow:
+		return fmt.Sprintf("gpt grow %s to %s on %s", s.Volume, sizeText(s.Size), s.Disk)
+	case opTell:
+		return fmt.Sprintf("partition %s at %s size %s", s.Device, sizeText(s.Start), sizeText(s.Size))
+	case opEntry:
+		return s.Entry.String()
+	}
+	v := volumeNamed(s.Volume)
+	switch s.Op {
+	case opMkfs:
+		return fmt.Sprintf("mkfs ext4 %s label %s", s.Device, v.label)
+	case opMount:
+		return fmt.Sprintf("mount %s on %s %s", s.Device, v.target, v.options)
+	case opGrowFS:
+		return fmt.Sprintf("grow %s to the end of %s", v.name, s.Device)
+	}
+	return fmt.Sprintf("%s %s", s.Op, s.Device)
+}
+
+func (e entry) String() string {
+	at := volumeNamed(e.volume).target + "/" + e.path
+	switch {
+	case e.link != "":
+		return fmt.Sprintf("link %s to %s", at, e.link)
+	case e.marker:
+		return "mark " + at
+	}
+	mode := uint32(e.mode.Perm())
+	if e.mode != e.mode.Perm() {
+		mode |= 0o1000
+	}
+	return fmt.Sprintf("folder %s owner %s mode %04o", at, e.owner.Name(), mode)
+}
+
+// planBare returns the steps before there is a spec: volumes that are there already are mounted, because machined's
+// configuration lies on one of them. Nothing is written to a partition table and nothing is formatted.
+func planBare(have State) ([]Step, error) {
+	home, err := have.home("")
+	if home == nil || err != nil {
+		return nil, err
+	}
+	p := planner{have: have, disk: *home}
+	p.use(false)
+	return p.steps, p.err()
+}
+
+// plan returns the steps that lead to the spec, and why there is no way if there is none; then the steps still are worth doing:
+// a disk that cannot be made larger is no reason not to mount it. Equal inputs give equal steps.
+func plan(want config.Storage, have State) ([]Step, error) {
+	target, err := have.target(want.Disk)
+	device := ""
+	if target != nil {
+		device = target.Device
+	}
+	home, homeErr := have.home(device)
+	if homeErr != nil {
+		return nil, homeErr
+	}
+	if want.Filesystem != "" && want.Filesystem != "ext4" {
+		return nil, errs.New(errs.Invalid, "Storage.filesystem: %q is not known; \"ext4\" is", want.Filesystem)
+	}
+	if home != nil && (target == nil || home.Device != target.Device) {
+		p := planner{have: have, disk: *home}
+		p.use(false)
+		if err == nil {
+			err = errs.New(errs.Precondition, "STATE and VAR are on %s already, Storage.disk says %q: they are never moved; set Storage.disk to %q",
+				home, want.Disk, home.Device)
+		}
+		return p.steps, errors.Join(err, p.err())
+	}
+	if err != nil {
+		return nil, err
+	}
+	p := planner{have: have, want: want, disk: *target}
+	if p.missing() {
+		if err := p.make(); err != nil { // what is there already is used all the same
+			p.errors = append(p.errors, err)
+			p.disk = *target
+		}
+	} else if p.disk.Repair != "" && !p.disk.ReadOnly {
+		p.add(Step{Op: opRepair, Disk: p.disk.Device})
+	}
+	p.use(true)
+	return p.steps, p.err()
+}
+
+// target returns the disk that the spec means.
+func (s State) target(disk string) (*Disk, error) {
+	for i, d := range s.Disks {
+		if d.Device == disk || ((disk == "" || disk == "system") && d.System) {
+			return &s.Disks[i], nil
+		}
+	}
+	var names []string
+	for _, d := range s.Disks {
+		names = append(names, d.String())
+	}
+	list := "there is no disk at all"
+	if len(names) > 0 {
+		list = "there are " + strings.Join(names, ", ")
+	}
+	if disk == "" || disk == "system" {
+		return nil, errs.New(errs.Precondition, "the disk that the system was started from is not known; name one in Storage.disk: %s", list)
+	}
+	return nil, errs.New(errs.Precondition, "there is no disk %s; correct Storage.disk: %s", disk, list)
+}
+
+// home returns the disk that carries volumes of ours: that whose volumes are mounted, else the preferred one, else the system
+// disk, else the only one. It is nil if there is none.
+func (s State) home(prefer string) (*Disk, error) {
+	var all []*Disk
+	best, rank := (*Disk)(nil), 0
+	for i := range s.Disks {
+		d := &s.Disks[i]
+		r := 0
+		for _, v := range volumes {
+			if p, ok := d.volume(v); ok {
+				r = max(r, 1)
+				if s.isMounted(v, p) {
+					r = 4
+				}
+			}
+		}
+		if r == 0 {
+			continue
+		}
+		all = append(all, d)
+		if d.Device == prefer {
+			r = max(r, 3)
+		} else if d.System {
+			r = max(r, 2)
+		}
+		if r > rank {
+			best, rank = d, r
+		}
+	}
+	if rank == 1 && len(all) > 1 {
+		return nil, errs.New(errs.Precondition, "%s and %s both hold Bulkhead's STATE or VAR; take one of them away, or name one in Storage.disk", all[0], all[1])
+	}
+	return best, nil
+}
+
+func (d Disk) volume(v volume) (Partition, bool) {
+	if !d.HasTable {
+		return Partition{}, false
+	}
+	i := slices.IndexFunc(d.Partitions, func(p Partition) bool { return v.owns(p.Partition) })
+	if i < 0 {
+		return Partition{}, false
+	}
+	return d.Partitions[i], true
+}
+
+// A planner collects steps for one disk, and changes its copy of the disk as they would.
+type planner struct {
+	have   State
+	want   config.Storage
+	disk   Disk
+	steps  []Step
+	errors []error
+}
+
+func (p *planner) add(s Step) { p.steps = append(p.steps, s) }
+
+func (p *planner) fail(kind errs.Kind, format string, args ...any) {
+	p.errors = append(p.errors, errs.New(kind, format, args...))
+}
+
+// err keeps the kind of a single error.
+func (p *planner) err() error {
+	if len(p.errors) == 1 {
+		return p.errors[0]
+	}
+	return errors.Join(p.errors...)
+}
+
+func (p *planner) missing() bool {
+	for _, v := range volumes {
+		if _, ok := p.disk.volume(v); !ok {
+			return true
+		}
+	}
+	return false
+}
+
+// make adds the volumes that are missing.
+func (p *planner) make() error {
+	d := &p.disk
+	switch {
+	case d.Unreadable != "":
+		return errs.New(errs.Precondition, "%s cannot be read: %s; name another disk in Storage.disk", d, d.Unreadable)
+	case d.ReadOnly:
+		return errs.New(errs.Precondition, "%s is read-only; STATE and VAR must be written: name another disk in Storage.disk, or make it writable", d)
+	case d.SectorSize != gpt.SectorSize:
+		return errs.New(errs.Precondition, "%s has sectors of %d bytes, only %d can be used; name another disk in Storage.disk", d, d.SectorSize, gpt.SectorSize)
+	}
+	steps, err := p.clear()
+	if err != nil {
+		return err
+	}
+	adds, err := p.place()
+	if err != nil {
+		return err
+	}
+	p.steps = append(p.steps, append(steps, adds...)...)
+	return nil
+}
+
+// clear returns the steps that leave a good table without foreign partitions.
+func (p *planner) clear() ([]Step, error) {
+	d := &p.disk
+	lost := func(what string) error {
+		return errs.New(errs.Precondition, "%s holds %s, which would be lost; set Storage.wipe to true to allow that, or name another disk in Storage.disk", d, what)
+	}
+	if !d.HasTable {
+		what, step := d.Content.String(), Step{Op: opCreate, Disk: d.Device, Wipe: p.want.Wipe}
+		if d.Content.Data() {
+			step.Over = what
+		}
+		switch {
+		case d.TableError != "":
+			// It may be a table of ours: no wish of the user's covers that.
+			return nil, errs.New(errs.Precondition, "%s has a damaged partition table (%s), so it cannot be told what would be lost; repair it, "+
+				"or write zeros over the first and the last mebibyte, or name another disk in Storage.disk", d, d.TableError)
+		case d.Busy || d.System || slices.ContainsFunc(d.Partitions, func(q Partition) bool { return q.Busy }):
+			return nil, errs.New(errs.Precondition, "%s holds %s and is in use; name another disk in Storage.disk", d, what)
+		case d.Content.Data() && !p.want.Wipe:
+			return nil, lost(what)
+		}
+		d.HasTable, d.Partitions, d.Tail = true, nil, probe.Result{Kind: probe.Empty}
+		return []Step{step}, nil
+	}
+	var steps []Step
+	var names []string
+	for _, q := range d.Partitions {
+		if !foreign(q.Partition) {
+			continue
+		}
+		names = append(names, q.describe())
+		steps = append(steps, Step{Op: opRemove, Disk: d.Device, Device: q.Device, Number: q.Number, Start: q.Start(), Size: q.Size(), Over: q.describe(), Wipe: true})
+		if q.Busy {
+			return nil, errs.New(errs.Precondition, "%s holds %s, which is in use; name another disk in Storage.disk", d, q.describe())
+		}
+	}
+	if len(names) > 0 && !p.want.Wipe {
+		return nil, lost(strings.Join(names, ", "))
+	}
+	d.Partitions = slices.DeleteFunc(slices.Clone(d.Partitions), func(q Partition) bool { return foreign(q.Partition) })
+	if d.Repair != "" {
+		steps = append([]Step{{Op: opRepair, Disk: d.Device}}, steps...)
+	}
+	if len(names) == 0 && d.Tail.Data() && !p.want.Wipe {
+		start, _ := free(d.table(), d.Size)
+		return nil, lost(fmt.Sprintf("%s in the free space at %s (no partition, perhaps what an earlier installation left)", d.Tail, sizeText(start)))
+	}
+	return steps, nil
+}
+
+// place returns the steps that add the missing volumes behind all partitions.
+func (p *planner) place() ([]Step, error) {
+	d := &p.disk
+	start, room := free(d.table(), d.Size)
+	_, haveState := d.volume(volumeNamed(StateVolume))
+	_, haveVar := d.volume(volumeNamed(VarVolume))
+	state := int64(0)
+	need := []string{}
+	if !haveState {
+		if state = int64(p.want.StateSize); state == 0 {
+			state = defaultState
+		}
+		state = (state + align - 1) / align * align
+		need = append(need, "STATE needs "+sizeText(state))
+	}
+	least := state
+	if !haveVar {
+		least += minVar
+		need = append(need, "VAR at least "+sizeText(minVar))
+	}
+	if room < least {
+		return nil, errs.New(errs.Precondition, "%s is too small: %s free behind its last partition, %s; use a disk of at least %s, or name another one in Storage.disk",
+			d, sizeText(room), strings.Join(need, " and "), sizeText(start+least+align))
+	}
+	over := ""
+	if d.Tail.Data() {
+		over = d.Tail.String()
+	}
+	var steps []Step
+	for _, v := range volumes {
+		size := state
+		if v.name == VarVolume {
+			size = room - state
+		}
+		if _, ok := d.volume(v); ok || size == 0 {
+			continue
+		}
+		n := nextNumber(d.Partitions)
+		q := Partition{Partition: gpt.Partition{
+			Number: n, Name: string(v.name), Type: v.typ, Attributes: unformatted,
+			First: uint64(start / gpt.SectorSize), Last: uint64((start+size)/gpt.SectorSize) - 1,
+		}}
+		d.Partitions = append(d.Partitions, q)
+		steps = append(steps, Step{Op: opAdd, Volume: v.name, Disk: d.Device, Device: node(d.Device, n), Number: n, Start: start, Size: size, Over: over, Wipe: p.want.Wipe})
+		start, over = start+size, ""
+	}
+	return steps, nil
+}
+
+func nextNumber(all []Partition) int {
+	n := 0
+	for _, p := range all {
+		n = max(n, p.Number)
+	}
+	return n + 1
+}
+
+// use mounts the volumes and makes their entries; with a spec it formats and grows them too.
+func (p *planner) use(spec bool) {
+	for _, v := range volumes {
+		q, ok := p.disk.volume(v)
+		if !ok {
+			continue
+		}
+		if q.Attributes&unformatted != 0 && !spec {
+			continue
+		}
+		if p.volume(v, q, spec) {
+			p.entries(v, q)
+		}
+	}
+}
+
+// volume brings one volume up to being mounted, and reports whether there is a way.
+func (p *planner) volume(v volume, q Partition, spec bool) bool {
+	d := &p.disk
+	device := node(d.Device, q.Number)
+	step := Step{Volume: v.name, Disk: d.Device, Device: device, Number: q.Number, Start: q.Start(), Size: q.Size()}
+	do := func(op Op) { step.Op = op; p.add(step) }
+
+	if q.Device != "" && q.KernelStart != q.Start() {
+		p.fail(errs.Precondition, "%s of %s: the partition table says that it starts at byte %d, the kernel has %d; restart the machine", v.name, d, q.Start(), q.KernelStart)
+		return false
+	}
+	if spec && v.name == VarVolume {
+		if size := p.grown(q); size > 0 {
+			step.Size = size
+			do(opGrow)
+		}
+	}
+	if q.Device == "" || q.KernelSize < step.Size {
+		do(opTell)
+	}
+	// A mapping for encryption is opened here, and device is its node from here on.
+	mounted := p.have.isMounted(v, q)
+	if q.Attributes&unformatted != 0 {
+		if mounted || q.Busy {
+			p.fail(errs.Internal, "%s on %s is in use but marked as unformatted; restart the machine", v.name, device)
+			return false
+		}
+		do(opMkfs)
+		do(opMount)
+		return true
+	}
+	if !p.readable(v, q, device) {
+		return false
+	}
+	if !mounted {
+		if q.Content.Dirty {
+			do(opFsck)
+		}
+		do(opMount)
+	}
+	if spec && v.name == VarVolume && q.Content.Size > 0 && step.Size-q.Content.Size >= slack {
+		do(opGrowFS)
+	}
+	return true
+}
+
+// readable checks that a formatted volume carries what we once made on it. What does not is for a person: it is never formatted.
+func (p *planner) readable(v volume, q Partition, device string) bool {
+	c := q.Content
+	if c.Kind == probe.Unread || (c.Kind == probe.Ext4 && c.Label == v.label) {
+		return true
+	}
+	p.fail(errs.Precondition, "%s on %s of %s: found %s where the file system ext4 %q must be; it is never formatted again: repair it, or remove partition %d to start anew",
+		v.name, device, &p.disk, c, v.label, q.Number)
+	return false
+}
+
+// grown returns the size that VAR could have, or 0 if it is not worth it.
+func (p *planner) grown(q Partition) int64 {
+	start, room := free(p.disk.table(), p.disk.Size)
+	for _, o := range p.disk.Partitions {
+		if o.First > q.First {
+			return 0
+		}
+	}
+	if room < slack || p.disk.ReadOnly {
+		return 0
+	}
+	return start + room - q.Start()
+}
+
+func (p *planner) entries(v volume, q Partition) {
+	var seen map[string]found
+	if p.have.isMounted(v, q) {
+		seen = p.have.Entries[v.name]
+	}
+	for _, e := range entries {
+		if e.volume != v.name {
+			continue
+		}
+		switch seen[e.path] {
+		case absent, skewed:
+			p.add(Step{Op: opEntry, Volume: v.name, Entry: e})
+		case another:
+			p.fail(errs.Precondition, "%s/%s: something else is in its place (wanted: %s); remove it", v.target, e.path, e)
+		}
+	}
+}

@@ -1,0 +1,128 @@
+package storaged
+
+import (
+	"cmp"
+	"slices"
+
+	"google.golang.org/protobuf/proto"
+
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
+	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/metrics"
+	"github.com/bulkhead-os/bulkhead/storaged/probe"
+)
+
+// maxMounts bounds the mounts in a status.
+const maxMounts = 512
+
+// report is called by the loop after each round.
+func (d *Daemon) report(have State) {
+	now := d.loop.State()
+	_, desired := d.loop.Spec()
+	st := status(have, now)
+	d.meters.set(st, desired)
+	if was, _ := d.status.Get(); !proto.Equal(was, st) {
+		d.status.Set(st)
+	}
+}
+
+// status is what was found, for people. Lists are sorted.
+func status(have State, loop *controlv1.State) *storagev1.Status {
+	st := &storagev1.Status{
+		Generation: loop.GetGeneration(), Converged: loop.GetConverged(), Pending: loop.GetPending(), Error: loop.GetError(),
+	}
+	for _, d := range have.Disks {
+		st.Disks = append(st.Disks, &storagev1.Disk{
+			Device: d.Device, SizeBytes: uint64(d.Size), Transport: d.Transport, Model: d.Model, Serial: d.Serial,
+			ReadOnly: d.ReadOnly, Rotational: d.Rotational, Content: string(d.Content.Kind), System: d.System,
+		})
+		for _, p := range d.Partitions {
+			q := &storagev1.Partition{
+				Device: node(d.Device, p.Number), Disk: d.Device, Number: uint32(p.Number), Label: p.Name,
+				StartBytes: uint64(p.Start()), SizeBytes: uint64(p.Size()),
+			}
+			if p.GUID != (gpt.GUID{}) {
+				q.TypeGuid, q.Guid = p.Type.String(), p.GUID.String()
+			}
+			st.Partitions = append(st.Partitions, q)
+		}
+	}
+	for _, v := range volumes {
+		st.Volumes = append(st.Volumes, volumeStatus(have, v))
+	}
+	for _, m := range have.Mounts[:min(len(have.Mounts), maxMounts)] {
+		st.Mounts = append(st.Mounts, &storagev1.Mount{Source: m.Source, Target: m.Target, Filesystem: m.Filesystem, Options: m.Options})
+	}
+	slices.SortStableFunc(st.Mounts, func(a, b *storagev1.Mount) int { return cmp.Compare(a.Target, b.Target) })
+	return st
+}
+
+func volumeStatus(have State, v volume) *storagev1.Volume {
+	out := &storagev1.Volume{Name: string(v.name), State: "missing"}
+	home, err := have.home("")
+	if err != nil {
+		out.State, out.Detail = "error", err.Error()
+		return out
+	}
+	if home == nil {
+		return out
+	}
+	p, ok := home.volume(v)
+	if !ok {
+		return out
+	}
+	out.Device, out.SizeBytes, out.Encryption = node(home.Device, p.Number), uint64(p.Size()), "none"
+	switch whole := p.Content.Kind == probe.Ext4 && p.Content.Label == v.label; {
+	case have.isMounted(v, p):
+		s := have.Volumes[v.name]
+		out.State, out.Filesystem = "mounted", "ext4"
+		out.SizeBytes, out.FreeBytes = uint64(s.Size), uint64(s.Free/mib*mib) // the newest few KiB are no change worth telling
+		if p.Content.Dirty {
+			out.Detail = "the file system has recorded errors; it is checked at the next boot"
+		}
+	case p.Attributes&unformatted != 0:
+		out.Detail = "has a partition, which is not formatted yet"
+	case whole:
+		out.State, out.Filesystem = "formatted", "ext4"
+	default:
+		out.State, out.Detail = "error", "found "+p.Content.String()+" where the file system ext4 must be"
+	}
+	return out
+}
+
+// meters are the figures for Prometheus.
+type meters struct {
+	desired, observed, converged  *metrics.Vec
+	disks, volumeSize, volumeFree *metrics.Vec
+}
+
+func newMeters(s *metrics.Set) meters {
+	return meters{
+		desired:    s.Gauge("bulkhead_storaged_generation_desired", "Generation of the configuration that was handed out last."),
+		observed:   s.Gauge("bulkhead_storaged_generation_observed", "Generation of the configuration in the last round."),
+		converged:  s.Gauge("bulkhead_storaged_converged", "1 if the last round found nothing left to do."),
+		disks:      s.Gauge("bulkhead_storaged_disks", "Disks that are seen."),
+		volumeSize: s.Gauge("bulkhead_storaged_volume_size_bytes", "Size of a mounted volume's file system.", "volume"),
+		volumeFree: s.Gauge("bulkhead_storaged_volume_free_bytes", "What programs other than root may still write to a mounted volume.", "volume"),
+	}
+}
+
+func (m meters) set(st *storagev1.Status, desired uint64) {
+	m.desired.Set(float64(desired))
+	m.observed.Set(float64(st.Generation))
+	converged := 0.0
+	if st.Converged {
+		converged = 1
+	}
+	m.converged.Set(converged)
+	m.disks.Set(float64(len(st.Disks)))
+	m.volumeSize.Reset()
+	m.volumeFree.Reset()
+	for _, v := range st.Volumes {
+		if v.State == "mounted" {
+			m.volumeSize.Set(float64(v.SizeBytes), v.Name)
+			m.volumeFree.Set(float64(v.FreeBytes), v.Name)
+		}
+	}
+}
