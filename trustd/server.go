@@ -193,7 +193,12 @@ type signerServer struct {
 }
 
 func (s signerServer) WatchTrust(_ *trustv1.WatchTrustRequest, out grpc.ServerStreamingServer[trustv1.TrustState]) error {
-	return s.d.trust.Watch(out.Context(), out.Send)
+	return s.d.trust.Watch(out.Context(), func(t *trustv1.TrustState) error {
+		if t == nil {
+			return nil
+		}
+		return out.Send(t)
+	})
 }
 
 func (s signerServer) SignCertificate(ctx context.Context, r *trustv1.SignCertificateRequest) (*trustv1.SignCertificateResponse, error) {

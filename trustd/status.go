@@ -43,8 +43,11 @@ func newFigures(s *metrics.Set) figures {
 	return f
 }
 
-// publish makes what others can trust from keys and spec. The caller is New or holds d.mu.
+// publish makes what others can trust from keys and spec. The caller holds d.mu.
 func (d *Daemon) publish() {
+	if d.where == unknown {
+		return // "not claimed" would be a guess
+	}
 	k, _ := d.keys.Get()
 	sp, _ := d.spec.Get()
 	t := &trustv1.TrustState{Claimed: k.os != nil, Bootstrapped: k.cluster != nil, Names: sp.allNames()}

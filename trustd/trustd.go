@@ -98,7 +98,7 @@ func New(cfg Config) (*Daemon, error) {
 	d := &Daemon{cfg: cfg, log: cfg.Env.Log, start: cfg.Now(), slow: make(chan struct{}, wrongProofs), count: newFigures(cfg.Env.Metrics)}
 	d.keys.Set(&keyring{})
 	d.spec.Set(&spec{})
-	d.publish()
+	d.report()
 	return d, nil
 }
 

@@ -1,0 +1,165 @@
+package apid
+
+import (
+	"crypto/ed25519"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/golang-jwt/jwt/v5"
+
+	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+)
+
+// identity is a caller whose credentials were checked.
+type identity struct {
+	name    string
+	roles   []string  // "admin", "operator", "reader", "etcd-backup"; others are dropped
+	expires time.Time // of the credentials
+}
+
+// Of certificates and tokens; trustd makes them.
+const (
+	rolePrefix    = "bulkhead:"
+	tokenIssuer   = "bulkhead"
+	tokenAudience = "bulkhead-api"
+	maxToken      = 4 << 10 // bytes
+	maxChain      = 4       // certificates from a client
+	tokenLeeway   = 10 * time.Second
+)
+
+// roleNames are the roles as credentials write them.
+var roleNames = map[authv1.Role]string{
+	authv1.Role_ADMIN: "admin", authv1.Role_OPERATOR: "operator", authv1.Role_READER: "reader", authv1.Role_ETCD_BACKUP: "etcd-backup",
+}
+
+// holders lists, for a role that a method needs, who holds it. What is not in it is held by nobody.
+var holders = map[authv1.Role][]string{
+	authv1.Role_READER:      {"reader", "operator", "admin"},
+	authv1.Role_OPERATOR:    {"operator", "admin"},
+	authv1.Role_ADMIN:       {"admin"},
+	authv1.Role_ETCD_BACKUP: {"etcd-backup"},
+}
+
+// holds reports whether one of the caller's roles is among those that a method needs.
+func holds(roles []string, need []authv1.Role) bool {
+	for _, n := range need {
+		for _, h := range holders[n] {
+			if slices.Contains(roles, h) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// errStranger is the only thing that callers without credentials learn.
+var errStranger = errs.New(errs.Unauthenticated, "no valid credentials: call with a client certificate or a bearer token of this cluster")
+
+// allow decides about one call. r is nil for methods without a route. It is pure.
+func allow(r *route, who identity, authErr error, claimed bool) error {
+	if r != nil && slices.Contains(r.need, authv1.Role_CLAIM) {
+		if claimed {
+			return errs.New(errs.Precondition, "this node has an owner already; ask them for credentials")
+		}
+		return nil
+	}
+	if authErr != nil {
+		return authErr
+	}
+	if r == nil {
+		return errs.New(errs.NotFound, "there is no such method for callers from outside of the node")
+	}
+	if !holds(who.roles, r.need) {
+		var names []string
+		for _, n := range r.need {
+			names = append(names, roleNames[n])
+		}
+		return errs.New(errs.Denied, "%s needs role %s; %q has %s", r.name(), strings.Join(names, " or "), who.name, strings.Join(append(slices.Clone(who.roles), "no other"), ", "))
+	}
+	return nil
+}
+
+// fromCertificate checks a client's chain. Texts of errors name nothing but what the caller sent. It is pure.
+func fromCertificate(chain []*x509.Certificate, roots *x509.CertPool, now time.Time) (identity, error) {
+	if len(chain) == 0 || roots == nil {
+		return identity{}, errStranger
+	}
+	if len(chain) > maxChain {
+		return identity{}, errStranger
+	}
+	between := x509.NewCertPool()
+	for _, c := range chain[1:] {
+		between.AddCert(c)
+	}
+	_, err := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}})
+	if err != nil {
+		// Only the holder of a certificate that was valid once is told that it expired.
+		late := chain[0].NotAfter.Add(-time.Second)
+		if _, e := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: late, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); e == nil && now.After(late) {
+			return identity{}, errs.New(errs.Unauthenticated, "your certificate expired at %s", chain[0].NotAfter.UTC().Format(time.RFC3339))
+		}
+		return identity{}, errStranger
+	}
+	id := identity{name: chain[0].Subject.CommonName, expires: chain[0].NotAfter}
+	for _, o := range chain[0].Subject.Organization {
+		if role, ok := strings.CutPrefix(o, rolePrefix); ok {
+			id.roles = append(id.roles, role)
+		}
+	}
+	id.roles = known(id.roles)
+	return id, nil
+}
+
+// fromToken checks a bearer token. It is pure.
+func fromToken(text string, keys []*trustv1.TokenKey, now time.Time) (identity, error) {
+	if len(text) > maxToken || len(keys) == 0 {
+		return identity{}, errStranger
+	}
+	var claims struct {
+		jwt.RegisteredClaims
+		Roles []string `json:"roles"`
+	}
+	p := jwt.NewParser(jwt.WithValidMethods([]string{jwt.SigningMethodEdDSA.Alg()}), jwt.WithIssuer(tokenIssuer), jwt.WithAudience(tokenAudience),
+		jwt.WithExpirationRequired(), jwt.WithLeeway(tokenLeeway), jwt.WithTimeFunc(func() time.Time { return now }))
+	_, err := p.ParseWithClaims(text, &claims, func(t *jwt.Token) (any, error) {
+		for _, k := range keys {
+			if k.GetId() == t.Header["kid"] {
+				public, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
+				if err != nil {
+					return nil, err
+				}
+				if e, ok := public.(ed25519.PublicKey); ok {
+					return e, nil
+				}
+			}
+		}
+		return nil, fmt.Errorf("no such key")
+	})
+	switch {
+	// The signature is checked before the claims: a forger learns nothing here.
+	case errors.Is(err, jwt.ErrTokenExpired) && !errors.Is(err, jwt.ErrTokenSignatureInvalid):
+		return identity{}, errs.New(errs.Unauthenticated, "your token expired at %s", claims.ExpiresAt.UTC().Format(time.RFC3339))
+	case err != nil || claims.Subject == "":
+		return identity{}, errStranger
+	}
+	return identity{name: claims.Subject, roles: known(claims.Roles), expires: claims.ExpiresAt.Time}, nil
+}
+
+// known drops what is no role, and repetitions.
+func known(roles []string) []string {
+	var out []string
+	for _, r := range roles {
+		for _, n := range roleNames {
+			if r == n && !slices.Contains(out, r) {
+				out = append(out, r)
+			}
+		}
+	}
+	return out
+}

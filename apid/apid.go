@@ -1,0 +1,150 @@
+// Package apid is the gRPC door of the node: it ends TLS, finds out who calls, checks the role that the method's proto asks for,
+// writes the audit log and passes the call on, byte by byte, to the daemon that serves it.
+//
+// It has no capability, no network but the listener that PID 1 hands it, and no state but what trustd tells it. It must not
+// know what is in a message, but for trust.v1.Claim, into which it puts what ties the claim to its connection.
+package apid
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/leaf"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+)
+
+// Config is fixed for the life of the process.
+type Config struct {
+	Env daemon.Env
+	// Socket returns the path of a daemon's socket; nil: peer.Socket.
+	Socket func(daemon string) string
+	// Now is the clock; nil: the real one.
+	Now func() time.Time
+	// Routes replaces what the linked protos say; nil: those. Only tests set it.
+	Routes map[string]*route
+}
+
+// Daemon is apid. Make it with New; Run must be called once.
+type Daemon struct {
+	cfg    Config
+	log    *slog.Logger
+	routes map[string]*route           // by full method, "/service/Method"
+	conns  map[string]*grpc.ClientConn // by daemon
+	trust  *leaf.Trust
+	leaf   *leaf.Leaf
+	tls    *identityCard
+	gate   *gate
+	audit  *auditor
+	claims chan struct{} // slots for calls without an identity
+	count  figures
+	spec   latest.Cell[spec]
+	state  latest.Cell[*controlv1.State]
+}
+
+// Run is apid as PID 1 starts it.
+func Run(ctx context.Context, env daemon.Env) error {
+	d, err := New(Config{Env: env})
+	if err != nil {
+		return err
+	}
+	return d.Run(ctx)
+}
+
+// New makes the routes; it opens no connection yet.
+func New(cfg Config) (*Daemon, error) {
+	if cfg.Env.Log == nil || cfg.Env.Listen == nil || cfg.Env.TCP == nil || cfg.Env.Metrics == nil {
+		return nil, errors.New("apid: log, metrics and both listeners are required")
+	}
+	if cfg.Socket == nil {
+		cfg.Socket = peer.Socket
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Routes == nil {
+		cfg.Routes = linkedRoutes()
+	}
+	d := &Daemon{cfg: cfg, log: cfg.Env.Log, routes: cfg.Routes, conns: map[string]*grpc.ClientConn{}, claims: make(chan struct{}, maxClaims)}
+	d.count = newFigures(cfg.Env.Metrics)
+	for _, r := range d.routes {
+		if r.daemon == "" || d.conns[r.daemon] != nil {
+			continue
+		}
+		conn, err := peer.Dial(cfg.Socket(r.daemon), backendOptions()...)
+		if err != nil {
+			return nil, err
+		}
+		d.conns[r.daemon] = conn
+	}
+	if d.conns[trustd] == nil {
+		conn, err := peer.Dial(cfg.Socket(trustd), backendOptions()...)
+		if err != nil {
+			return nil, err
+		}
+		d.conns[trustd] = conn
+	}
+	signer := trustv1.NewSignerClient(d.conns[trustd])
+	d.trust = leaf.NewTrust(signer, d.log)
+	d.leaf = leaf.New(leaf.Config{Signer: signer, Profile: "apid-server", Trust: d.trust, Log: d.log})
+	d.tls = &identityCard{trust: d.trust, leaf: d.leaf, now: cfg.Now}
+	d.gate = newGate(cfg.Env.TCP, d.count)
+	d.audit = newAuditor(d.log, cfg.Now, d.count)
+	d.state.Set(&controlv1.State{})
+	return d, nil
+}
+
+const trustd = "trustd"
+
+// Run serves until ctx is done; it returns ctx's error after open calls have had a few seconds to end.
+func (d *Daemon) Run(ctx context.Context) error {
+	defer func() {
+		for _, c := range d.conns {
+			if err := c.Close(); err != nil {
+				d.log.Debug("connection not closed", "err", err.Error())
+			}
+		}
+	}()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.trust.Run(ctx) })
+	g.Go(func() error { return d.leaf.Run(ctx) })
+	g.Go(func() error { return serve(ctx, d.localServer(), daemon.Limit(d.cfg.Env.Listen, maxLocal)) })
+	g.Go(func() error {
+		// Until it is known whose certificate to show, callers wait in the listener's backlog.
+		if err := d.tls.wait(ctx); err != nil {
+			return err
+		}
+		return serve(ctx, d.publicServer(), d.gate)
+	})
+	d.cfg.Env.Ready()
+	return g.Wait()
+}
+
+const (
+	drain    = 3 * time.Second
+	maxLocal = 64 // connections to the Unix socket; gateway needs one, machined too
+)
+
+func serve(ctx context.Context, s *grpc.Server, l net.Listener) error {
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	force := time.AfterFunc(drain, s.Stop)
+	s.GracefulStop()
+	force.Stop()
+	<-done
+	return ctx.Err()
+}

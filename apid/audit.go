@@ -1,0 +1,52 @@
+package apid
+
+import (
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Refused calls come from strangers at any rate: so many lines a second, and so many at once.
+const (
+	refusedRate  = 5
+	refusedBurst = 20
+)
+
+// auditor writes one line for each call that changes something or gives out a secret.
+type auditor struct {
+	log   *slog.Logger
+	now   func() time.Time
+	count figures
+
+	mu     sync.Mutex
+	tokens float64   // guarded by mu; lines about refused calls that may be written
+	at     time.Time // guarded by mu
+}
+
+func newAuditor(log *slog.Logger, now func() time.Time, count figures) *auditor {
+	return &auditor{log: log, now: now, count: count, tokens: refusedBurst, at: now()}
+}
+
+// write is called before the client has the answer. refused says that the call was not let in.
+func (a *auditor) write(c *call, node string, err error, refused bool) {
+	if refused && !a.take() {
+		a.count.auditDropped.Add(1)
+		return
+	}
+	a.log.Info("audit", "who", c.who.name, "roles", strings.Join(c.who.roles, ","), "method", c.method, "peer", c.peer, "node", node,
+		"code", codeOf(err).String(), "dur", a.now().Sub(c.start).String())
+}
+
+func (a *auditor) take() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := a.now()
+	a.tokens = min(refusedBurst, a.tokens+now.Sub(a.at).Seconds()*refusedRate)
+	a.at = now
+	if a.tokens < 1 {
+		return false
+	}
+	a.tokens--
+	return true
+}

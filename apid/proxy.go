@@ -1,0 +1,191 @@
+package apid
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	_ "google.golang.org/grpc/encoding/proto" // registers the codec that raw falls back to
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/claim"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+)
+
+const (
+	// leastTime is what a call must have left when it arrives: with less it would only make work.
+	leastTime = 5 * time.Millisecond
+	// unaryTime bounds calls whose caller sets no deadline.
+	unaryTime = 2 * time.Minute
+	// backendWindow is how much a daemon may send ahead of a slow client, per call and per daemon.
+	backendWindow     = 128 << 10
+	backendConnWindow = 1 << 20
+	maxClaims         = 64 // calls without an identity, at once
+)
+
+// backendOptions are those of connections to daemons.
+func backendOptions() []grpc.DialOption {
+	return []grpc.DialOption{
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(daemon.MaxMessage), grpc.MaxCallSendMsgSize(daemon.MaxMessage)),
+		grpc.WithInitialWindowSize(backendWindow), grpc.WithInitialConnWindowSize(backendConnWindow), grpc.WithSharedWriteBuffer(true),
+	}
+}
+
+// frame is one message as it came from the wire. It is sent exactly once, which passes its buffers on.
+type frame struct{ data mem.BufferSlice }
+
+// raw is a codec that leaves frames alone and knows protobuf for all else (health, reflection, claim).
+type raw struct{ proto encoding.CodecV2 }
+
+func newRaw() raw { return raw{encoding.GetCodecV2("proto")} }
+
+func (c raw) Marshal(v any) (mem.BufferSlice, error) {
+	if f, ok := v.(*frame); ok {
+		return f.data, nil
+	}
+	return c.proto.Marshal(v)
+}
+
+func (c raw) Unmarshal(data mem.BufferSlice, v any) error {
+	if f, ok := v.(*frame); ok {
+		data.Ref() // grpc frees its own reference when this returns; sending frees this one
+		f.data = data
+		return nil
+	}
+	return c.proto.Unmarshal(data, v)
+}
+
+func (raw) Name() string { return "proto" }
+
+// forward is the handler of all methods that apid does not serve itself. The interceptor has let the call in.
+func (d *Daemon) forward(_ any, in grpc.ServerStream) error {
+	c := callFrom(in.Context())
+	if c == nil || c.route.daemon == "" {
+		return errs.New(errs.NotFound, "there is no such method for callers from outside of the node")
+	}
+	ctx, cancel := context.WithCancel(in.Context())
+	defer cancel()
+	if _, ok := ctx.Deadline(); !ok && !c.route.stream.ServerStreams {
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeout(ctx, unaryTime)
+		defer stop()
+	}
+	if c.claim {
+		return d.forwardClaim(ctx, in, c)
+	}
+	out, err := d.open(ctx, c)
+	if err != nil {
+		return err
+	}
+	if c.route.stream.ClientStreams {
+		return both(in, out, cancel)
+	}
+	if err := pass(in, out); err != nil {
+		return err
+	}
+	if !c.route.stream.ServerStreams {
+		return pass(out, in)
+	}
+	return answers(in, out)
+}
+
+// open starts the call to the daemon, in the name of the caller. Nothing else of the client's metadata is passed on.
+func (d *Daemon) open(ctx context.Context, c *call) (grpc.ClientStream, error) {
+	md := metadata.MD{peer.CallerKey: {c.who.name}}
+	md.Append(peer.RolesKey, c.who.roles...)
+	return d.conns[c.route.daemon].NewStream(metadata.NewOutgoingContext(ctx, md), &c.route.stream, c.route.name(), grpc.ForceCodecV2(newRaw()))
+}
+
+type receiver interface{ RecvMsg(any) error }
+type sender interface{ SendMsg(any) error }
+
+// pass moves one message. io.EOF means that there are no more, or that the other side has ended: its RecvMsg says why.
+func pass(from receiver, to sender) error {
+	var f frame
+	if err := from.RecvMsg(&f); err != nil {
+		return err
+	}
+	if err := to.SendMsg(&f); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	return nil
+}
+
+// answers moves all messages of the daemon to the client, and then its status.
+func answers(in grpc.ServerStream, out grpc.ClientStream) error {
+	for {
+		if err := pass(out, in); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
+}
+
+// both moves messages in both directions at once.
+func both(in grpc.ServerStream, out grpc.ClientStream, cancel context.CancelFunc) error {
+	go func() {
+		for {
+			if err := pass(in, out); errors.Is(err, io.EOF) {
+				if out.CloseSend() != nil {
+					cancel()
+				}
+				return
+			} else if err != nil { // the client is gone
+				cancel()
+				return
+			}
+		}
+	}()
+	// The pump is not waited for: it ends when grpc ends the incoming stream, which is after this returned.
+	return answers(in, out)
+}
+
+// forwardClaim puts the binding of the caller's TLS connection into the request: that, and not what a caller sends, counts.
+func (d *Daemon) forwardClaim(ctx context.Context, in grpc.ServerStream, c *call) error {
+	if c.conn == nil {
+		return errStranger
+	}
+	select {
+	case d.claims <- struct{}{}:
+		defer func() { <-d.claims }()
+	default:
+		return errs.New(errs.Exhausted, "too many claims at once; try again")
+	}
+	req := &trustv1.ClaimRequest{}
+	if err := in.RecvMsg(req); err != nil {
+		return err
+	}
+	binding, err := claim.Binding(c.conn.state)
+	if err != nil {
+		return fmt.Errorf("claim: %w", err)
+	}
+	req.ChannelBinding = binding
+	resp, err := trustv1.NewClaimClient(d.conns[c.route.daemon]).Claim(ctx, req)
+	if err != nil {
+		return err
+	}
+	return in.SendMsg(proto.Message(resp))
+}
+
+// codeOf returns the status code under which an outcome is counted and logged.
+func codeOf(err error) codes.Code {
+	if errors.Is(err, context.Canceled) {
+		return codes.Canceled
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return codes.DeadlineExceeded
+	}
+	return status.Code(err)
+}

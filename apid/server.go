@@ -1,0 +1,210 @@
+package apid
+
+import (
+	"context"
+	"net/netip"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/grpc/reflection"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	reflectionv1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
+	"google.golang.org/grpc/status"
+
+	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+)
+
+// Bounds of a connection.
+const (
+	maxStreams = 128
+	maxHeaders = 16 << 10
+	// window is how much a client may send ahead, per call and per connection: with maxConns it bounds memory.
+	window      = 64 << 10
+	idleTime    = 10 * time.Minute
+	readBuffer  = 8 << 10
+	writeBuffer = 16 << 10
+)
+
+// call is one call that the interceptor looks at.
+type call struct {
+	route  *route // nil: there is none
+	method string // as the client wrote it, shortened
+	who    identity
+	conn   *tlsConn // nil: over the Unix socket
+	peer   string   // address, or "gateway"
+	start  time.Time
+	claim  bool
+}
+
+type callKey struct{}
+
+func callFrom(ctx context.Context) *call {
+	c, _ := ctx.Value(callKey{}).(*call)
+	return c
+}
+
+// publicServer answers on TCP.
+func (d *Daemon) publicServer() *grpc.Server {
+	return d.server(
+		grpc.Creds(serverCreds{d.tls.config()}), grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second, MaxConnectionIdle: idleTime}),
+		grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window),
+		grpc.ReadBufferSize(readBuffer), grpc.WriteBufferSize(writeBuffer),
+	)
+}
+
+// localServer answers on the Unix socket: gateway, whose callers show tokens, and machined.
+func (d *Daemon) localServer() *grpc.Server {
+	list := peer.List{
+		controlv1.Control_ServiceDesc.ServiceName: {uid.Machined},
+		healthv1.Health_ServiceDesc.ServiceName:   {uid.Machined},
+	}
+	for _, r := range d.routes {
+		if !slices.Contains(list[r.service], uid.Gateway) {
+			list[r.service] = append(list[r.service], uid.Gateway)
+		}
+	}
+	s := d.server(append(peer.ServerOptions(list, d.cfg.Env.Who), grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute}))...)
+	controlv1.RegisterControlServer(s, controlServer{d: d})
+	return s
+}
+
+func (d *Daemon) server(opts ...grpc.ServerOption) *grpc.Server {
+	s := grpc.NewServer(append(opts,
+		grpc.ForceServerCodecV2(newRaw()),
+		grpc.UnknownServiceHandler(d.forward),
+		grpc.MaxRecvMsgSize(daemon.MaxMessage), grpc.MaxConcurrentStreams(maxStreams), grpc.MaxHeaderListSize(maxHeaders), grpc.SharedWriteBuffer(true),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, si *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
+			err = d.guard(ctx, si.FullMethod, func(ctx context.Context) (err error) {
+				resp, err = h(ctx, req)
+				return err
+			})
+			return resp, err
+		}),
+		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, si *grpc.StreamServerInfo, h grpc.StreamHandler) error {
+			return d.guard(ss.Context(), si.FullMethod, func(ctx context.Context) error { return h(srv, &stream{ss, ctx}) })
+		}),
+	)...)
+	healthv1.RegisterHealthServer(s, healthServer{d: d})
+	services := reflection.ServerOptions{Services: listed(d.routes)}
+	reflectionv1.RegisterServerReflectionServer(s, reflection.NewServerV1(services))
+	reflectionv1alpha.RegisterServerReflectionServer(s, reflection.NewServer(services))
+	return s
+}
+
+// stream carries the context that guard made.
+type stream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s *stream) Context() context.Context { return s.ctx }
+
+// guard stands before every call, of whatever kind: who is it, may they, and afterwards what became of it.
+func (d *Daemon) guard(ctx context.Context, method string, next func(context.Context) error) (err error) {
+	if id, ok := peer.From(ctx); ok && id == uid.Machined { // the socket's list lets it call control and health only
+		return next(ctx)
+	}
+	c := &call{route: d.routes[method], method: method, start: d.cfg.Now()}
+	err = d.enter(ctx, c)
+	refused := err != nil
+	if !refused {
+		err = d.run(context.WithValue(ctx, callKey{}, c), c, next)
+	}
+	if c.route == nil {
+		c.method = "unknown" // a stranger's text belongs in no log
+	}
+	if c.route == nil || c.route.audited() {
+		s, _ := d.spec.Get()
+		d.audit.write(c, s.hostname, err, refused)
+	}
+	d.count.call(c, err)
+	return err
+}
+
+// enter finds out who calls and decides.
+func (d *Daemon) enter(ctx context.Context, c *call) error {
+	roots, _ := d.trust.Roots()
+	md, _ := metadata.FromIncomingContext(ctx)
+	if p, ok := grpcpeer.FromContext(ctx); ok {
+		c.conn, _ = p.AuthInfo.(*tlsConn)
+		c.peer = p.Addr.String()
+	}
+	if c.conn == nil {
+		c.peer = "gateway " + forwardedFor(md)
+	}
+	var authErr error
+	if text, has := bearer(md); has { // who shows a token means it: a wrong one is not made good by a certificate
+		c.who, authErr = fromToken(text, roots.State.GetTokenKeys(), c.start)
+	} else if c.conn != nil {
+		c.who, authErr = c.conn.who(roots, c.start)
+	} else {
+		authErr = errStranger
+	}
+	if authErr == nil && c.conn != nil && c.conn.conn != nil {
+		c.conn.conn.known.Store(true)
+	}
+	if err := allow(c.route, c.who, authErr, roots.State.GetClaimed()); err != nil {
+		return err
+	}
+	c.claim = slices.Contains(c.route.need, authv1.Role_CLAIM)
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < leastTime {
+		return status.Error(codes.DeadlineExceeded, "less than "+leastTime.String()+" were left when the call arrived")
+	}
+	return nil
+}
+
+// run turns a panic in one call into that call's error; the others go on.
+func (d *Daemon) run(ctx context.Context, c *call, next func(context.Context) error) (err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			d.log.Error("call panicked", "method", c.method, "err", r, "stack", string(debug.Stack()))
+			err = errs.New(errs.Internal, "apid: internal error; its log has the details")
+		}
+	}()
+	return next(ctx)
+}
+
+// bearer returns the token of a call.
+func bearer(md metadata.MD) (text string, has bool) {
+	v := md.Get("authorization")
+	if len(v) == 0 {
+		return "", false
+	}
+	const scheme = "bearer "
+	if len(v) > 1 || len(v[0]) < len(scheme) || !strings.EqualFold(v[0][:len(scheme)], scheme) {
+		return "", true // shown, but nothing that can be right
+	}
+	return strings.TrimSpace(v[0][len(scheme):]), true
+}
+
+// forwardedFor returns the client's address as gateway names it, "" if it names none.
+func forwardedFor(md metadata.MD) string {
+	v := md.Get("x-forwarded-for")
+	if len(v) == 0 {
+		return ""
+	}
+	last := v[len(v)-1]
+	if i := strings.LastIndexByte(last, ','); i >= 0 {
+		last = last[i+1:]
+	}
+	a, err := netip.ParseAddr(strings.TrimSpace(last))
+	if err != nil {
+		return ""
+	}
+	return a.String()
+}

@@ -1,0 +1,147 @@
+package apid
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"math/big"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/credentials"
+
+	"github.com/bulkhead-os/bulkhead/internal/leaf"
+)
+
+// identityCard is what the node shows to clients: a certificate of its own making until somebody owns it, trustd's from then on.
+type identityCard struct {
+	trust *leaf.Trust
+	leaf  *leaf.Leaf
+	now   func() time.Time
+
+	mu   sync.Mutex
+	self *tls.Certificate // guarded by mu; made when first needed, lives as long as the process
+}
+
+// wait returns when it is known which certificate to show.
+func (i *identityCard) wait(ctx context.Context) error {
+	for {
+		roots, changed := i.trust.Roots()
+		pair, signed := i.leaf.Pair()
+		if roots.Known && (!roots.State.GetClaimed() || pair != nil) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		case <-signed:
+		}
+	}
+}
+
+func (i *identityCard) certificate(h *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	if roots, _ := i.trust.Roots(); roots.State.GetClaimed() {
+		// Just after the claim the signature may take a moment; the handshake's deadline bounds it.
+		pair, err := i.leaf.Wait(h.Context())
+		if err != nil {
+			return nil, err
+		}
+		return pair.TLS, nil
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.self == nil {
+		var err error
+		if i.self, err = selfSigned(i.now()); err != nil {
+			return nil, err
+		}
+	}
+	return i.self, nil
+}
+
+// selfSigned makes a certificate that nobody can trust and that says nothing about the node.
+func selfSigned(now time.Time) (*tls.Certificate, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(now.UnixNano()), Subject: pkix.Name{CommonName: "bulkhead unclaimed"}, DNSNames: []string{"bulkhead"},
+		NotBefore: now.Add(-24 * time.Hour), NotAfter: now.Add(10 * 365 * 24 * time.Hour),
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
+}
+
+// config is that of the TCP listener. Client certificates are checked with each call and not in the handshake: who comes with an
+// old or foreign one gets an answer that says so, and a connection does not outlive its certificate.
+func (i *identityCard) config() *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13, GetCertificate: i.certificate, ClientAuth: tls.RequestClientCert,
+		NextProtos: []string{"h2"}, SessionTicketsDisabled: true,
+	}
+}
+
+// tlsConn is the grpc.AuthInfo of a connection over TCP.
+type tlsConn struct {
+	credentials.CommonAuthInfo
+	state tls.ConnectionState
+	conn  *conn // in the gate
+	seen  atomic.Pointer[checked]
+}
+
+func (*tlsConn) AuthType() string { return "tls" }
+
+// checked is the verdict about the connection's certificate under one state of trust.
+type checked struct {
+	roots *leaf.Roots
+	who   identity
+	err   error
+}
+
+// who returns the identity in the connection's certificate. The signature is checked once, the time always.
+func (t *tlsConn) who(roots *leaf.Roots, now time.Time) (identity, error) {
+	c := t.seen.Load()
+	if c == nil || c.roots != roots || c.err == nil && now.After(c.who.expires) {
+		c = &checked{roots: roots}
+		c.who, c.err = fromCertificate(t.state.PeerCertificates, roots.OS, now)
+		t.seen.Store(c)
+	}
+	return c.who, c.err
+}
+
+// serverCreds ends TLS and ties the connection to its place in the gate.
+type serverCreds struct{ config *tls.Config }
+
+func (s serverCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	c := tls.Server(raw, s.config)
+	if err := c.HandshakeContext(context.Background()); err != nil { // grpc has set a deadline on the connection
+		return nil, nil, errors.Join(err, raw.Close())
+	}
+	state := c.ConnectionState()
+	if state.NegotiatedProtocol != "h2" {
+		return nil, nil, errors.Join(fmt.Errorf("client speaks %q, not HTTP/2", state.NegotiatedProtocol), raw.Close())
+	}
+	info := &tlsConn{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, state: state}
+	info.conn, _ = raw.(*conn)
+	return c, info, nil
+}
+
+func (serverCreds) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("apid: these credentials are for servers")
+}
+func (serverCreds) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "tls", SecurityVersion: "1.3"}
+}
+func (s serverCreds) Clone() credentials.TransportCredentials { return s }
+func (serverCreds) OverrideServerName(string) error           { return nil }
