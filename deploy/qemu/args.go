@@ -1,0 +1,72 @@
+package qemu
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"strings"
+)
+
+const (
+	accelKVM = "kvm"
+	accelTCG = "tcg"
+
+	program = "qemu-system-x86_64"
+)
+
+// emulated is added to the command line where every instruction is emulated: it turns off what guards against real
+// hardware's flaws and against nothing here, and what costs seconds at boot. It never belongs to the image.
+const emulated = "mitigations=off no5lvl tsc=reliable nokaslr init_on_alloc=0 apparmor=0 audit=0 cryptomgr.notests"
+
+// args returns QEMU's arguments. It is pure: cmdline is the image's, accel is decided, ports are known, claimed says
+// whether there is a claim key. Names of files are relative to the machine's folder, in which QEMU is started, but for
+// the pid file, whose full name tells this machine's QEMU from all others.
+func (m Machine) args(cmdline, accel string, claimed bool) []string {
+	cmdline = strings.TrimSpace(cmdline)
+	cpu, accelerator := "host", "kvm"
+	if accel == accelTCG {
+		cpu, accelerator = "max", "tcg,thread=multi"
+		cmdline += " " + emulated
+	}
+	if m.Append != "" {
+		cmdline += " " + m.Append
+	}
+	cache := "unsafe"
+	if m.Durable {
+		cache = "writeback"
+	}
+	a := []string{
+		"-name", "bulkhead-" + m.Name, "-uuid", m.UUID, "-no-user-config", "-nodefaults", "-display", "none", "-daemonize",
+		"-pidfile", m.pidPath(),
+		"-machine", "q35", "-accel", accelerator, "-cpu", cpu, "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprint(m.Memory),
+		"-kernel", "vmlinuz", "-initrd", "initramfs.cpio", "-append", cmdline,
+		"-drive", "file=" + diskFile + ",format=raw,if=none,id=disk,discard=unmap,cache=" + cache,
+		"-device", "virtio-blk-pci,drive=disk",
+		"-netdev", m.netdev(), "-device", "virtio-net-pci,netdev=net,romfile=,mac=" + mac(m.Name),
+		"-device", "virtio-rng-pci",
+		"-device", "i6300esb", "-action", "watchdog=reset",
+		"-chardev", "file,id=console,path=" + ConsoleFile, "-serial", "chardev:console",
+		"-qmp", "unix:" + qmpSocket + ",server=on,wait=off",
+	}
+	if claimed {
+		a = append(a, "-fw_cfg", "name=opt/dev.bulkhead/claim-key,file="+ClaimKeyFile)
+	}
+	return append(a, m.Extra...)
+}
+
+func (m Machine) netdev() string {
+	var b strings.Builder
+	b.WriteString("user,id=net")
+	if m.Isolated {
+		b.WriteString(",restrict=on")
+	}
+	for _, f := range m.Forwards {
+		fmt.Fprintf(&b, ",hostfwd=tcp:127.0.0.1:%d-:%d", f.Host, f.Guest)
+	}
+	return b.String()
+}
+
+// mac follows from the name, so that a machine keeps its address: in QEMU's own range.
+func mac(name string) string {
+	s := sha256.Sum256([]byte(name))
+	return fmt.Sprintf("52:54:00:%02x:%02x:%02x", s[0], s[1], s[2])
+}

@@ -1,0 +1,63 @@
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+)
+
+// QMP gives the machine's QEMU a command without arguments, such as "system_reset", and waits until it is accepted.
+func (m Machine) QMP(ctx context.Context, command string) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	// Through the folder's descriptor: a socket's name may have 107 bytes only.
+	dir, err := os.Open(m.Dir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), qmpSocket))
+	if err != nil {
+		return fmt.Errorf("machine %s: %w", m.Name, errors.Unwrap(err))
+	}
+	defer conn.Close()
+	if t, ok := ctx.Deadline(); ok {
+		if err := conn.SetDeadline(t); err != nil {
+			return err
+		}
+	}
+	if err := talk(conn, "qmp_capabilities", command); err != nil {
+		return fmt.Errorf("machine %s: %w", m.Name, err)
+	}
+	return nil
+}
+
+// talk sends commands and reads until each is answered; greetings and events are skipped.
+func talk(conn net.Conn, commands ...string) error {
+	dec := json.NewDecoder(conn)
+	for _, command := range commands {
+		if err := json.NewEncoder(conn).Encode(map[string]string{"execute": command}); err != nil {
+			return fmt.Errorf("qmp %s: %w", command, err)
+		}
+		for {
+			var answer struct {
+				Return *json.RawMessage
+				Error  *struct{ Desc string }
+			}
+			if err := dec.Decode(&answer); err != nil {
+				return fmt.Errorf("qmp %s: %w", command, err)
+			}
+			if answer.Error != nil {
+				return fmt.Errorf("qmp %s: %s", command, answer.Error.Desc)
+			}
+			if answer.Return != nil {
+				break
+			}
+		}
+	}
+	return nil
+}

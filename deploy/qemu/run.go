@@ -1,0 +1,215 @@
+package qemu
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// State is what a machine is doing.
+type State string
+
+// The states of a machine.
+const (
+	Absent  State = "absent"  // never created, or removed
+	Stopped State = "stopped" // powered off
+	Running State = "running" // QEMU runs; the guest may still be starting
+)
+
+// Status is what can be told of a machine from outside.
+type Status struct {
+	State State
+	PID   int       // of QEMU, 0 unless running
+	Since time.Time // when it was powered on, zero unless running
+}
+
+// Status looks at the machine.
+func (m Machine) Status() Status {
+	if _, err := os.Stat(filepath.Join(m.Dir, configFile)); err != nil {
+		return Status{State: Absent}
+	}
+	p := m.running()
+	if p == nil {
+		return Status{State: Stopped}
+	}
+	s := Status{State: Running, PID: p.Pid}
+	if fi, err := os.Stat(m.pidPath()); err == nil {
+		s.Since = fi.ModTime()
+	}
+	return s
+}
+
+// Start powers the machine on and returns when QEMU runs, which goes on without this program. Forwards without a port
+// have one afterwards. Starting one that runs is no error. log is told what was decided; nil is fine.
+func (m *Machine) Start(ctx context.Context, log func(string)) error {
+	if m.running() != nil {
+		return nil
+	}
+	if err := m.Check(); err != nil {
+		return err
+	}
+	cmdline, err := os.ReadFile(filepath.Join(m.Dir, "cmdline"))
+	if err != nil {
+		return err
+	}
+	if err := m.choosePorts(); err != nil {
+		return err
+	}
+	if err := m.save(); err != nil {
+		return err
+	}
+	accel, why := m.Accel, "as asked"
+	if accel == "" {
+		accel, why = chooseAccel(ctx, filepath.Join(m.Dir, "vmlinuz"))
+	}
+	if log != nil {
+		log(fmt.Sprintf("accelerator %s: %s", accel, why))
+	}
+	if err := m.rotateConsole(); err != nil {
+		return err
+	}
+	_, err = os.Stat(filepath.Join(m.Dir, ClaimKeyFile))
+	cmd := exec.CommandContext(ctx, program, m.args(string(cmdline), accel, err == nil)...)
+	cmd.Dir = m.Dir
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); err != nil { // -daemonize: QEMU is ready when its parent exits
+		return fmt.Errorf("%s: %w: %s", program, err, lastLine(out.String()))
+	}
+	return nil
+}
+
+// rotateConsole keeps the console of the last time as console.1.log.
+func (m Machine) rotateConsole() error {
+	err := os.Rename(m.Console(), filepath.Join(m.Dir, "console.1.log"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// Stop presses the power button, and pulls the plug if the machine still runs after grace. With a grace of 0 it
+// pulls the plug at once; what the guest has written stays written.
+func (m Machine) Stop(ctx context.Context, grace time.Duration) error {
+	p := m.running()
+	if p == nil {
+		return nil
+	}
+	if grace > 0 && m.QMP(ctx, "system_powerdown") == nil {
+		if err := waitExit(ctx, p.Pid, grace); err == nil || ctx.Err() != nil {
+			return err
+		}
+	}
+	if err := p.Signal(unix.SIGTERM); err != nil {
+		return ended(err)
+	}
+	if err := waitExit(ctx, p.Pid, 10*time.Second); err == nil || ctx.Err() != nil {
+		return err
+	}
+	return m.Kill(ctx)
+}
+
+// Kill cuts the power: QEMU gets no chance to finish anything.
+func (m Machine) Kill(ctx context.Context) error {
+	p := m.running()
+	if p == nil {
+		return nil
+	}
+	if err := p.Signal(unix.SIGKILL); err != nil {
+		return ended(err)
+	}
+	return waitExit(ctx, p.Pid, 30*time.Second)
+}
+
+// Reset presses the reset button.
+func (m Machine) Reset(ctx context.Context) error { return m.QMP(ctx, "system_reset") }
+
+// Wait returns when the machine is off.
+func (m Machine) Wait(ctx context.Context, limit time.Duration) error {
+	p := m.running()
+	if p == nil {
+		return nil
+	}
+	return waitExit(ctx, p.Pid, limit)
+}
+
+func ended(err error) error {
+	if errors.Is(err, os.ErrProcessDone) {
+		return nil
+	}
+	return err
+}
+
+func (m Machine) pidPath() string { return filepath.Join(m.Dir, pidFile) }
+
+// running returns this machine's QEMU, nil if it does not run. The process is held before it is looked at, so what is
+// signalled later is what was looked at, even if its number has been given to another by then.
+func (m Machine) running() *os.Process {
+	text, err := os.ReadFile(m.pidPath())
+	if err != nil {
+		return nil
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil || pid <= 1 {
+		return nil
+	}
+	p, err := os.FindProcess(pid)
+	if err != nil {
+		return nil
+	}
+	if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil || !m.owns(cmdline) {
+		return nil
+	}
+	return p
+}
+
+// owns says whether a process with these arguments, separated by NUL, is this machine's QEMU.
+func (m Machine) owns(cmdline []byte) bool {
+	args := strings.Split(string(cmdline), "\x00")
+	i := slices.Index(args, "-pidfile")
+	return strings.HasPrefix(filepath.Base(args[0]), "qemu-system-") && i > 0 && i+1 < len(args) && args[i+1] == m.pidPath()
+}
+
+// waitExit waits for a process that is nobody's child here.
+func waitExit(ctx context.Context, pid int, limit time.Duration) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	} else if err != nil {
+		return os.NewSyscallError("pidfd_open", err)
+	}
+	defer unix.Close(fd)
+	for deadline := time.Now().Add(limit); ; {
+		left := time.Until(deadline)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if left <= 0 {
+			return fmt.Errorf("process %d still runs after %s", pid, limit)
+		}
+		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(fds, int(min(left, 200*time.Millisecond).Milliseconds())+1) // short, to see ctx
+		if n > 0 {
+			return nil
+		}
+		if err != nil && !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("poll", err)
+		}
+	}
+}
+
+func lastLine(s string) string {
+	s = strings.TrimSpace(s)
+	return s[strings.LastIndexByte(s, '\n')+1:]
+}
