@@ -30,7 +30,7 @@ var roleNames = []string{"admin", "operator", "reader", "etcd-backup"}
 func (a *app) claimCmd() *cobra.Command {
 	var code, name, as string
 	c := &cobra.Command{Use: "claim ENDPOINT --code CODE", Short: "Become the administrator of a new node", Args: cobra.ExactArgs(1),
-		Long: "Become the administrator of a new node, with the code on its console. The code is never sent: both sides prove that they know it.\nThe key is made here and stays here, in the new context.",
+		Long:    "Become the administrator of a new node, with the code on its console. The code is never sent: both sides prove that they know it.\nThe key is made here and stays here, in the new context.",
 		Example: "  bhctl claim 192.0.2.10:50000 --code 7K3M9-…",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if code == "" {

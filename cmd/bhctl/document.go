@@ -47,7 +47,7 @@ func (a *app) applyCmd() *cobra.Command {
 	var files []string
 	var dry bool
 	c := &cobra.Command{Use: "apply -f FILE", Short: "Give the node a new configuration", Args: cobra.NoArgs,
-		Long: "Give the node a new configuration. It is checked whole here and on the node, and applied whole or refused whole.\nThe documents replace the running ones; a kind that is left out gets its defaults.",
+		Long:    "Give the node a new configuration. It is checked whole here and on the node, and applied whole or refused whole.\nThe documents replace the running ones; a kind that is left out gets its defaults.",
 		Example: "  bhctl apply -f node.yaml --dry-run\n  bhctl apply -f node.yaml",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			name, text, err := a.readDocuments(files)

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/bulkhead-os/bulkhead/deploy/qemu"
+	"github.com/bulkhead-os/bulkhead/internal/claim"
+)
+
+// openMachine returns the machine of that name, made if there is none. The flags of an existing machine must not differ
+// from what it was made with, but its ports are its own.
+func openMachine(f upFlags) (*qemu.Machine, error) {
+	m, err := qemu.Load(f.name)
+	if err == nil {
+		return &m, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if m, err = qemu.New(f.name); err != nil {
+		return nil, err
+	}
+	m.Memory, m.CPUs, m.DiskSize = f.memoryMiB, f.cpus, int64(f.diskGiB)<<30
+	m.Forwards = []qemu.Forward{
+		{Name: "api", Host: f.apiPort, Guest: 50000, Flag: "--api-port"},
+		{Name: "gateway", Host: f.gatewayPort, Guest: 50001, Flag: "--gateway-port"},
+		{Name: "kubernetes", Host: f.kubernetesPort, Guest: 6443, Flag: "--kubernetes-port"},
+	}
+	for _, s := range f.forwards {
+		fw := qemu.Forward{Name: "forward", Flag: "--forward"}
+		if _, err := fmt.Sscanf(s, "%d:%d", &fw.Host, &fw.Guest); err != nil {
+			return nil, fmt.Errorf("--forward: %q is not HOSTPORT:NODEPORT, for example 8080:30080", s)
+		}
+		m.Forwards = append(m.Forwards, fw)
+	}
+	if err := m.Check(); err != nil {
+		return nil, err
+	}
+	key, err := claim.NewCode(rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	image, err := filepath.Abs(f.image)
+	if err != nil {
+		return nil, err
+	}
+	return &m, m.Create(image, []byte(key))
+}
+
+// claimKey is what the machine's firmware shows the guest.
+func claimKey(m *qemu.Machine) (string, error) {
+	key, err := os.ReadFile(filepath.Join(m.Dir, qemu.ClaimKeyFile))
+	return strings.TrimSpace(string(key)), err
+}
+
+func (a *app) downCmd() *cobra.Command {
+	var name string
+	c := &cobra.Command{Use: "down", Short: "Remove a local machine, its disk and its context", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+		if err := removeMachine(cmd.Context(), name); err != nil {
+			return err
+		}
+		cfg, err := loadContexts()
+		if err != nil {
+			return err
+		}
+		if _, ok := cfg.Contexts[name]; !ok {
+			return nil
+		}
+		delete(cfg.Contexts, name)
+		if cfg.Current == name {
+			cfg.Current = ""
+		}
+		return cfg.save()
+	}}
+	c.Flags().StringVar(&name, "name", "local", "name of the machine")
+	return c
+}
+
+func removeMachine(ctx context.Context, name string) error {
+	m, err := qemu.Load(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := m.Stop(ctx, 0); err != nil {
+		return err
+	}
+	return m.Remove()
+}
+
+func (a *app) statusCmd() *cobra.Command {
+	return &cobra.Command{Use: "status", Short: "List local machines", Args: cobra.NoArgs, RunE: func(*cobra.Command, []string) error {
+		names, err := qemu.List()
+		if err != nil {
+			return err
+		}
+		type row struct {
+			Name  string    `json:"name"`
+			State string    `json:"state"`
+			PID   int       `json:"pid"`
+			Since time.Time `json:"since"`
+			API   string    `json:"api"`
+			Dir   string    `json:"dir"`
+		}
+		rows := []row{}
+		for _, n := range names {
+			m, err := qemu.Load(n)
+			if err != nil {
+				return err
+			}
+			s := m.Status()
+			rows = append(rows, row{n, string(s.State), s.PID, s.Since, fmt.Sprintf("127.0.0.1:%d", m.Port(50000)), m.Dir})
+		}
+		return a.print(rows, func() *table {
+			t := newTable("NAME", "STATE", "PID", "UP FOR", "API", "FOLDER")
+			for _, r := range rows {
+				t.add(r.Name, r.State, fmt.Sprint(r.PID), age(r.Since), r.API, r.Dir)
+			}
+			return t
+		})
+	}}
+}

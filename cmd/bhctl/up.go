@@ -1,0 +1,260 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+
+	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/deploy/qemu"
+	"github.com/bulkhead-os/bulkhead/internal/client"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+)
+
+// upFlags are what a user may choose about a local machine.
+type upFlags struct {
+	name, image                          string
+	files, forwards                      []string
+	apiPort, gatewayPort, kubernetesPort int
+	memoryMiB, cpus, diskGiB             int
+	noBootstrap                          bool
+}
+
+func (a *app) upCmd() *cobra.Command {
+	var f upFlags
+	c := &cobra.Command{Use: "up", Short: "Boot a local node in QEMU and bring it up to a Ready Kubernetes node", Args: cobra.NoArgs,
+		Long: "Boot a local node in QEMU, claim it, configure and bootstrap it through its API, and wait until Kubernetes is Ready.\nAgain on a node that is up, it is quick and changes nothing.",
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.up(cmd.Context(), f) }}
+	fl := c.Flags()
+	fl.StringVar(&f.name, "name", "local", "name of the machine, and of the context to make")
+	fl.StringVar(&f.image, "image", "out/image", "folder with the image that \"make image\" built")
+	fl.StringArrayVarP(&f.files, "file", "f", nil, "documents to apply instead of the default ones")
+	fl.StringArrayVar(&f.forwards, "forward", nil, "HOSTPORT:NODEPORT to forward too, on 127.0.0.1; may be given more than once")
+	fl.IntVar(&f.apiPort, "api-port", 50000, "port on 127.0.0.1 for the node's API")
+	fl.IntVar(&f.gatewayPort, "gateway-port", 50001, "port on 127.0.0.1 for REST")
+	fl.IntVar(&f.kubernetesPort, "kubernetes-port", 6443, "port on 127.0.0.1 for Kubernetes' API")
+	fl.IntVar(&f.memoryMiB, "memory", 4096, "memory in MiB")
+	fl.IntVar(&f.cpus, "cpus", 2, "processors")
+	fl.IntVar(&f.diskGiB, "disk", 10, "disk in GiB; it takes only what is used")
+	fl.BoolVar(&f.noBootstrap, "no-bootstrap", false, "stop after the configuration: no cluster, no Kubernetes")
+	return c
+}
+
+// up does the steps that are not done yet. Each looks first, so that a second call is quick and changes nothing.
+func (a *app) up(ctx context.Context, f upFlags) error {
+	m, err := openMachine(f)
+	if err != nil {
+		return err
+	}
+	p := a.progress()
+	start := func(ctx context.Context) error { return m.Start(ctx, p.say) }
+	if err := p.step(ctx, "start machine "+f.name, 15*time.Second, start); err != nil {
+		return err
+	}
+	endpoint := fmt.Sprintf("127.0.0.1:%d", m.Port(50000))
+	if err := p.step(ctx, "claim the node", 30*time.Second, func(ctx context.Context) error { return a.claimLocal(ctx, m, endpoint) }); err != nil {
+		return a.withConsole(err, m)
+	}
+	a.contextName, a.endpoint = f.name, ""
+	if err := p.step(ctx, "apply the configuration", 60*time.Second, func(ctx context.Context) error { return a.applyLocal(ctx, f) }); err != nil {
+		return a.withConsole(err, m)
+	}
+	if f.noBootstrap {
+		return nil
+	}
+	if err := p.step(ctx, "bootstrap the cluster", 20*time.Second, a.bootstrapLocal); err != nil {
+		return a.withConsole(err, m)
+	}
+	if err := p.step(ctx, "wait for Kubernetes", 5*time.Minute, func(ctx context.Context) error { return a.waitReady(ctx, p) }); err != nil {
+		return a.withConsole(err, m)
+	}
+	a.printNext(f)
+	return nil
+}
+
+// withConsole adds where to look to an error of a machine.
+func (a *app) withConsole(err error, m *qemu.Machine) error {
+	return fmt.Errorf("%w\n  The node's console: %s", err, m.Console())
+}
+
+// claimLocal takes the node over with the key that the machine was started with, unless this user owns it already.
+func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, endpoint string) error {
+	cfg, err := loadContexts()
+	if err != nil {
+		return err
+	}
+	key, err := claimKey(m)
+	if err != nil {
+		return err
+	}
+	known := cfg.Contexts[m.Name]
+	deadline := time.Now().Add(3 * time.Minute)
+	for {
+		if known != nil && known.Endpoint == endpoint {
+			if err = askVersion(ctx, known); err == nil {
+				return nil
+			}
+		}
+		if m.Status().State == qemu.Running {
+			try, cancel := context.WithTimeout(ctx, 15*time.Second)
+			cred, e := client.Claim(try, endpoint, key, "admin")
+			cancel()
+			if e == nil {
+				return a.saveLocal(m, endpoint, cred)
+			}
+			if known == nil || !errs.Is(e, errs.Precondition) {
+				err = e
+			}
+		} else {
+			return errors.New("the machine ended while it booted")
+		}
+		if errs.Is(err, errs.Precondition) {
+			return fmt.Errorf("somebody owns this machine already, and this user has no credentials for it: bhctl down --name %s removes it", m.Name)
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("the node's API does not answer at %s: %w", endpoint, err)
+		}
+		if err := pause(ctx, 300*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// askVersion tells whether a context's credentials open its node.
+func askVersion(ctx context.Context, c *clusterContext) error {
+	conn, err := client.Dial(c.Endpoint, c.credentials())
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	_, err = machinev1.NewMachineClient(conn).GetVersion(ctx, &machinev1.GetVersionRequest{})
+	return err
+}
+
+func (a *app) saveLocal(m *qemu.Machine, endpoint string, cred client.Credentials) error {
+	if err := saveContext(m.Name, endpoint, cred); err != nil {
+		return err
+	}
+	cfg, err := loadContexts()
+	if err != nil {
+		return err
+	}
+	c := cfg.Contexts[m.Name]
+	c.Gateway = fmt.Sprintf("https://localhost:%d", m.Port(50001))
+	c.Kubernetes = fmt.Sprintf("https://127.0.0.1:%d", m.Port(6443))
+	return cfg.save()
+}
+
+// localDocuments is what a local machine gets unless the user has documents: its own name, and the names under which the
+// forwarded ports reach it.
+const localDocuments = `apiVersion: bulkhead.dev/v1
+kind: Machine
+hostname: %s
+---
+apiVersion: bulkhead.dev/v1
+kind: Cluster
+name: %s
+names: [localhost, 127.0.0.1]
+`
+
+func (a *app) applyLocal(ctx context.Context, f upFlags) error {
+	name, text := "the default document", fmt.Sprintf(localDocuments, f.name, f.name)
+	if len(f.files) > 0 {
+		var err error
+		if name, text, err = a.readDocuments(f.files); err != nil {
+			return err
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	return a.stream(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+		cc := configv1.NewConfigClient(conn)
+		if len(f.files) == 0 {
+			// A node that has a configuration keeps it: up is no way to lose one.
+			if _, err := cc.Get(ctx, &configv1.GetRequest{}); !errs.Is(err, errs.NotFound) {
+				return err
+			}
+		}
+		_, err := cc.Apply(ctx, &configv1.ApplyRequest{Documents: text, Name: name})
+		return err
+	})
+}
+
+func (a *app) bootstrapLocal(ctx context.Context) error {
+	deadline := time.Now().Add(2 * time.Minute)
+	for {
+		err := a.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+			_, err := trustv1.NewTrustClient(conn).Bootstrap(ctx, &trustv1.BootstrapRequest{})
+			return err
+		})
+		// Right after a boot trustd may not have its section yet.
+		if !errs.Is(err, errs.Precondition) && !errs.Is(err, errs.Unavailable) || time.Now().After(deadline) {
+			return err
+		}
+		if err := pause(ctx, 500*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// waitReady waits until every check of the node passes, and names the first that does not.
+func (a *app) waitReady(ctx context.Context, p *progress) error {
+	deadline := time.Now().Add(15 * time.Minute)
+	for {
+		h, err := a.health(ctx, 0)
+		if err == nil && h.Healthy {
+			return nil
+		}
+		why := explainHealth(h, err)
+		p.say("· " + why)
+		if time.Now().After(deadline) {
+			return fmt.Errorf("not healthy after 15 minutes: %s", why)
+		}
+		if err := pause(ctx, 2*time.Second); err != nil {
+			return err
+		}
+	}
+}
+
+func explainHealth(h *machinev1.GetHealthResponse, err error) string {
+	if err != nil {
+		return oneLine(errs.Text(err))
+	}
+	for _, c := range h.GetChecks() {
+		if !c.Ok {
+			return c.Name + " " + oneLine(c.Detail)
+		}
+	}
+	return ""
+}
+
+func (a *app) printNext(f upFlags) {
+	bin, _ := os.Executable()
+	dir := filepath.Dir(bin)
+	if wd, err := os.Getwd(); err == nil {
+		if rel, err := filepath.Rel(wd, dir); err == nil && !strings.HasPrefix(rel, "..") {
+			dir = rel
+		}
+	}
+	fmt.Fprintf(a.out, `
+The node %q is up. Next:
+
+  export PATH=$PWD/%s:$PATH
+  bhctl health                                    is it well, and if not, why
+  bhctl services                                  every process, its memory, its restarts
+  bhctl kubeconfig --file kubeconfig              a kubeconfig, good for a day
+  kubectl --kubeconfig kubeconfig get pods -A     what Kubernetes runs
+  bhctl down                                      remove the machine
+`, f.name, dir)
+}
