@@ -1,0 +1,68 @@
+package machined
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	"github.com/bulkhead-os/bulkhead/services/machined/logs"
+)
+
+// Types of events.
+const (
+	typeService = "service" // a unit changed its state
+	typeConfig  = "config"  // a generation, or what a daemon made of it
+	typePower   = "power"   // reboot and shutdown
+)
+
+const (
+	maxEvents = 1000 // that can be asked for
+	// maxEventText bounds a text, in bytes, so that maxEvents of them fit a segment of the log even when each byte is escaped … in JSON.
+	maxEventText = 400
+)
+
+// events is a log whose lines are JSON.
+type events struct{ log *logs.Log }
+
+type event struct {
+	Source string `json:"s"`
+	Type   string `json:"t"`
+	Text   string `json:"x"`
+}
+
+func openEvents(path string) (*events, error) {
+	l, err := logs.Open(path)
+	return &events{l}, err
+}
+
+// say adds an event. It never fails: there would be nobody to tell.
+func (e *events) say(source, kind, text string) {
+	line, err := json.Marshal(event{source, kind, logs.Cut(text, maxEventText)})
+	if err != nil {
+		return // three strings: cannot happen
+	}
+	e.log.Append(time.Now(), string(line))
+}
+
+// last returns when the newest event was; the zero time if there is none.
+func (e *events) last(ctx context.Context) (t time.Time, err error) {
+	err = e.log.Stream(ctx, 1, false, func(l logs.Line) error { t = l.Time; return nil })
+	return t, err
+}
+
+// stream sends events as logs.Log.Stream sends lines.
+func (e *events) stream(ctx context.Context, tail uint32, follow bool, send func(*machinev1.Event) error) error {
+	if tail == 0 || tail > maxEvents {
+		tail = maxEvents
+	}
+	return e.log.Stream(ctx, tail, follow, func(l logs.Line) error {
+		var ev event
+		if err := json.Unmarshal([]byte(l.Text), &ev); err != nil {
+			ev = event{"machined", "lost", l.Text} // the log's own word on lines that are gone
+		}
+		return send(&machinev1.Event{Time: timestamppb.New(l.Time), Source: ev.Source, Type: ev.Type, Text: ev.Text})
+	})
+}
