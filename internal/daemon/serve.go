@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"errors"
 	"net"
 	"runtime/debug"
 	"sync/atomic"
@@ -50,7 +51,14 @@ func Serve(ctx context.Context, env Env, extra peer.List, register func(*grpc.Se
 		}),
 		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) (err error) {
 			defer survive(env, &err)
-			return h(srv, ss)
+			// Streams that only end when the client does must not hold up the end of the daemon.
+			sctx, cancel := context.WithCancel(ss.Context())
+			defer cancel()
+			defer context.AfterFunc(ctx, cancel)()
+			if err = h(srv, &stream{ss, sctx}); ctx.Err() != nil && errors.Is(err, context.Canceled) {
+				err = errs.New(errs.Unavailable, "%s is stopping; try again", env.Name)
+			}
+			return err
 		}),
 	)...)
 	register(s)
@@ -73,6 +81,14 @@ func Serve(ctx context.Context, env Env, extra peer.List, register func(*grpc.Se
 	<-done
 	return ctx.Err()
 }
+
+// stream has another context than grpc gave it.
+type stream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s *stream) Context() context.Context { return s.ctx }
 
 // survive turns a panic in one call into that call's error; the others go on.
 func survive(env Env, err *error) {
