@@ -261,8 +261,8 @@ func (l *linux) tell(s Step) error {
 	for _, k := range l.partitions(filepath.Base(s.Disk), nil) {
 		switch {
 		case k.Number != s.Number:
-		case k.KernelStart != s.Start:
-			return fmt.Errorf("the kernel has it at byte %d; restart the machine", k.KernelStart)
+		case k.KernelStart != s.Start || k.KernelSize > s.Size:
+			return fmt.Errorf("the kernel has it at byte %d, %s long; restart the machine", k.KernelStart, sizeText(k.KernelSize))
 		case k.KernelSize == s.Size:
 			return nil
 		default:

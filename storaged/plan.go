@@ -377,50 +377,48 @@ func nextNumber(all []Partition) int {
 func (p *planner) use(spec bool) {
 	for _, v := range volumes {
 		q, ok := p.disk.volume(v)
-		if !ok {
+		if !ok || (q.Attributes&unformatted != 0 && !spec) || !p.volume(v, q) {
 			continue
 		}
-		if q.Attributes&unformatted != 0 && !spec {
-			continue
-		}
-		if p.volume(v, q, spec) {
-			p.entries(v, q)
+		p.entries(v, q)
+		if spec && v.name == VarVolume {
+			p.grow(v, q)
 		}
 	}
 }
 
-// volume brings one volume up to being mounted, and reports whether there is a way.
-func (p *planner) volume(v volume, q Partition, spec bool) bool {
-	d := &p.disk
-	device := node(d.Device, q.Number)
-	step := Step{Volume: v.name, Disk: d.Device, Device: device, Number: q.Number, Start: q.Start(), Size: q.Size()}
-	do := func(op Op) { step.Op = op; p.add(step) }
+// step returns a step for a volume's partition as it is now.
+func (p *planner) step(op Op, v volume, q Partition) Step {
+	return Step{Op: op, Volume: v.name, Disk: p.disk.Device, Device: node(p.disk.Device, q.Number), Number: q.Number, Start: q.Start(), Size: q.Size()}
+}
 
+// volume brings one volume up to being mounted, and reports whether there is a way.
+func (p *planner) volume(v volume, q Partition) bool {
+	d := &p.disk
+	do := func(op Op) { p.add(p.step(op, v, q)) }
 	if q.Device != "" && q.KernelStart != q.Start() {
 		p.fail(errs.Precondition, "%s of %s: the partition table says that it starts at byte %d, the kernel has %d; restart the machine", v.name, d, q.Start(), q.KernelStart)
 		return false
 	}
-	if spec && v.name == VarVolume {
-		if size := p.grown(q); size > 0 {
-			step.Size = size
-			do(opGrow)
-		}
+	if q.Device != "" && q.KernelSize > q.Size() {
+		p.fail(errs.Precondition, "%s of %s: the partition table says %s, the kernel has %s; restart the machine", v.name, d, sizeText(q.Size()), sizeText(q.KernelSize))
+		return false
 	}
-	if q.Device == "" || q.KernelSize < step.Size {
+	if q.Device == "" || q.KernelSize < q.Size() {
 		do(opTell)
 	}
-	// A mapping for encryption is opened here, and device is its node from here on.
+	// A mapping for encryption is to be opened here; its node takes the partition's place from here on.
 	mounted := p.have.isMounted(v, q)
 	if q.Attributes&unformatted != 0 {
 		if mounted || q.Busy {
-			p.fail(errs.Internal, "%s on %s is in use but marked as unformatted; restart the machine", v.name, device)
+			p.fail(errs.Internal, "%s on %s of %s is in use but marked as unformatted; restart the machine", v.name, q.Device, d)
 			return false
 		}
 		do(opMkfs)
 		do(opMount)
 		return true
 	}
-	if !p.readable(v, q, device) {
+	if !p.readable(v, q) {
 		return false
 	}
 	if !mounted {
@@ -429,20 +427,33 @@ func (p *planner) volume(v volume, q Partition, spec bool) bool {
 		}
 		do(opMount)
 	}
-	if spec && v.name == VarVolume && q.Content.Size > 0 && step.Size-q.Content.Size >= slack {
-		do(opGrowFS)
-	}
 	return true
 }
 
+// grow makes VAR as large as it can be. It comes after the mount, which must not wait for it.
+func (p *planner) grow(v volume, q Partition) {
+	step := p.step(opGrow, v, q)
+	size := p.grown(q)
+	if size > 0 {
+		step.Size = size
+		p.add(step)
+		step.Op = opTell
+		p.add(step)
+	}
+	if size > 0 || (q.Content.Size > 0 && step.Size-q.Content.Size >= slack) {
+		step.Op = opGrowFS
+		p.add(step)
+	}
+}
+
 // readable checks that a formatted volume carries what we once made on it. What does not is for a person: it is never formatted.
-func (p *planner) readable(v volume, q Partition, device string) bool {
+func (p *planner) readable(v volume, q Partition) bool {
 	c := q.Content
 	if c.Kind == probe.Unread || (c.Kind == probe.Ext4 && c.Label == v.label) {
 		return true
 	}
 	p.fail(errs.Precondition, "%s on %s of %s: found %s where the file system ext4 %q must be; it is never formatted again: repair it, or remove partition %d to start anew",
-		v.name, device, &p.disk, c, v.label, q.Number)
+		v.name, node(p.disk.Device, q.Number), &p.disk, c, v.label, q.Number)
 	return false
 }
 
@@ -454,7 +465,7 @@ func (p *planner) grown(q Partition) int64 {
 			return 0
 		}
 	}
-	if room < slack || p.disk.ReadOnly {
+	if room < slack || p.disk.ReadOnly || p.missing() { // the room is for what is missing
 		return 0
 	}
 	return start + room - q.Start()
@@ -471,7 +482,9 @@ func (p *planner) entries(v volume, q Partition) {
 		}
 		switch seen[e.path] {
 		case absent, skewed:
-			p.add(Step{Op: opEntry, Volume: v.name, Entry: e})
+			s := p.step(opEntry, v, q)
+			s.Entry = e
+			p.add(s)
 		case another:
 			p.fail(errs.Precondition, "%s/%s: something else is in its place (wanted: %s); remove it", v.target, e.path, e)
 		}

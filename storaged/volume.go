@@ -204,7 +204,11 @@ func openBeneath(root int, rel string) (int, error) {
 // entry makes one entry, or gives a folder its owner and mode back.
 func (l *linux) entry(s Step) error {
 	e := s.Entry
-	root, err := l.openMounted(e.volume)
+	_, k, err := l.inKernel(s)
+	if err != nil {
+		return err
+	}
+	root, err := l.openVolume(volumeNamed(e.volume), k.Dev)
 	if err != nil {
 		return fmt.Errorf("%w (%w)", reconcile.Skipped, err)
 	}
@@ -267,18 +271,4 @@ func own(fd int, e entry) error {
 		return err
 	}
 	return unix.Fchown(fd, int(e.owner), int(e.owner))
-}
-
-// openMounted opens the top folder of a volume, if any device of ours is mounted there.
-func (l *linux) openMounted(name VolumeName) (int, error) {
-	mounts, err := l.mounts()
-	if err != nil {
-		return -1, err
-	}
-	v := volumeNamed(name)
-	m, ok := State{Mounts: mounts}.mounted(v.target)
-	if !ok {
-		return -1, fmt.Errorf("%s is not mounted", v.target)
-	}
-	return l.openVolume(v, m.Dev)
 }
