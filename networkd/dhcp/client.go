@@ -30,7 +30,7 @@ type client struct {
 	kick  <-chan struct{}
 
 	conn    net.PacketConn // nil: none is open
-	unicast bool           // conn is bound to the lease's address
+	unicast bool           // conn is an ordinary socket
 	packets chan []byte    // what comes in on conn; closed when it fails; nil if none is open
 	failed  string         // the last error that was logged
 }
@@ -76,7 +76,7 @@ func (c *client) send(m *Machine, msg *Message) {
 	if msg == nil {
 		return
 	}
-	err := c.open(m, msg.To.IsValid())
+	err := c.open(msg.To.IsValid())
 	if err == nil {
 		to := &net.UDPAddr{IP: net.IPv4bcast, Port: dhcpv4.ServerPort}
 		if msg.To.IsValid() {
@@ -122,8 +122,8 @@ func (c *client) close() {
 }
 
 // open opens the socket that a message needs: a packet socket, which works on a link without addresses, or an ordinary one
-// bound to the lease's address, for the server that granted it.
-func (c *client) open(m *Machine, unicast bool) error {
+// for the server that granted the lease.
+func (c *client) open(unicast bool) error {
 	if c.conn != nil && c.unicast == unicast {
 		return nil
 	}
@@ -137,8 +137,8 @@ func (c *client) open(m *Machine, unicast bool) error {
 					unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
 			}), e)
 		}}
-		at := net.JoinHostPort(m.Lease().Address.Addr().String(), fmt.Sprint(dhcpv4.ClientPort))
-		conn, err := lc.ListenPacket(context.Background(), "udp4", at)
+		// Not bound to the lease's address: refusals are broadcast (RFC 2131 4.1).
+		conn, err := lc.ListenPacket(context.Background(), "udp4", fmt.Sprintf(":%d", dhcpv4.ClientPort))
 		if err != nil {
 			return fmt.Errorf("listen: %w", err)
 		}

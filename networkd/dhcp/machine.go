@@ -65,8 +65,13 @@ type Machine struct {
 
 // NewMachine returns a client that acts at once. lease may be one from before a restart; an expired one is forgotten.
 func NewMachine(id Identity, r *rand.Rand, lease *Lease, now time.Duration) *Machine {
-	m := &Machine{id: id, rand: r, lease: lease}
-	m.Kick(now)
+	m := &Machine{id: id, rand: r}
+	if lease != nil && now < lease.Expire {
+		m.lease = lease
+		m.enter(Rebooting, now, now)
+	} else {
+		m.enter(Selecting, now, now)
+	}
 	return m
 }
 
@@ -79,14 +84,17 @@ func (m *Machine) Phase() Phase { return m.phase }
 // Deadline is when Tick wants to be called.
 func (m *Machine) Deadline() time.Duration { return m.next }
 
-// Kick makes the client look again at once, for example because the cable was plugged in: a lease is checked, not dropped.
+// Kick makes the client look again at once, for example because the cable was plugged in: a lease is checked, not dropped. An
+// exchange that has begun goes on: its answer may be on the way.
 func (m *Machine) Kick(now time.Duration) {
-	if m.lease != nil && now < m.lease.Expire {
+	switch {
+	case m.phase == Selecting && m.tries > 0:
+		m.tries, m.next = 0, now
+	case m.phase == Requesting, m.phase == Rebooting && m.tries > 0:
+		m.next = now
+	case m.lease != nil:
 		m.enter(Rebooting, now, now)
-		return
 	}
-	m.lease = nil
-	m.enter(Selecting, now, now)
 }
 
 func (m *Machine) enter(p Phase, now, next time.Duration) {
