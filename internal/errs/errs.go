@@ -6,6 +6,7 @@ package errs
 import (
 	"errors"
 	"fmt"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -67,13 +68,17 @@ func Of(err error) Kind {
 	return Internal
 }
 
-// Text returns what to show a person: the message without grpc's "rpc error: code = … desc = ".
+// Text returns what to show a person: the whole chain without grpc's "rpc error: code = … desc = ".
 func Text(err error) string {
 	if err == nil {
 		return ""
 	}
-	if s, ok := status.FromError(err); ok {
-		return s.Message()
+	var far interface {
+		error
+		GRPCStatus() *status.Status
+	}
+	if errors.As(err, &far) {
+		return strings.Replace(err.Error(), far.Error(), far.GRPCStatus().Message(), 1)
 	}
 	return err.Error()
 }

@@ -21,6 +21,10 @@ func TestKindsSurvive(t *testing.T) {
 			t.Errorf("kind %d over a socket: kind %d, text %q", kind, Of(far), Text(far))
 		}
 	}
+	far := fmt.Errorf("up: %w (see the console)", status.Convert(New(Invalid, "no")).Err())
+	if Text(far) != "up: no (see the console)" {
+		t.Errorf("wrapped after the socket: %q", Text(far))
+	}
 	if Of(io.EOF) != Internal || Is(nil, Internal) || Text(nil) != "" {
 		t.Error("plain errors are Internal, nil is none")
 	}
