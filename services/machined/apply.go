@@ -19,6 +19,9 @@ import (
 // firstGeneration is the number of a node's first configuration.
 const firstGeneration = 1
 
+// lookPause is between two looks at what storaged says while STATE is waited for.
+const lookPause = 2 * time.Second
+
 // lock takes the right to change the configuration. The caller calls the function it gets.
 func (d *Daemon) lock(ctx context.Context) (func(), error) {
 	select {
@@ -92,7 +95,10 @@ func (d *Daemon) open() (bool, error) {
 			d.cfg.Log.Error("generation not stored", "generation", g.Number, "err", err.Error())
 		}
 	}
-	return true, d.resume(g)
+	if err := d.resume(g); err != nil { // what is there is for an Apply to replace
+		d.events.say("machined", typeConfig, err.Error())
+	}
+	return true, nil
 }
 
 // resume hands out a stored generation, or, if this version cannot read it, the newest one that it can. mu is held.
@@ -233,7 +239,7 @@ func (d *Daemon) ensureState(ctx context.Context, number uint64, set config.Set)
 	}
 	d.events.say("machined", typeConfig, "waiting for storaged to make STATE")
 	end := time.Now().Add(d.cfg.StateWait)
-	look := time.Now()
+	look := time.Now().Add(lookPause) // its word on the new section needs a moment
 	for {
 		if ready, err := d.open(); ready || err != nil {
 			return err
@@ -242,14 +248,16 @@ func (d *Daemon) ensureState(ctx context.Context, number uint64, set config.Set)
 		switch {
 		case time.Now().After(end):
 			return errs.New(errs.Unavailable, "STATE was not there after %s; nothing was changed; storaged says: %s", d.cfg.StateWait, says(s))
-		case s.here && s.state.GetGeneration() < number:
+		case !s.here || time.Now().Before(look):
+		case s.state.GetGeneration() < number:
 			// It was started anew and forgot. An error will show in the next rounds.
 			_ = timed(ctx, setTime, func(ctx context.Context) error { return h.link.Set(ctx, spec) })
-		case s.here && s.state.GetError() != "" && time.Now().After(look):
+			look = time.Now().Add(lookPause)
+		case s.state.GetError() != "":
 			if err := hopeless(ctx, h.link, spec); err != nil {
 				return err
 			}
-			look = time.Now().Add(2 * time.Second)
+			look = time.Now().Add(lookPause)
 		}
 		if err := pause(ctx, statePause); err != nil {
 			return errs.New(errs.Unavailable, "the caller left before STATE was there; nothing was changed; storaged says: %s", says(s))

@@ -2,7 +2,7 @@ package machined
 
 import (
 	"context"
-	"encoding/json"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -20,18 +20,12 @@ const (
 
 const (
 	maxEvents = 1000 // that can be asked for
-	// maxEventText bounds a text, in bytes, so that maxEvents of them fit a segment of the log even when each byte is escaped … in JSON.
+	// maxEventText bounds a text, in bytes, so that one segment of the log holds maxEvents of them.
 	maxEventText = 400
 )
 
-// events is a log whose lines are JSON.
+// events is a log whose lines are source, type and text with tabs between them.
 type events struct{ log *logs.Log }
-
-type event struct {
-	Source string `json:"s"`
-	Type   string `json:"t"`
-	Text   string `json:"x"`
-}
 
 func openEvents(path string) (*events, error) {
 	l, err := logs.Open(path)
@@ -40,11 +34,7 @@ func openEvents(path string) (*events, error) {
 
 // say adds an event. It never fails: there would be nobody to tell.
 func (e *events) say(source, kind, text string) {
-	line, err := json.Marshal(event{source, kind, logs.Cut(text, maxEventText)})
-	if err != nil {
-		return // three strings: cannot happen
-	}
-	e.log.Append(time.Now(), string(line))
+	e.log.Append(time.Now(), source+"\t"+kind+"\t"+logs.Cut(text, maxEventText))
 }
 
 // last returns when the newest event was; the zero time if there is none.
@@ -59,10 +49,10 @@ func (e *events) stream(ctx context.Context, tail uint32, follow bool, send func
 		tail = maxEvents
 	}
 	return e.log.Stream(ctx, tail, follow, func(l logs.Line) error {
-		var ev event
-		if err := json.Unmarshal([]byte(l.Text), &ev); err != nil {
-			ev = event{"machined", "lost", l.Text} // the log's own word on lines that are gone
+		ev := strings.SplitN(l.Text, "\t", 3)
+		if len(ev) != 3 {
+			ev = []string{"machined", "lost", l.Text} // the log's own word on lines that are gone
 		}
-		return send(&machinev1.Event{Time: timestamppb.New(l.Time), Source: ev.Source, Type: ev.Type, Text: ev.Text})
+		return send(&machinev1.Event{Time: timestamppb.New(l.Time), Source: ev[0], Type: ev[1], Text: ev[2]})
 	})
 }

@@ -114,7 +114,7 @@ type conn struct {
 const buffers = 4 << 10
 
 func dial(daemon string) (conn, error) {
-	c, err := peer.Dial(peer.Socket(daemon), grpc.WithReadBufferSize(buffers), grpc.WithWriteBufferSize(buffers), grpc.WithSharedWriteBuffer(true))
+	c, err := peer.Dial(peer.Socket(daemon), grpc.WithReadBufferSize(buffers), grpc.WithWriteBufferSize(buffers))
 	return conn{c, controlv1.NewControlClient(c)}, err
 }
 
