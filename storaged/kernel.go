@@ -148,7 +148,28 @@ func (l *linux) table(disk string, change func(*os.File, *gpt.Table) error) erro
 	if health.OK() && slices.Equal(before, t.Partitions) {
 		return nil
 	}
+	if err := wipeStale(f, t, health); err != nil {
+		return err
+	}
 	return t.WriteTo(f, n)
+}
+
+// wipeStale removes the backup copy from where the disk once ended, while the primary still tells where that is: afterwards it
+// would look like somebody's data.
+func wipeStale(f *os.File, t gpt.Table, h gpt.Health) error {
+	at := staleCopy(h)
+	for _, p := range t.Partitions {
+		if p.Start() < at.end && at.start < p.Start()+p.Size() {
+			return nil
+		}
+	}
+	if at.start >= at.end {
+		return nil
+	}
+	if _, err := f.WriteAt(make([]byte, at.end-at.start), at.start); err != nil {
+		return err
+	}
+	return f.Sync()
 }
 
 func newGUID() (g gpt.GUID) {

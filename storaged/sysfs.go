@@ -150,9 +150,34 @@ func (d *Disk) read(r io.ReaderAt, kernel []Partition) error {
 		d.Partitions = append(d.Partitions, q)
 	}
 	if start, room := free(t, d.Size); room > 0 {
-		d.Tail, err = probe.Read(io.NewSectionReader(r, start, room), room)
+		d.Tail, err = probe.Read(io.NewSectionReader(hidden{r, staleCopy(health)}, start, room), room)
 	}
 	return err
+}
+
+// extent is a range of bytes of a disk.
+type extent struct{ start, end int64 }
+
+// staleCopy is where the table's backup copy lay before the disk grew; the zero value if it did not.
+func staleCopy(h gpt.Health) extent {
+	if h.Stale <= gpt.FirstUsable {
+		return extent{}
+	}
+	return extent{int64(h.Stale-gpt.EntrySectors) * gpt.SectorSize, int64(h.Stale+1) * gpt.SectorSize}
+}
+
+// hidden reads zeros in an extent that is known to be nobody's data.
+type hidden struct {
+	io.ReaderAt
+	hole extent
+}
+
+func (h hidden) ReadAt(p []byte, at int64) (int, error) {
+	n, err := h.ReaderAt.ReadAt(p, at)
+	if from, to := max(h.hole.start, at), min(h.hole.end, at+int64(n)); from < to {
+		clear(p[from-at : to-at])
+	}
+	return n, err
 }
 
 // partitions returns those that the kernel knows.

@@ -107,7 +107,7 @@ func (c *contexts) pick(name string) (*clusterContext, error) {
 	if name == "" {
 		name = c.Current
 	}
-	if name == "" {
+	if name == "" || len(c.Contexts) == 0 {
 		return nil, errors.New("no context yet: bhctl up makes a local node and a context for it; bhctl claim takes over a new one")
 	}
 	ctx, ok := c.Contexts[name]

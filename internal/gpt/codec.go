@@ -21,6 +21,9 @@ var le = binary.LittleEndian
 type Health struct {
 	Primary error // why the copy at the start cannot be used
 	Backup  error // why the copy at the end cannot be used, or that it is not at the end because the disk grew
+	// Stale is the sector of the backup header where the disk once ended, by the primary copy's word; 0 if the disk did not grow. The
+	// header and the EntrySectors before it are remains of this table and nobody's data, unless a partition has them.
+	Stale uint64
 }
 
 // OK reports whether nothing needs repair; WriteTo repairs.
@@ -43,8 +46,8 @@ func (t Table) Encode(size int64) ([2]Chunk, error) {
 	primary := append(protectiveMBR(end), t.header(1, end, 2, end, entries)...)
 	primary = append(primary, entries...)
 	backup := append([]byte{}, entries...)
-	backup = append(backup, t.header(end, 1, end-entrySectors, end, entries)...)
-	return [2]Chunk{{int64(end-entrySectors) * SectorSize, backup}, {0, primary}}, nil
+	backup = append(backup, t.header(end, 1, end-EntrySectors, end, entries)...)
+	return [2]Chunk{{int64(end-EntrySectors) * SectorSize, backup}, {0, primary}}, nil
 }
 
 // WriteTo writes the table to a disk of size bytes, in the order of Encode. If w has a method Sync() error, as
@@ -93,7 +96,7 @@ func (t Table) header(my, other, entryLBA, end uint64, entries []byte) []byte {
 	le.PutUint64(h[24:], my)
 	le.PutUint64(h[32:], other)
 	le.PutUint64(h[40:], FirstUsable)
-	le.PutUint64(h[48:], end-entrySectors-1)
+	le.PutUint64(h[48:], end-EntrySectors-1)
 	copy(h[56:], id[:])
 	le.PutUint64(h[72:], entryLBA)
 	le.PutUint32(h[80:], Entries)
@@ -147,6 +150,9 @@ func Read(r io.ReaderAt, size int64) (Table, Health, error) {
 	switch {
 	case first.other != end:
 		h.Backup = fmt.Errorf("backup copy is at sector %d, the disk ends at %d", first.other, end)
+		if first.other < end {
+			h.Stale = first.other
+		}
 	case errLast != nil:
 		h.Backup = errLast
 	case last.id != first.id:
@@ -255,7 +261,7 @@ func checkHeader(h []byte, lba, end uint64) (entryLBA uint64, err error) {
 	entryLBA = le.Uint64(h[72:])
 	backup, wantEntries, wantOther := other, uint64(2), other
 	if lba != 1 {
-		backup, wantEntries, wantOther = lba, lba-entrySectors, 1
+		backup, wantEntries, wantOther = lba, lba-EntrySectors, 1
 	}
 	switch {
 	case backup > end:
@@ -264,7 +270,7 @@ func checkHeader(h []byte, lba, end uint64) (entryLBA uint64, err error) {
 		return 0, fmt.Errorf("other copy is in sector %d, want %d", other, wantOther)
 	case entryLBA != wantEntries:
 		return 0, fmt.Errorf("entries are in sector %d, want %d", entryLBA, wantEntries)
-	case first < FirstUsable || last >= backup-min(backup, entrySectors) || first > last:
+	case first < FirstUsable || last >= backup-min(backup, EntrySectors) || first > last:
 		return 0, fmt.Errorf("usable sectors are %d to %d on a disk that ends at %d", first, last, backup)
 	}
 	return entryLBA, nil

@@ -18,11 +18,11 @@ import (
 const (
 	SectorSize  = 512
 	Entries     = 128                                               // most partitions of a table
-	FirstUsable = 2 + entrySectors                                  // first LBA that a partition may use
-	MinSize     = (FirstUsable + 1 + entrySectors + 1) * SectorSize // smallest disk, in bytes: one usable sector
+	FirstUsable = 2 + EntrySectors                                  // first LBA that a partition may use
+	MinSize     = (FirstUsable + 1 + EntrySectors + 1) * SectorSize // smallest disk, in bytes: one usable sector
 
 	entrySize    = 128
-	entrySectors = Entries * entrySize / SectorSize
+	EntrySectors = Entries * entrySize / SectorSize
 	maxName      = 36 // UTF-16 code units
 )
 
@@ -65,7 +65,7 @@ func LastUsable(size int64) uint64 {
 	if size < MinSize {
 		return 0
 	}
-	return uint64(size/SectorSize) - 1 - entrySectors - 1
+	return uint64(size/SectorSize) - 1 - EntrySectors - 1
 }
 
 // ByName returns the first partition of that name.
