@@ -1,9 +1,9 @@
 package boot
 
 import (
-	"encoding/hex"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"slices"
 	"strconv"
@@ -42,14 +42,14 @@ type device struct {
 // First runs in the initramfs and ends in the verified root's own init. It does not return.
 func First() {
 	s := &first{}
-	steps := mountSteps([]mount{
-		{target: "/proc", fs: "proc", flags: noExec},
+	steps := mountSteps([]mount{ // /proc is there: see Ordered
 		{target: "/sys", fs: "sysfs", flags: noExec},
 		{target: "/dev", fs: "devtmpfs", flags: unix.MS_NOSUID | unix.MS_NOEXEC, data: "mode=0755"},
 	})
 	run(append(steps,
 		step{"open the console", openConsole, "the kernel's option console="},
 		step{"read the root hash", s.readHash, "the kernel command line: it needs bulkhead.verity=<64 hex digits>, once"},
+		step{"use small pages", smallPages, "/sys/kernel/mm/transparent_hugepage"},
 		step{"load modules", func() (string, error) { return modules("/modules.list", "") }, "the initramfs: /modules.list"},
 		step{"find the root partition", s.find, "the disk: is it attached, is its driver among the modules, and is it of this kernel's image?"},
 		step{"verify the root", s.verify, "the VERITY partition: it must be of the same image as the kernel"},
@@ -62,6 +62,16 @@ func openConsole() (string, error) {
 	fd, err := unix.Open("/dev/console", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	for i := 0; i <= 2 && err == nil; i++ {
 		err = unix.Dup3(fd, i, 0)
+	}
+	return "", err
+}
+
+// smallPages leaves huge pages to programs that ask for them. Where everybody gets them, as Debian has it, each small Go program,
+// PID 1 too, takes two megabytes for its first kilobyte of heap. It counts for programs started after it.
+func smallPages() (string, error) {
+	err := os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("madvise"), 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
 	}
 	return "", err
 }
@@ -81,7 +91,7 @@ func rootHash(line string) (string, error) {
 		if !ok {
 			continue
 		}
-		if raw, err := hex.DecodeString(hash); err != nil || len(raw) != 32 {
+		if _, err := fromHex(hash); err != nil || len(hash) != 2*digestSize {
 			return "", errors.New("bulkhead.verity=" + strconv.Quote(hash) + " is not 64 hex digits")
 		}
 		if found != "" {
@@ -97,7 +107,7 @@ func rootHash(line string) (string, error) {
 
 // find waits until the two partitions are there whose GUIDs follow from the root hash.
 func (s *first) find() (string, error) {
-	raw, err := hex.DecodeString(s.hash)
+	raw, err := fromHex(s.hash)
 	if err != nil {
 		return "", err
 	}
@@ -238,11 +248,11 @@ func (s *first) enter() (string, error) {
 
 // empty deletes what lies on the initramfs itself, if it is one.
 func empty(dir string) error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(dir, &fs); err != nil {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
 		return err
 	}
-	if fs.Type != unix.RAMFS_MAGIC && fs.Type != unix.TMPFS_MAGIC {
+	if st.Type != unix.RAMFS_MAGIC && st.Type != unix.TMPFS_MAGIC {
 		return errors.New(dir + " is not an initramfs")
 	}
 	entries, err := os.ReadDir(dir)

@@ -2,7 +2,6 @@ package boot
 
 import (
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"hash/crc32"
 	"io"
@@ -13,7 +12,7 @@ import (
 type guid [16]byte
 
 func (g guid) String() string {
-	h := hex.EncodeToString(g[:])
+	h := toHex(g[:])
 	return h[:8] + "-" + h[8:12] + "-" + h[12:16] + "-" + h[16:20] + "-" + h[20:]
 }
 

@@ -1,7 +1,6 @@
 package boot
 
 import (
-	"encoding/hex"
 	"errors"
 	"io/fs"
 	"os"
@@ -107,7 +106,7 @@ func machineID() (string, error) {
 	if _, err := unix.Getrandom(id, 0); err != nil {
 		return "", err
 	}
-	return "", os.WriteFile(unit.RunDir+"/etc/machine-id", []byte(hex.EncodeToString(id)+"\n"), 0o444)
+	return "", os.WriteFile(unit.RunDir+"/etc/machine-id", []byte(toHex(id)+"\n"), 0o444)
 }
 
 func secondModules() (string, error) {
@@ -121,7 +120,7 @@ func secondModules() (string, error) {
 
 func setSysctls() (string, error) {
 	for _, s := range sysctls {
-		err := os.WriteFile("/proc/sys/"+strings.ReplaceAll(s.name, ".", "/"), []byte(s.value), 0)
+		err := os.WriteFile("/proc/sys/"+strings.ReplaceAll(s.name, ".", "/"), []byte(s.value+"\n"), 0) // some want the newline
 		if err != nil && !s.optional {
 			console.Say("bulkhead: ", s.name, " is not ", s.value, ": ", err.Error())
 		}

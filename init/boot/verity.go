@@ -2,7 +2,6 @@ package boot
 
 import (
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"strconv"
 	"strings"
@@ -66,8 +65,32 @@ func (s superblock) sectors() uint64 { return s.dataBlocks * s.dataBlock / 512 }
 func (s superblock) table(root, tree, hash string) string {
 	salt := "-"
 	if len(s.salt) > 0 {
-		salt = hex.EncodeToString(s.salt)
+		salt = toHex(s.salt)
 	}
 	u := func(n uint64) string { return strconv.FormatUint(n, 10) }
 	return strings.Join([]string{"1", root, tree, u(s.dataBlock), u(s.hashBlock), u(s.dataBlocks), "1", "sha256", hash, salt}, " ")
+}
+
+// Package encoding/hex would bring fmt, and that a fifth of PID 1's memory.
+const digits = "0123456789abcdef"
+
+func toHex(b []byte) string {
+	var out []byte
+	for _, c := range b {
+		out = append(out, digits[c>>4], digits[c&15])
+	}
+	return string(out)
+}
+
+// fromHex accepts small and capital digits.
+func fromHex(s string) (out []byte, err error) {
+	for ; len(s) >= 2 && err == nil; s = s[2:] {
+		var n uint64
+		n, err = strconv.ParseUint(s[:2], 16, 8)
+		out = append(out, byte(n))
+	}
+	if s != "" && err == nil {
+		err = errors.New("an odd number of hex digits")
+	}
+	return out, err
 }

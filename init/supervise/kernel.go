@@ -99,7 +99,7 @@ func delegate() error {
 
 // limit makes the unit's control group.
 func (v *service) limit() error {
-	dir := cgroups + "/" + v.Name
+	dir := v.dir()
 	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -183,6 +183,9 @@ func listen(what, path string) (fd int, err error) {
 }
 
 func (k linux) spawn(v *service, ready int) (int, error) {
+	if err := v.renew(); err != nil {
+		return 0, err
+	}
 	if len(v.listen) != len(v.Listen) || v.cgroup < 0 || v.log.write == 0 {
 		return 0, unix.ENODEV // it was told at the start
 	}
@@ -219,18 +222,45 @@ func fork(what string, fds []int, how *syscall.SysProcAttr) (int, error) {
 	return syscall.ForkExec("/proc/self/exe", []string{confine.Name, what}, &syscall.ProcAttr{Env: []string{"GOMAXPROCS=1"}, Files: files, Sys: how})
 }
 
-func (k linux) kill(v *service, sig unix.Signal) {
-	if sig == unix.SIGKILL && !v.KillProcess {
-		k.swept(v)
+// kill signals the main process; what it leaves behind is swept when it has ended.
+func (k linux) kill(v *service, sig unix.Signal) { unix.Kill(v.pid, sig) }
+
+func (k linux) sweep(v *service) {
+	events, _ := os.ReadFile(v.dir() + "/cgroup.events")
+	if !v.KillProcess && strings.Contains(string(events), "populated 1") {
+		os.WriteFile(v.dir()+"/cgroup.kill", []byte("1"), 0)
+		v.killed = true
 	}
-	unix.Kill(v.pid, sig)
 }
 
-func (k linux) swept(v *service) {
-	if !v.KillProcess {
-		os.WriteFile(cgroups+"/"+v.Name+"/cgroup.kill", []byte("1"), 0)
+// renew makes a control group anew in which cgroup.kill was used. Linux up to 6.12 at least kills what is cloned straight
+// into such a group, for good: it compares the group's count of kills with that of the parent's group.
+func (v *service) renew() error {
+	if !v.killed {
+		return nil
 	}
+	unix.Close(v.cgroup)
+	v.cgroup = -1
+	if err := removeGroup(v.dir()); err != nil { // something in it is still dying
+		return err
+	}
+	v.killed = false
+	return v.limit()
 }
+
+func removeGroup(dir string) error {
+	entries, _ := os.ReadDir(dir)
+	for _, e := range entries {
+		if e.IsDir() {
+			if err := removeGroup(dir + "/" + e.Name()); err != nil {
+				return err
+			}
+		}
+	}
+	return unix.Rmdir(dir)
+}
+
+func (v *service) dir() string { return cgroups + "/" + v.Name }
 
 func (k linux) wait() (pid int, status unix.WaitStatus) {
 	pid, _ = unix.Wait4(-1, &status, unix.WNOHANG, nil)

@@ -28,8 +28,8 @@ const (
 // processes is what a supervisor needs of the kernel. Its methods do not block.
 type processes interface {
 	spawn(v *service, ready int) (pid int, err error)
-	kill(v *service, s unix.Signal)          // SIGKILL is for all that the unit has
-	swept(v *service)                        // its process has ended: nothing of it may stay
+	kill(v *service, s unix.Signal)          // the main process
+	sweep(v *service)                        // the main process has ended: nothing else of the unit may stay
 	wait() (pid int, status unix.WaitStatus) // one that has ended; pid 0: none
 }
 
@@ -39,6 +39,7 @@ type service struct {
 	log    logPipe
 	listen []int // in the order of Unit.Listen
 	cgroup int
+	killed bool // cgroup.kill was used
 
 	state    State
 	since    time.Time // of the state
@@ -288,7 +289,7 @@ func (s *Supervisor) ended(v *service, how, value uint8) {
 		s.forget(v.ready)
 	}
 	v.ready, v.pid, v.end, v.value = -1, 0, how, value
-	s.kernel.swept(v)
+	s.kernel.sweep(v)
 	s.happen(v, ended(v.Restart, how, value))
 }
 

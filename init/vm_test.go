@@ -1,0 +1,210 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/gpt"
+)
+
+// TestVM boots this program, with units of its own, from a verified disk under Debian's kernel in QEMU. The judge of
+// testdata/vm/probe runs in there as a unit and prints what it finds.
+//
+// BULKHEAD_TEST_KERNEL is the folder of an unpacked kernel package (boot/vmlinuz-*, lib/modules).
+func TestVM(t *testing.T) {
+	kernel := os.Getenv("BULKHEAD_TEST_KERNEL")
+	if kernel == "" {
+		if os.Getenv("REQUIRE_VM") == "1" {
+			t.Fatal("REQUIRE_VM=1, but BULKHEAD_TEST_KERNEL is not set")
+		}
+		t.Skip("needs a kernel: set BULKHEAD_TEST_KERNEL to the folder of an unpacked Debian kernel package")
+	}
+	m := build(t, kernel)
+
+	console := m.boot(t, m.hash, m.disk)
+	for line := range strings.Lines(console) {
+		if strings.Contains(line, "TEST WRONG") {
+			t.Errorf("in the machine: %s", line)
+		}
+	}
+	for _, want := range []string{"bulkhead: root verified (dm-verity, /dev/vda1)", "TEST ok reboot", "bulkhead: restarting"} {
+		if !strings.Contains(console, want) {
+			t.Errorf("the console lacks %q", want)
+		}
+	}
+	t.Log(console)
+
+	// A root of which every block is damaged does not come up, whatever the superblock says.
+	damaged := bytes.Clone(m.disk)
+	for i := m.root; i < m.root+m.rootSize; i += 4096 {
+		damaged[i+100] ^= 1
+	}
+	console = m.boot(t, m.hash, damaged)
+	if !strings.Contains(console, "bulkhead: cannot mount the root") || strings.Contains(console, "root verified") {
+		t.Errorf("a damaged root:\n%s", console)
+	}
+}
+
+type machine struct {
+	dir, kernel, hash string
+	disk              []byte
+	root, rootSize    int64
+}
+
+func run(t *testing.T, dir, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+func write(t *testing.T, path string, data []byte) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func read(t *testing.T, path string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// build makes a disk and an initramfs.
+func build(t *testing.T, kernel string) machine {
+	m := machine{dir: t.TempDir()}
+	units, overlay, program := m.dir+"/units.go", m.dir+"/overlay.json", m.dir+"/init"
+	run(t, "..", "go", "run", "./internal/unit/gen", "-tree", "init/testdata/vm/units", "-out", units)
+	here, err := filepath.Abs("units.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	replace, _ := json.Marshal(map[string]any{"Replace": map[string]string{here: units}})
+	write(t, overlay, replace)
+	run(t, ".", "go", "build", "-overlay", overlay, "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", program, ".")
+
+	tree := m.dir + "/tree"
+	run(t, ".", "go", "build", "-o", tree+"/usr/lib/probe", "./testdata/vm/probe")
+	write(t, tree+"/sbin/init", read(t, program))
+	write(t, tree+"/usr/share/something", nil)
+	for _, dir := range []string{"proc", "sys", "dev", "run", "tmp", "state", "var", "etc"} {
+		os.MkdirAll(tree+"/"+dir, 0o755)
+	}
+	os.Symlink("/run/bulkhead/etc/machine-id", tree+"/etc/machine-id")
+
+	paths, _ := filepath.Glob(kernel + "/boot/vmlinuz-*")
+	if len(paths) != 1 {
+		t.Fatalf("%s/boot has kernels %q", kernel, paths)
+	}
+	m.kernel = paths[0]
+	release := strings.TrimPrefix(filepath.Base(m.kernel), "vmlinuz-")
+	module := func(path string) []byte {
+		xz := exec.Command("xz", "-dc", kernel+"/lib/modules/"+release+"/kernel/"+path+".xz")
+		out, err := xz.Output()
+		if err != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+		return out
+	}
+	second := tree + "/usr/lib/modules/" + release + "/"
+	var list string
+	for _, path := range []string{"drivers/firmware/qemu_fw_cfg.ko", "drivers/watchdog/watchdog.ko", "drivers/watchdog/i6300esb.ko"} {
+		write(t, second+"kernel/"+path, module(path))
+		list += "kernel/" + path + "\n"
+	}
+	write(t, second+"bulkhead.list", []byte(list))
+
+	var cpio bytes.Buffer
+	entry := func(name string, mode int, data []byte) {
+		fmt.Fprintf(&cpio, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s\x00", cpio.Len()+1, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0, name)
+		cpio.Write(make([]byte, -cpio.Len()&3))
+		cpio.Write(data)
+		cpio.Write(make([]byte, -cpio.Len()&3))
+	}
+	entry("init", 0o100755, read(t, program))
+	entry("m", 0o040755, nil)
+	list = ""
+	for _, path := range []string{"drivers/block/virtio_blk.ko", "lib/reed_solomon/reed_solomon.ko", "drivers/md/dm-mod.ko", "drivers/md/dm-bufio.ko",
+		"drivers/md/dm-verity.ko", "fs/squashfs/squashfs.ko"} {
+		name := "m/" + filepath.Base(path)
+		entry(name, 0o100644, module(path))
+		list += "/" + name + "\n"
+	}
+	entry("modules.list", 0o100644, []byte(list))
+	entry("TRAILER!!!", 0, nil)
+	write(t, m.dir+"/initramfs", cpio.Bytes())
+	m.makeDisk(t, tree)
+	return m
+}
+
+func (m *machine) makeDisk(t *testing.T, tree string) {
+	root, hash := m.dir+"/root", m.dir+"/hash"
+	run(t, ".", "mksquashfs", tree, root, "-all-root", "-noappend", "-quiet", "-comp", "zstd", "-Xcompression-level", "1")
+	for line := range strings.Lines(run(t, ".", "veritysetup", "format", root, hash)) {
+		if v, ok := strings.CutPrefix(line, "Root hash:"); ok {
+			m.hash = strings.TrimSpace(v)
+		}
+	}
+	raw, err := hex.DecodeString(m.hash)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const mib = 1 << 20
+	rootData, hashData := read(t, root), read(t, hash)
+	m.root, m.rootSize = mib, int64(len(rootData))
+	second := m.root + (m.rootSize+mib-1)/mib*mib
+	m.disk = make([]byte, second+(int64(len(hashData))+mib-1)/mib*mib+mib)
+	copy(m.disk[m.root:], rootData)
+	copy(m.disk[second:], hashData)
+	part := func(n int, first, end int64, guid []byte) gpt.Partition {
+		return gpt.Partition{Number: n, Type: gpt.GUID{1}, GUID: gpt.GUID(guid), First: uint64(first / 512), Last: uint64(end/512 - 1), Name: "x"}
+	}
+	table := gpt.Table{DiskGUID: gpt.GUID{2}, Partitions: []gpt.Partition{
+		part(1, m.root, second, raw[:16]), part(2, second, int64(len(m.disk))-mib, raw[16:]),
+	}}
+	chunks, err := table.Encode(int64(len(m.disk)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range chunks {
+		copy(m.disk[c.Offset:], c.Data)
+	}
+}
+
+// boot returns what the machine's console shows until it ends.
+func (m *machine) boot(t *testing.T, hash string, disk []byte) string {
+	path := m.dir + "/disk"
+	write(t, path, disk)
+	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-cx16" /* QEMU before 8 leaves rubbish in the flags after cmpxchg16b, and the kernel falls over it */, "-smp", "2", "-m", "1024",
+		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", m.kernel, "-initrd", m.dir+"/initramfs",
+		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no5lvl tsc=reliable nokaslr init_on_alloc=0 apparmor=0 audit=0 cryptomgr.notests bulkhead bulkhead.verity="+hash, "-drive", "if=virtio,format=raw,file="+path,
+		"-fw_cfg", "name=opt/dev.bulkhead/claim-key,string=the-claim", "-device", "i6300esb")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Errorf("qemu: %v\n%s", err, out)
+	}
+	return strings.ReplaceAll(string(out), "\r", "")
+}
