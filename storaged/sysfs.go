@@ -261,7 +261,7 @@ func (l *linux) markSystem(disks []Disk) {
 	for i := range disks {
 		if name != "" {
 			disks[i].System = filepath.Base(disks[i].Device) == name
-		} else if _, ok := disks[i].table().ByGUID(guid); ok && disks[i].HasTable {
+		} else if _, ok := disks[i].table().ByGUID(guid); ok && disks[i].HasTable && guid != (gpt.GUID{}) {
 			disks[i].System = true
 			return // a clone of the disk would be found too: one is enough to be wrong about
 		}
