@@ -8,8 +8,8 @@ IMAGE      := out/image
 
 export CGO_ENABLED ?= 0
 GOBUILD = go build -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION)"
-NODE    = ./init $(wildcard ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd)
-HOST    = ./cmd/mkimage $(wildcard ./cmd/bhctl)
+NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
+HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
 .PHONY: help setup up down build kubernetes image reproducible test test-vm bench fuzz lint gen clean

@@ -13,6 +13,9 @@ const (
 	program = "qemu-system-x86_64"
 )
 
+// board is a PC of today without the parts that a node has no use for and that the kernel would look for.
+const board = "q35,sata=off,smbus=off,i8042=off,hpet=off"
+
 // emulated is added to the command line where every instruction is emulated: it turns off what guards against real
 // hardware's flaws and against nothing here, and what costs seconds at boot. It never belongs to the image.
 const emulated = "mitigations=off no5lvl tsc=reliable nokaslr init_on_alloc=0 apparmor=0 audit=0 cryptomgr.notests"
@@ -37,8 +40,8 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 	a := []string{
 		"-name", "bulkhead-" + m.Name, "-uuid", m.UUID, "-no-user-config", "-nodefaults", "-display", "none", "-daemonize",
 		"-pidfile", m.pidPath(),
-		"-machine", "q35", "-accel", accelerator, "-cpu", cpu, "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprint(m.Memory),
-		"-kernel", "vmlinuz", "-initrd", "initramfs.cpio", "-append", cmdline,
+		"-machine", board, "-accel", accelerator, "-cpu", cpu, "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprint(m.Memory),
+		"-kernel", bootFile, "-initrd", "initramfs.cpio", "-append", cmdline,
 		"-drive", "file=" + diskFile + ",format=raw,if=none,id=disk,discard=unmap,cache=" + cache,
 		"-device", "virtio-blk-pci,drive=disk",
 		"-netdev", m.netdev(), "-device", "virtio-net-pci,netdev=net,romfile=,mac=" + mac(m.Name),

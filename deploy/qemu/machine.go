@@ -25,6 +25,8 @@ const (
 	pidFile      = "qemu.pid"
 	qmpSocket    = "qmp.sock"
 	ClaimKeyFile = "claim-key" // what the node is claimed with, if anything
+
+	bootFile = "vmlinux" // made from the vmlinuz of the image
 )
 
 // kernelFiles are copied from the image, so that building another image does not change this machine.
@@ -171,6 +173,9 @@ func (m Machine) Create(imageDir string, claimKey []byte) (err error) {
 			return err
 		}
 	}
+	if err := m.unpack(); err != nil {
+		return err
+	}
 	if err := grow(filepath.Join(m.Dir, diskFile), m.DiskSize); err != nil {
 		return err
 	}
@@ -180,6 +185,19 @@ func (m Machine) Create(imageDir string, claimKey []byte) (err error) {
 		}
 	}
 	return m.save()
+}
+
+// unpack makes the kernel that QEMU boots; one that is not understood is booted as it is.
+func (m Machine) unpack() error {
+	packed, err := os.ReadFile(filepath.Join(m.Dir, "vmlinuz"))
+	if err != nil {
+		return err
+	}
+	kernel, err := unpackKernel(packed)
+	if err != nil {
+		kernel = packed
+	}
+	return os.WriteFile(filepath.Join(m.Dir, bootFile), kernel, 0o600)
 }
 
 func (m Machine) save() error {

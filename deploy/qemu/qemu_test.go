@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sys/unix"
 )
 
@@ -267,6 +269,37 @@ func TestForeignProcess(t *testing.T) {
 	} {
 		if got := m.owns([]byte(test.cmdline)); got != test.want {
 			t.Errorf("owns(%q) = %v", test.cmdline, got)
+		}
+	}
+}
+
+func TestUnpackKernel(t *testing.T) {
+	enc, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bzImage := func(payload []byte) []byte {
+		b := make([]byte, 3*512+8+len(payload)+4)
+		b[0x1f1] = 2
+		copy(b[0x202:], "HdrS\x0f\x02")
+		binary.LittleEndian.PutUint32(b[0x248:], 8)
+		binary.LittleEndian.PutUint32(b[0x24c:], uint32(len(payload)+4))
+		copy(b[3*512+8:], payload)
+		return b
+	}
+	good := bzImage(enc.EncodeAll([]byte("\x7fELF and more"), nil))
+	if got, err := unpackKernel(good); err != nil || string(got) != "\x7fELF and more" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	for want, b := range map[string][]byte{
+		"not a bzImage":        []byte("MZ"),
+		"not packed with zstd": bzImage([]byte("\x1f\x8b3456789")),
+		"no ELF file inside":   bzImage(enc.EncodeAll([]byte("text"), nil)),
+		"payload from":         good[:len(good)-9],
+		"unpack: ":             bzImage([]byte("\x28\xb5\x2f\xfd nothing good")),
+	} {
+		if _, err := unpackKernel(b); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
 		}
 	}
 }
