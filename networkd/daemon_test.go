@@ -283,7 +283,7 @@ func TestDaemon(t *testing.T) {
 	p.kill()
 	kernelHas(t, "10.0.2.15/24 eth0 dhcp", "default via 10.0.2.2 dev eth0 metric 1024 dhcp") // while it is down
 	p = spawn(t, dir)
-	s = p.await(t, "after a restart", func(s *networkv1.Status) bool { return leased("10.0.2.15/24")(s) && s.Generation == 1 })
+	p.await(t, "after a restart", func(s *networkv1.Status) bool { return leased("10.0.2.15/24")(s) && s.Generation == 1 })
 	kernelHas(t, "10.0.2.15/24 eth0 dhcp")
 	for range 2 { // the second one is sent only if the first was answered: else the client waits for a minute
 		select {

@@ -153,6 +153,9 @@ func planFirewall(want Spec, have State, managed []Link) []Step {
 	return steps
 }
 
+// spelling makes protocols look the same whatever the version of iptables, and whether or not there is an /etc/protocols.
+var spelling = strings.NewReplacer("-p icmpv6 ", "-p ipv6-icmp ", "-p 58 ", "-p ipv6-icmp ", "-p 1 ", "-p icmp ", "-p 6 ", "-p tcp ", "-p 17 ", "-p udp ")
+
 // parseSave reads what iptables-save -c -t filter prints. Chains and rules of others are passed over.
 func parseSave(f Family, text string) (Table, error) {
 	t := Table{Family: f}
@@ -182,7 +185,7 @@ func parseSave(f Family, text string) (Table, error) {
 		if _, err := fmt.Sscanf(counters, "[%d:%d]", &packets, &bytes); err != nil {
 			return Table{}, fmt.Errorf("read firewall: counters of %q: %w", line, err)
 		}
-		c.Rules, c.Packets, c.Bytes = append(c.Rules, args), append(c.Packets, packets), append(c.Bytes, bytes)
+		c.Rules, c.Packets, c.Bytes = append(c.Rules, spelling.Replace(args)), append(c.Packets, packets), append(c.Bytes, bytes)
 	}
 	for _, c := range chains {
 		t.Chains = append(t.Chains, *c)

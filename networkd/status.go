@@ -35,10 +35,14 @@ func newGauges(s *metrics.Set) gauges {
 // report publishes what a round left. It is called by the loop's goroutine only.
 func (d *Daemon) report(have State) {
 	now := d.describe(have)
+	d.measure(now, have)
 	before, _ := d.status.Get()
 	if !proto.Equal(lasting(before), lasting(now)) {
-		d.status.Set(now)
+		d.status.Set(now) // last: who sees a status may ask for its figures
 	}
+}
+
+func (d *Daemon) measure(now *networkv1.Status, have State) {
 	g := d.gauges
 	g.desired.Set(float64(now.Generation))
 	g.converged.Set(0)
