@@ -25,7 +25,7 @@ func main() {
 	// The order is the order in which a query passes the plugins, whatever the
 	// Corefile says. It is upstream's (plugin.cfg) with the rest left out.
 	dnsserver.Directives = []string{
-		"reload", "health", "ready", "prometheus", "errors",
+		"reload", "ready", "health", "prometheus", "errors",
 		"loadbalance", "cache", "kubernetes", "loop", "forward",
 	}
 	coremain.Run()
