@@ -37,14 +37,16 @@ const (
 
 // Machine is the node by itself.
 type Machine struct {
-	// Hostname is also the Kubernetes node's name. Default: "bulkhead-" and 6 digits of the machine id. RFC 1123 label(s), at most 63 characters.
+	// Hostname is also the Kubernetes node's name. RFC 1123 label(s), at most 63 characters.
+	// Default: "bulkhead-" and 6 digits of the machine id; Parse leaves it "" then, for it does not know the machine.
 	Hostname string `yaml:"hostname,omitempty"`
 	// Role defaults to controlplane.
 	Role Role `yaml:"role,omitempty"`
 }
 
-// Network is links, addresses, routes, names and the firewall. Default: DHCP on every physical interface.
+// Network is links, addresses, routes, names and the firewall.
 type Network struct {
+	// Interfaces: none means DHCP on every physical one; Parse leaves the list empty then, networkd knows the links.
 	Interfaces    []Interface  `yaml:"interfaces,omitempty"`
 	Nameservers   []netip.Addr `yaml:"nameservers,omitempty"` // before those from DHCP
 	SearchDomains []string     `yaml:"searchDomains,omitempty"`
@@ -106,7 +108,7 @@ type Cluster struct {
 	// Name defaults to "bulkhead".
 	Name string `yaml:"name,omitempty"`
 	// Endpoint is the URL under which clients and workers reach the API server, for example
-	// "https://10.0.0.5:6443". Default: the node's own first address.
+	// "https://10.0.0.5:6443". Default: the node's own first address; Parse leaves it "" then. A worker must have it.
 	Endpoint string `yaml:"endpoint,omitempty"`
 	// Names are further names and addresses in the server certificates (apid, gateway, API server).
 	Names []string `yaml:"names,omitempty"`

@@ -161,6 +161,9 @@ func (d *Daemon) applyChange(ctx context.Context, c change) (*configv1.ApplyResp
 	if err := d.ensureState(ctx, number, c.set); err != nil {
 		return nil, err
 	}
+	if ctx.Err() != nil {
+		return nil, errs.New(errs.Unavailable, "the caller left; nothing was changed")
+	}
 	// From here on the caller's patience does not matter: it takes no more than one write.
 	now, _ = d.running.Get() // STATE may have brought one
 	if now.Number != 0 && config.Equal(now.set, c.set) {

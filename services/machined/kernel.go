@@ -14,6 +14,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -136,6 +138,9 @@ func (c conn) Set(ctx context.Context, s *controlv1.Spec) error {
 
 func (c conn) Plan(ctx context.Context, s *controlv1.Spec) ([]string, error) {
 	r, err := c.client.PlanSpec(ctx, &controlv1.PlanSpecRequest{Spec: s})
+	if grpcstatus.Code(err) == codes.Unimplemented {
+		return nil, nil // a daemon that only takes note of its section
+	}
 	return r.GetSteps(), err
 }
 

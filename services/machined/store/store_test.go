@@ -233,6 +233,9 @@ func TestFull(t *testing.T) {
 		for _, after := range d.after() {
 			check(t, fmt.Sprintf("full from step %d", from), after, 3, false)
 		}
+		if len(d.names) != 3 { // what was begun is taken away
+			t.Errorf("full from step %d: left %v", from, d.names)
+		}
 		d.full = 0
 		if g, err := s.Add(generation(4)); err != nil || g.Number != 4 {
 			t.Errorf("full from step %d, then not: got %d, %v", from, g.Number, err)
