@@ -63,6 +63,8 @@ var profiles = map[string]profile{
 	"kube-scheduler":                {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:kube-scheduler", client: true, life: day},
 	"kube-proxy":                    {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:kube-proxy", client: true, life: day},
 	"kubernetes-admin":              {who: uid.Kubeletd, ca: kubernetesCA, org: []string{"system:masters"}, client: true, life: day, maxLife: 30 * day},
+	// kubeletd's own identity towards the API server; what it may do there stands in its add-on "rbac".
+	"kubeletd": {who: uid.Kubeletd, ca: kubernetesCA, cn: "bulkhead:kubeletd", client: true, life: day},
 
 	// The kubelet's own: kubeletd passes on what the kubelet put into a CertificateSigningRequest.
 	"kubelet-bootstrap": {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:bootstrap:%s", org: []string{"system:bootstrappers"}, client: true, life: time.Hour},
