@@ -84,7 +84,7 @@ func build(ctx context.Context, args []string, cache debian.Cache, log *slog.Log
 	f.StringVar(&cfg.Out, "out", "out/image", "`folder` of the image, replaced as a whole")
 	f.StringVar(&cfg.Version, "version", "0.1.0-dev", "`version` of the image")
 	f.StringVar(&cfg.ClaimKey, "claim-key", "", "`file` with a claim key that becomes part of the image")
-	f.IntVar(&cfg.Level, "level", 15, "`level` of compression, 1 to 22")
+	f.IntVar(&cfg.Level, "level", 9, "`level` of compression, 1 to 22")
 	f.BoolVar(&cfg.AllowMissing, "allow-missing", false, "build without the binaries that do not exist")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
