@@ -4,7 +4,8 @@
 // links to it, and the processes of a node share its text pages.
 //
 // It may only choose. Flags, defaults and behaviour are upstream's; what a
-// node passes to them is the business of whoever starts them.
+// node passes to them is the business of whoever starts them, on the command
+// line or, one flag per line, in the file that KUBE_ARGS_FILE names.
 package main
 
 import (
@@ -93,6 +94,9 @@ func find(name string) (component, bool) {
 
 func main() {
 	c, argv, err := choose(os.Args)
+	if err == nil {
+		argv, err = withFile(argv, os.Getenv(argsVariable))
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(2)
