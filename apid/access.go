@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/golang-jwt/jwt/v5"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
@@ -61,6 +63,9 @@ func holds(roles []string, need []authv1.Role) bool {
 // errStranger is the only thing that callers without credentials learn.
 var errStranger = errs.New(errs.Unauthenticated, "no valid credentials: call with a client certificate or a bearer token of this cluster")
 
+// errNoMethod is what callers with credentials get for methods that are not there, or for daemons only.
+var errNoMethod = status.Error(codes.Unimplemented, "there is no such method for callers from outside of the node")
+
 // allow decides about one call. r is nil for methods without a route. It is pure.
 func allow(r *route, who identity, authErr error, claimed bool) error {
 	if r != nil && slices.Contains(r.need, authv1.Role_CLAIM) {
@@ -73,7 +78,7 @@ func allow(r *route, who identity, authErr error, claimed bool) error {
 		return authErr
 	}
 	if r == nil {
-		return errs.New(errs.NotFound, "there is no such method for callers from outside of the node")
+		return errNoMethod
 	}
 	if !holds(who.roles, r.need) {
 		var names []string

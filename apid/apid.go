@@ -117,13 +117,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.trust.Run(ctx) })
 	g.Go(func() error { return d.leaf.Run(ctx) })
-	g.Go(func() error { return serve(ctx, d.localServer(), daemon.Limit(d.cfg.Env.Listen, maxLocal)) })
+	g.Go(func() error { return serve(ctx, d.localServer(ctx), daemon.Limit(d.cfg.Env.Listen, maxLocal)) })
 	g.Go(func() error {
 		// Until it is known whose certificate to show, callers wait in the listener's backlog.
 		if err := d.tls.wait(ctx); err != nil {
 			return err
 		}
-		return serve(ctx, d.publicServer(), d.gate)
+		return serve(ctx, d.publicServer(ctx), d.gate)
 	})
 	d.cfg.Env.Ready()
 	return g.Wait()

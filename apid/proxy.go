@@ -68,22 +68,46 @@ func (c raw) Unmarshal(data mem.BufferSlice, v any) error {
 
 func (raw) Name() string { return "proto" }
 
-// forward is the handler of all methods that apid does not serve itself. The interceptor has let the call in.
-func (d *Daemon) forward(_ any, in grpc.ServerStream) error {
+// forward is the handler of all methods that apid does not serve itself. The interceptor has let the call in. When stop is done,
+// streams end, for some of them only end when the client does, and would hold up the end of apid.
+func (d *Daemon) forward(stop context.Context, in grpc.ServerStream) error {
 	c := callFrom(in.Context())
 	if c == nil || c.route.daemon == "" {
-		return errs.New(errs.NotFound, "there is no such method for callers from outside of the node")
+		return errNoMethod
 	}
 	ctx, cancel := context.WithCancel(in.Context())
 	defer cancel()
-	if _, ok := ctx.Deadline(); !ok && !c.route.stream.ServerStreams {
-		var stop context.CancelFunc
-		ctx, stop = context.WithTimeout(ctx, unaryTime)
-		defer stop()
-	}
 	if c.claim {
 		return d.forwardClaim(ctx, in, c)
 	}
+	if !c.route.stream.ServerStreams && !c.route.stream.ClientStreams {
+		return d.forwardUnary(ctx, in, c)
+	}
+	defer context.AfterFunc(stop, cancel)()
+	err := d.forwardStream(ctx, in, c, cancel)
+	if err != nil && stop.Err() != nil && in.Context().Err() == nil {
+		return errs.New(errs.Unavailable, "apid is stopping; try again")
+	}
+	return err
+}
+
+func (d *Daemon) forwardUnary(ctx context.Context, in grpc.ServerStream, c *call) error {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, unaryTime)
+		defer cancel()
+	}
+	out, err := d.open(ctx, c)
+	if err != nil {
+		return err
+	}
+	if err := pass(in, out); err != nil {
+		return err
+	}
+	return pass(out, in)
+}
+
+func (d *Daemon) forwardStream(ctx context.Context, in grpc.ServerStream, c *call, cancel context.CancelFunc) error {
 	out, err := d.open(ctx, c)
 	if err != nil {
 		return err
@@ -93,9 +117,6 @@ func (d *Daemon) forward(_ any, in grpc.ServerStream) error {
 	}
 	if err := pass(in, out); err != nil {
 		return err
-	}
-	if !c.route.stream.ServerStreams {
-		return pass(out, in)
 	}
 	return answers(in, out)
 }

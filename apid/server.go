@@ -57,8 +57,8 @@ func callFrom(ctx context.Context) *call {
 }
 
 // publicServer answers on TCP.
-func (d *Daemon) publicServer() *grpc.Server {
-	return d.server(
+func (d *Daemon) publicServer(stop context.Context) *grpc.Server {
+	return d.server(stop,
 		grpc.Creds(serverCreds{d.tls.config()}), grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second, MaxConnectionIdle: idleTime}),
 		grpc.InitialWindowSize(window), grpc.InitialConnWindowSize(window),
@@ -67,7 +67,7 @@ func (d *Daemon) publicServer() *grpc.Server {
 }
 
 // localServer answers on the Unix socket: gateway, whose callers show tokens, and machined.
-func (d *Daemon) localServer() *grpc.Server {
+func (d *Daemon) localServer(stop context.Context) *grpc.Server {
 	list := peer.List{
 		controlv1.Control_ServiceDesc.ServiceName: {uid.Machined},
 		healthv1.Health_ServiceDesc.ServiceName:   {uid.Machined},
@@ -77,15 +77,15 @@ func (d *Daemon) localServer() *grpc.Server {
 			list[r.service] = append(list[r.service], uid.Gateway)
 		}
 	}
-	s := d.server(append(peer.ServerOptions(list, d.cfg.Env.Who), grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute}))...)
+	s := d.server(stop, append(peer.ServerOptions(list, d.cfg.Env.Who), grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute}))...)
 	controlv1.RegisterControlServer(s, controlServer{d: d})
 	return s
 }
 
-func (d *Daemon) server(opts ...grpc.ServerOption) *grpc.Server {
+func (d *Daemon) server(stop context.Context, opts ...grpc.ServerOption) *grpc.Server {
 	s := grpc.NewServer(append(opts,
 		grpc.ForceServerCodecV2(newRaw()),
-		grpc.UnknownServiceHandler(d.forward),
+		grpc.UnknownServiceHandler(func(_ any, in grpc.ServerStream) error { return d.forward(stop, in) }),
 		grpc.MaxRecvMsgSize(daemon.MaxMessage), grpc.MaxConcurrentStreams(maxStreams), grpc.MaxHeaderListSize(maxHeaders), grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, si *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
