@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -312,7 +313,8 @@ func TestBoot(t *testing.T) {
 	m := aMachine(t)
 	m.Memory = 1024
 	m.Forwards = []Forward{{"api", 0, 50000, "--api-port"}}
-	if err := m.Create(filepath.Join("..", "..", "out", "image"), nil); err != nil {
+	image := cmp.Or(os.Getenv("BULKHEAD_IMAGE"), filepath.Join("..", "..", "out", "image"))
+	if err := m.Create(image, nil); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
