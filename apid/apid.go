@@ -45,6 +45,7 @@ type Daemon struct {
 	tls    *identityCard
 	gate   *gate
 	audit  *auditor
+	tokens tokens
 	claims chan struct{} // slots for calls without an identity
 	count  figures
 	spec   latest.Cell[spec]

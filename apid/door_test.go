@@ -2,11 +2,13 @@ package apid
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -137,13 +139,25 @@ func TestCredentials(t *testing.T) {
 	wantCode(t, "signer", err, codes.Unimplemented)
 }
 
-func TestCertificateExpiresOnOpenConnection(t *testing.T) {
+func TestCredentialsExpireOnOpenConnections(t *testing.T) {
 	n := newNode(t, true)
 	n.machined(&fakeMachined{})
 	conn := n.dial(n.trustd.certificate(n.trustd.ca, "ann", "admin", -time.Minute, time.Hour))
 	n.must(getVersion(n.ctx(), conn))
+	token := n.dial(n.trustd.mint("ann", "admin"))
+	n.must(getVersion(n.ctx(), token))
+	n.must(getVersion(n.ctx(), token))
 	n.ahead.Store(int64(2 * time.Hour))
 	wantCode(t, "two hours later", getVersion(n.ctx(), conn), codes.Unauthenticated)
+	wantCode(t, "two hours later, by token", getVersion(n.ctx(), token), codes.Unauthenticated)
+	n.ahead.Store(0)
+	n.must(getVersion(n.ctx(), token))
+	_, n.trustd.token, _ = ed25519.GenerateKey(nil) // another authority took over
+	n.trustd.own()
+	for getVersion(n.ctx(), token) == nil { // until apid has heard of it
+		runtime.Gosched()
+	}
+	wantCode(t, "with a key that is not trusted any more", getVersion(n.ctx(), token), codes.Unauthenticated)
 }
 
 // Only apid's word about the caller reaches a daemon, and no credential does.

@@ -138,6 +138,10 @@ func (d *Daemon) guard(ctx context.Context, method string, next func(context.Con
 
 // enter finds out who calls and decides.
 func (d *Daemon) enter(ctx context.Context, c *call) error {
+	// Just after a start a call over the Unix socket may come before trustd's first word: it waits and does not fail.
+	if err := d.trust.Wait(ctx); err != nil {
+		return status.FromContextError(err).Err()
+	}
 	roots, _ := d.trust.Roots()
 	md, _ := metadata.FromIncomingContext(ctx)
 	if p, ok := grpcpeer.FromContext(ctx); ok {
@@ -149,7 +153,7 @@ func (d *Daemon) enter(ctx context.Context, c *call) error {
 	}
 	var authErr error
 	if text, has := bearer(md); has { // who shows a token means it: a wrong one is not made good by a certificate
-		c.who, authErr = fromToken(text, roots.State.GetTokenKeys(), c.start)
+		c.who, authErr = d.tokens.who(text, roots, c.start)
 	} else if c.conn != nil {
 		c.who, authErr = c.conn.who(roots, c.start)
 	} else {

@@ -117,7 +117,7 @@ func (l *Leaf) tls() (*tls.Certificate, error) {
 // Run gets a pair and renews it until ctx is done; it returns ctx's error. A failed try is repeated; the old pair stays meanwhile.
 func (l *Leaf) Run(ctx context.Context) error {
 	pause := firstPause
-	if err := l.cfg.Trust.wait(ctx); err != nil {
+	if err := l.cfg.Trust.Wait(ctx); err != nil {
 		return err
 	}
 	timer := time.NewTimer(look)

@@ -89,8 +89,8 @@ func (t *Trust) set(s *trustv1.TrustState) error {
 	return nil
 }
 
-// wait returns once trustd has said its first word.
-func (t *Trust) wait(ctx context.Context) error {
+// Wait returns once trustd has said its first word, or ctx's error.
+func (t *Trust) Wait(ctx context.Context) error {
 	for {
 		r, changed := t.cell.Get()
 		if r.Known {

@@ -1,0 +1,109 @@
+package apid
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/metrics"
+)
+
+// crowd fills a gate that nobody listens on.
+func crowd(g *gate, n int, from string, since time.Time, known bool) []*conn {
+	var out []*conn
+	for range n {
+		c := &conn{gate: g, from: netip.MustParseAddr(from), since: since}
+		c.known.Store(known)
+		g.conns[c] = struct{}{}
+		out = append(out, c)
+	}
+	return out
+}
+
+func TestGateMakesRoom(t *testing.T) {
+	now := time.Now()
+	old := now.Add(-10 * time.Second)
+	for _, c := range []struct {
+		name   string
+		fill   func(*gate)
+		ok     bool
+		victim string // its address; "": nobody
+	}{
+		{"room", func(g *gate) { crowd(g, maxConns-1, "192.0.2.1", old, false) }, true, ""},
+		{"the address with most strangers pays", func(g *gate) {
+			crowd(g, 200, "192.0.2.1", old, false)
+			crowd(g, 56, "192.0.2.2", old.Add(-time.Second), false)
+		}, true, "192.0.2.1"},
+		{"known ones are not counted", func(g *gate) {
+			crowd(g, 200, "192.0.2.1", old, true)
+			crowd(g, 10, "192.0.2.1", old, false)
+			crowd(g, 46, "192.0.2.2", old, false)
+		}, true, "192.0.2.2"},
+		{"everybody is known", func(g *gate) { crowd(g, maxConns, "192.0.2.1", old, true) }, false, ""},
+		{"everybody is young", func(g *gate) { crowd(g, maxConns, "192.0.2.1", now.Add(-youth/2), false) }, false, ""},
+	} {
+		g := newGate(nil, newFigures(metrics.New("apid")))
+		c.fill(g)
+		before := len(g.conns)
+		victim, ok := g.admit(&conn{gate: g, from: netip.MustParseAddr("192.0.2.3"), since: now})
+		if ok != c.ok || (victim != nil) != (c.victim != "") || victim != nil && victim.from.String() != c.victim {
+			t.Errorf("%s: admitted %v, victim %+v", c.name, ok, victim)
+		}
+		if len(g.conns) > maxConns || !ok && len(g.conns) != before {
+			t.Errorf("%s: %d connections", c.name, len(g.conns))
+		}
+	}
+	g := newGate(nil, newFigures(metrics.New("apid")))
+	oldest := crowd(g, 1, "192.0.2.1", old.Add(-time.Hour), false)[0]
+	crowd(g, maxConns-1, "192.0.2.1", old, false)
+	if v, _ := g.admit(&conn{gate: g, since: now}); v != oldest {
+		t.Error("of one address, the oldest does not go first")
+	}
+}
+
+// pipes is a listener of connections in memory, for tests with a clock of their own.
+type pipes chan net.Conn
+
+func (p pipes) Accept() (net.Conn, error) {
+	c, ok := <-p
+	if !ok {
+		return nil, net.ErrClosed
+	}
+	return c, nil
+}
+func (pipes) Close() error   { return nil }
+func (pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+func TestStrangersHaveHalfAMinute(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := make(pipes, 2)
+		g := newGate(p, newFigures(metrics.New("apid")))
+		var theirs, ours []net.Conn
+		for range 2 {
+			a, b := net.Pipe()
+			p <- b
+			c, err := g.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			theirs, ours = append(theirs, a), append(ours, c)
+		}
+		ours[1].(*conn).known.Store(true)
+		time.Sleep(graceTime + time.Second)
+		synctest.Wait()
+		if !ours[0].(*conn).closed.Load() {
+			t.Error("a stranger may stay for ever")
+		}
+		if ours[1].(*conn).closed.Load() || len(g.conns) != 1 {
+			t.Errorf("a known one was closed; %d left", len(g.conns))
+		}
+		if err := ours[1].Close(); err != nil || len(g.conns) != 0 {
+			t.Errorf("after closing: %v, %d left", err, len(g.conns))
+		}
+		for _, c := range theirs {
+			c.Close()
+		}
+	})
+}
