@@ -15,18 +15,19 @@ import (
 
 // process is what "hello ps" prints for each process, read from /proc.
 type process struct {
-	PID                              int
-	Name                             string // argv[0]
-	UID, GID                         []uint32
-	Groups                           []uint32
+	PID                               int
+	Name                              string // argv[0]
+	UID, GID                          []uint32
+	Groups                            []uint32
 	Inheritable, Permitted, Effective uint64
-	Bounding, Ambient                uint64
-	NoNewPrivs                       bool
-	Cgroup                           string
-	Namespaces                       map[string]string // "net": "net:[4026531840]"
-	Limits                           map[string]string // of its control group: "memory.max": "67108864"
-	NoFile                           uint64
-	OOMScoreAdj                      int
+	Bounding, Ambient                 uint64
+	NoNewPrivs                        bool
+	Cgroup                            string
+	Namespaces                        map[string]string // "net": "net:[4026531840]"
+	Limits                            map[string]string // of its control group: "memory.max": "67108864"
+	NoFile                            uint64
+	OOMScoreAdj                       int
+	PSS, RSS                          uint64 // bytes
 }
 
 // processes reads the node's process table through the inspect pod.

@@ -18,9 +18,9 @@ import (
 
 // node is one virtual machine and the user who drives it.
 type node struct {
-	name, dir  string
-	root       string // of the repository
-	kubeconfig string
+	name, dir                                string
+	root                                     string // of the repository
+	kubeconfig                               string
 	apiPort, gatewayPort, kubePort, nodePort int
 }
 
