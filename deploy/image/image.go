@@ -77,7 +77,7 @@ func RefreshLock(ctx context.Context, cache debian.Cache) (debian.Lock, error) {
 	if err != nil {
 		return l, err
 	}
-	_, err = rootTree(inputs{version: "0", debian: files, release: k.release, modules: k.stage2})
+	_, err = rootTree(inputs{version: "0", debian: files, release: k.release, early: k.early, late: k.late})
 	return l, err
 }
 
@@ -246,7 +246,7 @@ func build(ctx context.Context, cfg Config, src sources, dir string) (Manifest, 
 		return m, err
 	}
 	m.Kernel = k.release
-	root, err := rootTree(inputs{cfg.Version, files, k.release, k.stage2, src.bin, src.kube, src.claimKey})
+	root, err := rootTree(inputs{cfg.Version, files, k.release, k.early, k.late, src.bin, src.kube, src.claimKey})
 	if err != nil {
 		return m, err
 	}

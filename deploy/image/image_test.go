@@ -37,9 +37,9 @@ func golden(t *testing.T, name, got string) {
 func fakeInputs() inputs {
 	return inputs{
 		version: "1.2.3", debian: fakeDebian(), release: "6.0-test",
-		modules: []module{{name: "b", path: "kernel/b.ko"}, {name: "a", path: "kernel/a.ko"}},
-		bin:     map[string]string{"init": "/host/init", "bulkheadd": "/host/bulkheadd"},
-		kube:    map[string]string{"bin/kube": "/host/kube", "cni/bridge": "/host/bridge", "images.tar": "/host/images.tar"},
+		early: []module{{name: "b", path: "kernel/b.ko"}}, late: []module{{name: "a", path: "kernel/a.ko"}},
+		bin:  map[string]string{"init": "/host/init", "bulkheadd": "/host/bulkheadd"},
+		kube: map[string]string{"bin/kube": "/host/kube", "cni/bridge": "/host/bridge", "images.tar": "/host/images.tar"},
 	}
 }
 

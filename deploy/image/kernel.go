@@ -15,9 +15,9 @@ import (
 
 // A kernel is what the image takes from Debian's kernel package.
 type kernel struct {
-	release        string
-	vmlinuz        []byte
-	stage1, stage2 []module
+	release             string
+	vmlinuz             []byte
+	stage1, early, late []module
 }
 
 func readKernel(ctx context.Context, files debian.Files) (kernel, error) {
@@ -38,12 +38,19 @@ func readKernel(ctx context.Context, files debian.Files) (kernel, error) {
 	if k.stage1, err = set.order(stage1, nil); err != nil {
 		return k, err
 	}
-	loaded := map[string]bool{}
-	for _, m := range k.stage1 {
-		loaded[m.name] = true
+	if k.early, err = set.order(stage2.early, names(k.stage1)); err != nil {
+		return k, err
 	}
-	k.stage2, err = set.order(stage2, loaded)
+	k.late, err = set.order(stage2.late, names(k.stage1, k.early))
 	return k, err
+}
+
+func names(lists ...[]module) map[string]bool {
+	out := map[string]bool{}
+	for _, m := range slices.Concat(lists...) {
+		out[m.name] = true
+	}
+	return out
 }
 
 // moduleIndex finds the release's modules among the files. Each is unpacked only when asked for.

@@ -47,7 +47,8 @@ type inputs struct {
 	version string
 	debian  debian.Files
 	release string            // of the kernel: 6.12.117+deb13-cloud-amd64
-	modules []module          // of stage 2, in load order
+	early   []module          // of stage 2, in load order, before the units
+	late    []module          // and beside them
 	bin     map[string]string // our binaries that exist: init, bulkheadd, ... to the file on the host
 	kube    map[string]string // the Kubernetes set: bin/kube, cni/bridge, images.tar, ... to the file on the host
 	claim   string            // file on the host with the claim key, "" for none
@@ -76,7 +77,10 @@ func rootTree(in inputs) (Tree, error) {
 	}
 	dir := "/usr/lib/modules/" + in.release
 	var list strings.Builder
-	for _, m := range in.modules {
+	for i, m := range slices.Concat(in.early, in.late) {
+		if i == len(in.early) {
+			list.WriteString("\n")
+		}
 		b.file(path.Join(dir, m.path), 0o644, m.data, "kernel")
 		fmt.Fprintln(&list, m.path)
 	}
