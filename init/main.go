@@ -56,5 +56,5 @@ func serve() {
 	for _, u := range units {
 		names = append(names, u.Name)
 	}
-	halt.All(names, s.Drain, order == initctl.PowerOff)
+	halt.All(names, s.Drain, s.Feed, order == initctl.PowerOff)
 }

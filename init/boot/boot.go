@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -18,21 +19,17 @@ import (
 
 // A step is one thing that has to work.
 type step struct {
-	name string                 // what it does, after "cannot"
-	do   func() (string, error) // returns what there is to tell, if anything
-	look string                 // where a person should look if it fails
+	name string // what it does, after "cannot"
+	do   func() error
+	look string // where a person should look if it fails
 }
 
 // run does the steps in order. The first that fails ends the boot.
 func run(steps []step) {
 	for _, s := range steps {
-		told, err := s.do()
-		if err != nil {
+		if err := s.do(); err != nil {
 			console.Say("bulkhead: cannot ", s.name, ": ", err.Error())
 			console.GiveUp("bulkhead: look at ", s.look)
-		}
-		if told != "" {
-			console.Say("bulkhead: ", told)
 		}
 	}
 }
@@ -43,16 +40,13 @@ func Ordered() bool {
 	line, err := os.ReadFile("/proc/cmdline")
 	if errors.Is(err, fs.ErrNotExist) {
 		os.Mkdir("/proc", 0o555)
-		unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
+		unix.Mount("proc", "/proc", "proc", noExec, "")
 		line, _ = os.ReadFile("/proc/cmdline")
 	}
-	for _, word := range strings.Fields(string(line)) {
-		if word == "bulkhead" {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(strings.Fields(string(line)), "bulkhead")
 }
+
+const noExec = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
 
 // A mount is a file system that the kernel makes up.
 type mount struct {
@@ -62,16 +56,15 @@ type mount struct {
 	optional   bool // kernels may be built without it
 }
 
-// mountSteps returns one step for each mount. One that is there already is left alone.
 func mountSteps(table []mount) (steps []step) {
 	for _, m := range table {
-		steps = append(steps, step{"mount " + m.target, func() (string, error) {
+		steps = append(steps, step{"mount " + m.target, func() error {
 			os.Mkdir(m.target, 0o755) // mount says what is wrong if this was
 			err := unix.Mount(m.fs, m.target, m.fs, m.flags, m.data)
-			if err == unix.EBUSY || m.optional {
+			if m.optional {
 				err = nil
 			}
-			return "", err
+			return err
 		}, "the kernel's configuration: it needs the file system " + m.fs})
 	}
 	return steps
@@ -79,22 +72,21 @@ func mountSteps(table []mount) (steps []step) {
 
 // modules loads kernel modules, given as one path in each line, relative to dir. One that cannot be loaded is told and left:
 // it may be for a device that this machine does not have.
-func modules(list, dir string) (string, error) {
+func modules(list, dir string) error {
 	text, err := os.ReadFile(list)
 	if errors.Is(err, fs.ErrNotExist) {
-		return "", nil
-	} else if err != nil {
-		return "", err
+		return nil
 	}
 	start, n := time.Now(), 0
 	for _, path := range strings.Fields(string(text)) {
 		if err := load(dir + path); err != nil && err != unix.EEXIST {
 			console.Say("bulkhead: module ", path, ": ", err.Error())
-		} else {
-			n++
+			continue
 		}
+		n++
 	}
-	return strconv.Itoa(n) + " modules loaded in " + console.Seconds(time.Since(start)), nil
+	console.Say("bulkhead: ", strconv.Itoa(n), " modules loaded in ", console.Seconds(time.Since(start)))
+	return err
 }
 
 func load(path string) error {

@@ -6,6 +6,8 @@ import (
 	"unsafe" // the only file of PID 1 that does
 
 	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-os/bulkhead/init/console"
 )
 
 // Of linux/dm-ioctl.h.
@@ -14,42 +16,36 @@ const (
 	dmSpec      = 40  // struct dm_target_spec
 	dmReadOnly  = 1
 	dmDevCreate = 3
-	dmDevRemove = 4
 	dmSuspend   = 6 // without its flag: resume
 	dmTableLoad = 9
 	dmRequest   = 0xc138fd00 // _IOWR(0xfd, nr, struct dm_ioctl)
 )
 
-// createDevice makes a read-only device of one target and returns its minor number.
-func createDevice(name string, sectors uint64, target, params string) (minor uint32, err error) {
+// createDevice makes a read-only device of one target and returns its minor number. What it leaves after an error is not
+// removed: the machine does not go on.
+func createDevice(name string, sectors uint64, target, params string) (minor int, err error) {
 	fd, err := unix.Open("/dev/mapper/control", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return 0, os.NewSyscallError("open /dev/mapper/control", err)
 	}
 	defer unix.Close(fd)
+	var f console.First
 	dev, err := dmIoctl(fd, dmDevCreate, dmMessage(name, 0, "", ""))
-	if err != nil {
-		return 0, os.NewSyscallError("create the device", err)
-	}
-	if _, err = dmIoctl(fd, dmTableLoad, dmMessage(name, sectors, target, params)); err != nil {
-		err = os.NewSyscallError("load the table "+params, err)
-	} else if _, err = dmIoctl(fd, dmSuspend, dmMessage(name, 0, "", "")); err != nil {
-		err = os.NewSyscallError("start the device", err)
-	}
-	if err != nil {
-		dmIoctl(fd, dmDevRemove, dmMessage(name, 0, "", ""))
-		return 0, err
-	}
-	return uint32(dev&0xff | dev>>12&^0xff), nil
+	f.Try("create the device", err)
+	_, err = dmIoctl(fd, dmTableLoad, dmMessage(name, sectors, target, params))
+	f.Try("load the table "+params, err)
+	_, err = dmIoctl(fd, dmSuspend, dmMessage(name, 0, "", ""))
+	f.Try("start the device", err)
+	return int(dev&0xff | dev>>12&^0xff), f.Err
 }
 
 // dmMessage is a dm_ioctl and, unless target is empty, one target behind it.
 func dmMessage(name string, sectors uint64, target, params string) []byte {
 	le := binary.LittleEndian
-	b := make([]byte, dmHeader, dmHeader+dmSpec+len(params)+8)
+	b := make([]byte, dmHeader)
 	if target != "" {
-		b = b[:dmHeader+(dmSpec+len(params)+8)&^7] // a NUL, and a multiple of eight
-		le.PutUint32(b[20:], 1)                    // targets
+		b = make([]byte, dmHeader+(dmSpec+len(params)+8)&^7) // with a NUL, and a multiple of eight
+		le.PutUint32(b[20:], 1)                              // targets
 		le.PutUint64(b[dmHeader+8:], sectors)
 		copy(b[dmHeader+24:dmHeader+39], target)
 		copy(b[dmHeader+dmSpec:], params)
@@ -64,7 +60,7 @@ func dmMessage(name string, sectors uint64, target, params string) []byte {
 
 func dmIoctl(fd int, nr uintptr, message []byte) (dev uint64, err error) {
 	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), dmRequest|nr, uintptr(unsafe.Pointer(&message[0]))); errno != 0 {
-		return 0, errno
+		err = errno
 	}
-	return binary.LittleEndian.Uint64(message[40:]), nil
+	return binary.LittleEndian.Uint64(message[40:]), err
 }

@@ -29,118 +29,108 @@ var secondMounts = []mount{
 // mounts there with everybody, and none elsewhere.
 var Volumes = []string{unit.StateDir, "/var"}
 
-var sysctls = []struct {
-	name, value string
-	optional    bool // not every kernel has it, or its module is not loaded
-}{
-	{name: "net.ipv4.ip_forward", value: "1"},
-	{name: "net.ipv4.conf.all.forwarding", value: "1"},
-	{name: "net.bridge.bridge-nf-call-iptables", value: "1", optional: true},
-	{name: "net.bridge.bridge-nf-call-ip6tables", value: "1", optional: true},
-	{name: "fs.inotify.max_user_instances", value: "8192"},
-	{name: "fs.inotify.max_user_watches", value: "524288"},
-	{name: "fs.protected_fifos", value: "1"},
-	{name: "fs.protected_hardlinks", value: "1"},
-	{name: "fs.protected_regular", value: "2"},
-	{name: "fs.protected_symlinks", value: "1"},
-	{name: "kernel.dmesg_restrict", value: "1"},
-	{name: "kernel.kptr_restrict", value: "1"},
-	{name: "kernel.unprivileged_bpf_disabled", value: "1", optional: true},
-	{name: "kernel.yama.ptrace_scope", value: "1", optional: true},
-	{name: "kernel.printk_devkmsg", value: "on"}, // our own lines are few, and none of them may be dropped
-	{name: "vm.max_map_count", value: "262144"},
+// sysctls are kernel parameters. One with ? may be missing: not every kernel has it, or its module is not loaded.
+var sysctls = []string{
+	"net.ipv4.ip_forward=1",
+	"net.ipv4.conf.all.forwarding=1",
+	"net.bridge.bridge-nf-call-iptables?=1",
+	"net.bridge.bridge-nf-call-ip6tables?=1",
+	"fs.inotify.max_user_instances=8192",
+	"fs.inotify.max_user_watches=524288",
+	"fs.protected_fifos=1",
+	"fs.protected_hardlinks=1",
+	"fs.protected_regular=2",
+	"fs.protected_symlinks=1",
+	"kernel.dmesg_restrict=1",
+	"kernel.kptr_restrict=1",
+	"kernel.unprivileged_bpf_disabled?=1",
+	"kernel.yama.ptrace_scope?=1",
+	"kernel.printk_devkmsg=on", // our own lines are few, and none of them may be dropped
+	"vm.max_map_count=262144",
 	// What kubelet expects with protectKernelDefaults.
-	{name: "kernel.keys.root_maxbytes", value: "25000000", optional: true},
-	{name: "kernel.keys.root_maxkeys", value: "1000000", optional: true},
-	{name: "kernel.panic", value: "10"},
-	{name: "kernel.panic_on_oops", value: "1"},
-	{name: "vm.overcommit_memory", value: "1"},
-	{name: "vm.panic_on_oom", value: "0"},
+	"kernel.keys.root_maxbytes?=25000000",
+	"kernel.keys.root_maxkeys?=1000000",
+	"kernel.panic=10",
+	"kernel.panic_on_oops=1",
+	"vm.overcommit_memory=1",
+	"vm.panic_on_oom=0",
 }
 
 // Second runs on the verified root and leaves it ready for units.
 func Second() {
-	// A file that others read must come out with the mode that is asked for here.
 	unix.Umask(0o022)
-	const image = "the image: PID 1 and the root belong together"
+	const tmpfs = "/run: it must be a tmpfs"
 	run(append(mountSteps(secondMounts),
-		step{"share mounts", shareMounts, image},
+		step{"share mounts", shareMounts, "the image: it needs the folders /state and /var"},
 		step{"link /dev/fd", linkDevices, "/dev: it must be a devtmpfs"},
-		step{"make the run-time folders", makeFolders, "/run: it must be a tmpfs"},
-		step{"make the machine's id", machineID, "/run: it must be a tmpfs"},
+		step{"make " + unit.RunDir, func() error { return os.Mkdir(unit.RunDir, 0o755) }, tmpfs},
+		step{"make " + unit.SocketDir, func() error { return os.Mkdir(unit.SocketDir, 0o755) }, tmpfs},
+		step{"make the machine's id", machineID, tmpfs},
 		step{"load modules", secondModules, "/usr/lib/modules: is it of this kernel?"},
 		step{"set kernel parameters", setSysctls, "/proc/sys"},
 		step{"take the claim key", claimKey, "QEMU's fw_cfg entry opt/dev.bulkhead/claim-key, or /usr/share/bulkhead/claim-key"},
 	))
 }
 
-func shareMounts() (string, error) {
+func shareMounts() error {
+	var f console.First
 	for _, dir := range Volumes {
-		if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
-			return "", os.NewSyscallError("mount "+dir, err)
-		}
+		f.Try("mount "+dir, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
 	}
-	return "", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, "")
+	f.Try("share /", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""))
+	return f.Err
 }
 
-func linkDevices() (string, error) {
+func linkDevices() error {
+	var f console.First
 	for name, target := range map[string]string{"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"} {
-		if err := os.Symlink("/proc/self/fd"+target, "/dev/"+name); err != nil && !errors.Is(err, fs.ErrExist) {
-			return "", err
-		}
+		f.Try("link", os.Symlink("/proc/self/fd"+target, "/dev/"+name))
 	}
-	return "", nil
+	return f.Err
 }
 
-func makeFolders() (string, error) {
-	for _, dir := range []string{unit.RunDir, unit.SocketDir, unit.RunDir + "/etc"} {
-		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			return "", err
-		}
-	}
-	return "", nil
-}
-
-func machineID() (string, error) {
+func machineID() error {
 	id := make([]byte, 16)
-	if _, err := unix.Getrandom(id, 0); err != nil {
-		return "", err
-	}
-	return "", os.WriteFile(unit.RunDir+"/etc/machine-id", []byte(toHex(id)+"\n"), 0o444)
+	var f console.First
+	_, err := unix.Getrandom(id, 0)
+	f.Try("getrandom", err)
+	f.Try("folder", os.Mkdir(unit.RunDir+"/etc", 0o755))
+	f.Try("file", os.WriteFile(unit.RunDir+"/etc/machine-id", []byte(toHex(id)+"\n"), 0o444))
+	return f.Err
 }
 
-func secondModules() (string, error) {
+func secondModules() error {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
-		return "", err
+		return err
 	}
 	dir := "/usr/lib/modules/" + unix.ByteSliceToString(u.Release[:]) + "/"
 	return modules(dir+"bulkhead.list", dir)
 }
 
-func setSysctls() (string, error) {
+func setSysctls() error {
 	for _, s := range sysctls {
-		err := os.WriteFile("/proc/sys/"+strings.ReplaceAll(s.name, ".", "/"), []byte(s.value+"\n"), 0) // some want the newline
-		if err != nil && !s.optional {
-			console.Say("bulkhead: ", s.name, " is not ", s.value, ": ", err.Error())
+		name, value, _ := strings.Cut(s, "=")
+		name, optional := strings.CutSuffix(name, "?")
+		err := os.WriteFile("/proc/sys/"+strings.ReplaceAll(name, ".", "/"), []byte(value+"\n"), 0)
+		if err != nil && !(optional && errors.Is(err, fs.ErrNotExist)) {
+			console.Say("bulkhead: ", name, " is not ", value, ": ", err.Error())
 		}
 	}
-	return "", nil
+	return nil
 }
 
-func claimKey() (string, error) {
-	for _, from := range []string{"/sys/firmware/qemu_fw_cfg/by_name/opt/dev.bulkhead/claim-key/raw", "/usr/share/bulkhead/claim-key"} {
-		key, err := os.ReadFile(from)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		} else if err != nil {
-			return "", err
-		}
-		to := unit.RunDir + "/claim-key"
-		if err = os.WriteFile(to, key, 0o400); err == nil {
-			err = os.Chown(to, int(uid.Trustd), int(uid.Trustd))
-		}
-		return "", err
+func claimKey() error {
+	key, err := os.ReadFile("/sys/firmware/qemu_fw_cfg/by_name/opt/dev.bulkhead/claim-key/raw")
+	if errors.Is(err, fs.ErrNotExist) {
+		key, err = os.ReadFile("/usr/share/bulkhead/claim-key")
 	}
-	return "", nil
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	to := unit.RunDir + "/claim-key"
+	f := console.First{Err: err}
+	f.Try("write", os.WriteFile(to, key, 0o400))
+	f.Try("chown", os.Chown(to, int(uid.Trustd), int(uid.Trustd)))
+	return f.Err
 }

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-os/bulkhead/init/boot"
-	"github.com/bulkhead-os/bulkhead/init/mounts"
+	"github.com/bulkhead-os/bulkhead/init/console"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
@@ -35,76 +35,61 @@ func Main(units []unit.Unit, what string) {
 	code, err := unit.DoNotRestart, errors.New("no such unit")
 	if name, ok := strings.CutPrefix(what, Namespace); ok {
 		code, err = transient, hold(units, name)
-	}
-	for i := range units {
-		if units[i].Name == what {
-			code, err = transient, become(&units[i])
-		}
+	} else if i := slices.IndexFunc(units, func(u unit.Unit) bool { return u.Name == what }); i >= 0 {
+		code, err = become(&units[i])
 	}
 	if err != nil {
 		os.Stderr.WriteString("confine " + what + ": " + err.Error() + "\n")
-		if isAny(err, unix.ENOENT, unix.EACCES, unix.ENOEXEC) && strings.HasPrefix(err.Error(), "exec ") {
-			code = unit.DoNotRestart // the image is read-only: the program will not appear
-		}
 		os.Exit(code)
 	}
 }
 
-func isAny(err error, targets ...error) bool {
-	for _, t := range targets {
-		if errors.Is(err, t) {
-			return true
-		}
-	}
-	return false
-}
-
-// become returns only if it fails.
-func become(u *unit.Unit) error {
+// become returns only if it fails, with the exit code for that.
+func become(u *unit.Unit) (code int, err error) {
 	fds := Descriptors(u)
 	end := unit.FirstListener + len(fds)
-	enter := func() error { return separate(u) }
 	if Named(u) {
-		enter = func() error { return join(end) } // PID 1 passes it behind all others
+		err = join(end) // PID 1 passes it behind all others
+	} else {
+		err = separate(u)
 	}
-	if err := enter(); err != nil {
-		return err
+	f := console.First{Err: err}
+	f.Try("close descriptors", unix.CloseRange(uint(end), math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC))
+	f.Try("set the chance to be killed", os.WriteFile("/proc/self/oom_score_adj", []byte(strconv.Itoa(u.OOMScoreAdj)), 0))
+	// Of package syscall: after another Setrlimit, Exec would put the old limit back.
+	files := u.NoFile
+	if files == 0 {
+		files = 1024
 	}
-	for _, s := range []struct {
-		what string
-		do   func() error
-	}{
-		{"close descriptors", func() error { return unix.CloseRange(uint(end), math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) }},
-		{"set limits", func() error { return limit(u) }},
-		{"set the chance to be killed", func() error { return os.WriteFile("/proc/self/oom_score_adj", []byte(strconv.Itoa(u.OOMScoreAdj)), 0) }},
-		{"change to /", func() error { unix.Umask(0o077); return unix.Chdir("/") }},
-		{"take the identity", func() error { return identify(u) }},
-		{"check the identity", func() error { return check(u) }},
-		{"forbid new privileges", func() error {
-			if u.NewPrivileges {
-				return nil
-			}
-			return unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-		}},
-		// Here belong the unit's Landlock rules and, last, its seccomp filter: both outlive execve and need no_new_privs.
-	} {
-		if err := s.do(); err != nil {
-			return os.NewSyscallError(s.what, err)
-		}
+	f.Try("limit files", syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: files, Max: files}))
+	f.Try("forbid core files", syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{}))
+	unix.Umask(0o077)
+	f.Try("change to /", unix.Chdir("/"))
+	if f.Err == nil {
+		f.Err = identify(u)
 	}
-	env := append([]string{
-		"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "BULKHEAD_UNIT=" + u.Name, "BULKHEAD_FDS=" + strings.Join(fds, ","),
-	}, u.Env...)
-	return os.NewSyscallError("exec "+u.Exec[0], unix.Exec(u.Exec[0], append([]string{u.Name}, u.Exec[1:]...), env))
+	if !u.NewPrivileges {
+		f.Try("forbid new privileges", unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+	}
+	// Here belong the unit's Landlock rules and, last, its seccomp filter: both outlive execve and need no_new_privs.
+	if f.Err != nil {
+		return transient, f.Err
+	}
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "BULKHEAD_UNIT=" + u.Name, "BULKHEAD_FDS=" + strings.Join(fds, ",")}
+	err = unix.Exec(u.Exec[0], append([]string{u.Name}, u.Exec[1:]...), append(env, u.Env...))
+	code = transient
+	if err == unix.ENOENT || err == unix.EACCES || err == unix.ENOEXEC {
+		code = unit.DoNotRestart // the image is read-only: the program will not appear
+	}
+	return code, os.NewSyscallError("exec "+u.Exec[0], err)
 }
 
 // Descriptors names what the unit inherits from unit.FirstListener on.
 func Descriptors(u *unit.Unit) []string {
-	fds := append([]string(nil), u.Listen...)
 	if u.Console {
-		fds = append(fds, "console")
+		return append(slices.Clone(u.Listen), "console")
 	}
-	return fds
+	return u.Listen
 }
 
 // Named says whether the unit lives in a mount namespace that several units share.
@@ -112,72 +97,56 @@ func Named(u *unit.Unit) bool { return u.MountNamespace != "" && u.MountNamespac
 
 // separate cuts the mount namespace in which PID 1 has made this process off from the others'.
 func separate(u *unit.Unit) error {
+	var f console.First
 	if u.MountNamespace == "" {
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-			return os.NewSyscallError("make mounts private", err)
-		}
-		return hide(u.Hide)
-	}
-	// "shared": what is mounted on the volumes is for everybody; everything else stays here.
-	all, err := mounts.Read()
-	if err != nil {
-		return err
-	}
-	for _, m := range all {
-		if !onVolume(m.Point) {
-			if err := unix.Mount("", m.Point, "", unix.MS_SLAVE, ""); err != nil {
-				return os.NewSyscallError("make "+m.Point+" private", err)
+		f.Try("make mounts private", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""))
+	} else { // "shared": what is mounted on the volumes is for everybody; everything else stays here
+		text, err := os.ReadFile("/proc/thread-self/mountinfo")
+		f.Try("read mounts", err)
+		for _, m := range console.Mounts(text) {
+			if !onVolume(m.Point) {
+				f.Try("make "+m.Point+" private", unix.Mount("", m.Point, "", unix.MS_SLAVE, ""))
 			}
 		}
-	}
-	for _, path := range u.Hide {
-		if onVolume(path) {
-			return errors.New("hide " + path + ": it would be hidden from everybody, for mounts there are shared")
+		if i := slices.IndexFunc(u.Hide, onVolume); i >= 0 {
+			f.Try("hide "+u.Hide[i], errors.New("it would be hidden from everybody, for mounts there are shared"))
 		}
 	}
-	return hide(u.Hide)
+	return hide(f, u.Hide)
 }
 
 func onVolume(path string) bool {
-	for _, v := range boot.Volumes {
-		if mounts.Under(path, v) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(boot.Volumes, func(v string) bool { return path == v || strings.HasPrefix(path, v+"/") })
 }
 
-// hide mounts an empty folder over each path that exists.
-func hide(paths []string) error {
+// hide mounts an empty folder over each path that exists, if nothing went wrong before.
+func hide(f console.First, paths []string) error {
 	for _, path := range paths {
+		if f.Err != nil {
+			break
+		}
 		err := unix.Mount("tmpfs", path, "tmpfs", unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0555,size=4k,nr_inodes=2")
-		if err != nil && err != unix.ENOENT {
-			return os.NewSyscallError("hide "+path, err)
+		if err != unix.ENOENT {
+			f.Try("hide "+path, err)
 		}
 	}
-	return nil
+	return f.Err
 }
 
-// join enters the mount namespace behind the descriptor.
+// join enters the mount namespace behind the descriptor. The thread must have its own working folder for that.
 func join(fd int) error {
-	if err := unix.Unshare(unix.CLONE_FS); err != nil { // setns wants a thread with a working folder of its own
-		return os.NewSyscallError("unshare", err)
-	}
-	if err := unix.Setns(fd, unix.CLONE_NEWNS); err != nil {
-		return os.NewSyscallError("enter the mount namespace", err)
-	}
-	return nil
+	var f console.First
+	f.Try("unshare", unix.Unshare(unix.CLONE_FS))
+	f.Try("enter the mount namespace", unix.Setns(fd, unix.CLONE_NEWNS))
+	return f.Err
 }
 
 // hold makes the named mount namespace out of the one of its own that this process has, says so on descriptor 3, and
 // stays until PID 1, which keeps the namespace, closes descriptor 4.
 func hold(units []unit.Unit, name string) error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
-		return os.NewSyscallError("make mounts private", err)
-	}
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
-		return os.NewSyscallError("share mounts", err)
-	}
+	var f console.First
+	f.Try("make mounts private", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""))
+	f.Try("share mounts", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""))
 	var paths []string
 	for _, u := range units {
 		if u.MountNamespace == name {
@@ -185,24 +154,11 @@ func hold(units []unit.Unit, name string) error {
 		}
 	}
 	slices.Sort(paths) // what one of its units may not see, none may
-	if err := hide(slices.Compact(paths)); err != nil {
+	if err := hide(f, slices.Compact(paths)); err != nil {
 		return err
 	}
-	var b [1]byte
 	unix.Write(3, []byte("\n"))
 	unix.Close(3)
-	unix.Read(4, b[:])
+	unix.Read(4, make([]byte, 1))
 	return nil
-}
-
-func limit(u *unit.Unit) error {
-	files := u.NoFile
-	if files == 0 {
-		files = 1024
-	}
-	// The one of package syscall: with any other, Exec would put the old limit back.
-	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: files, Max: files}); err != nil {
-		return err
-	}
-	return syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
 }

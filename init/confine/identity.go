@@ -2,10 +2,10 @@ package confine
 
 import (
 	"errors"
-	"os"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/bulkhead-os/bulkhead/init/console"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
@@ -16,53 +16,52 @@ const (
 	keepCaps     = 1 << 4
 )
 
-// identify gives the thread the unit's ids and exactly its capabilities. The order matters: each step needs a capability
-// that a later one takes.
+// identify gives the thread the unit's ids and exactly its capabilities, and reads back what the kernel made of it. The order
+// matters: each step needs a capability that a later one takes.
 func identify(u *unit.Unit) error {
+	var f console.First
 	for c := 0; c < 64; c++ {
-		if u.Capabilities&(1<<c) != 0 {
-			continue
-		}
-		if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0); err == unix.EINVAL {
-			break // the kernel knows no more
-		} else if err != nil {
-			return os.NewSyscallError("bounding set", err)
+		if err := unix.Prctl(unix.PR_CAPBSET_READ, uintptr(c), 0, 0, 0); err == nil && u.Capabilities&(1<<c) == 0 {
+			f.Try("bounding set", unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0))
 		}
 	}
-	if u.UID != 0 {
-		// User 0, should the process ever become it, is nobody special.
-		if err := unix.Prctl(unix.PR_SET_SECUREBITS, keepCaps|noRoot|noRootLocked, 0, 0, 0); err != nil {
-			return os.NewSyscallError("securebits", err)
-		}
+	if u.UID != 0 { // user 0, should the process ever become it, is nobody special
+		f.Try("securebits", unix.Prctl(unix.PR_SET_SECUREBITS, keepCaps|noRoot|noRootLocked, 0, 0, 0))
 	}
 	groups := make([]int, len(u.Groups))
 	for i, g := range u.Groups {
 		groups[i] = int(g)
 	}
-	if err := unix.Setgroups(groups); err != nil {
-		return os.NewSyscallError("setgroups", err)
-	}
-	// Not unix.Setresuid, which has every thread do it: the others still have capabilities, and end at execve.
-	id := uintptr(u.UID)
-	if _, _, err := unix.RawSyscall(unix.SYS_SETRESGID, id, id, id); err != 0 {
-		return os.NewSyscallError("setresgid", err)
-	}
-	if _, _, err := unix.RawSyscall(unix.SYS_SETRESUID, id, id, id); err != 0 {
-		return os.NewSyscallError("setresuid", err)
-	}
-	header, sets := capabilities(u)
-	if err := unix.Capset(&header, &sets[0]); err != nil {
-		return os.NewSyscallError("capset", err)
-	}
-	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
-		return os.NewSyscallError("ambient set", err)
-	}
-	for c := 0; c < 64 && u.UID != 0; c++ {
-		if u.Capabilities&(1<<c) != 0 {
-			if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(c), 0, 0); err != nil {
-				return os.NewSyscallError("ambient set", err)
-			}
+	f.Try("setgroups", unix.Setgroups(groups))
+	f.Try("setresgid", raw(unix.SYS_SETRESGID, u.UID))
+	f.Try("setresuid", raw(unix.SYS_SETRESUID, u.UID))
+	header, want := capabilities(u)
+	f.Try("capset", unix.Capset(&header, &want[0]))
+	f.Try("ambient set", unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
+	for c := 0; c < 64; c++ {
+		if u.UID != 0 && u.Capabilities&(1<<c) != 0 {
+			f.Try("ambient set", unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(c), 0, 0))
 		}
+		if n, _ := unix.PrctlRetInt(unix.PR_CAPBSET_READ, uintptr(c), 0, 0, 0); n == 1 && u.Capabilities&(1<<c) == 0 {
+			f.Try("check", errors.New("the bounding set has more"))
+		}
+	}
+	var have [2]unix.CapUserData
+	f.Try("capget", unix.Capget(&header, &have[0]))
+	r, e, s := unix.Getresuid()
+	rg, eg, sg := unix.Getresgid()
+	for _, id := range []int{r, e, s, rg, eg, sg} {
+		if uint32(id) != u.UID || have != want {
+			f.Try("check", errors.New("the ids or capabilities are others"))
+		}
+	}
+	return f.Err
+}
+
+// raw sets three ids of this thread. Those of package unix would have every thread do it; the others end at execve.
+func raw(call uintptr, id uint32) error {
+	if _, _, errno := unix.RawSyscall(call, uintptr(id), uintptr(id), uintptr(id)); errno != 0 {
+		return errno
 	}
 	return nil
 }
@@ -75,32 +74,4 @@ func capabilities(u *unit.Unit) (unix.CapUserHeader, [2]unix.CapUserData) {
 		sets[0].Inheritable, sets[1].Inheritable = low, high
 	}
 	return unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, sets
-}
-
-// check reads back what the kernel made of it.
-func check(u *unit.Unit) error {
-	id := int(u.UID)
-	if r, e, s := unix.Getresuid(); r != id || e != id || s != id {
-		return errors.New("the user ids are others")
-	}
-	if r, e, s := unix.Getresgid(); r != id || e != id || s != id {
-		return errors.New("the group ids are others")
-	}
-	if groups, err := unix.Getgroups(); err != nil || len(groups) != len(u.Groups) {
-		return errors.New("the groups are others")
-	}
-	header, want := capabilities(u)
-	var have [2]unix.CapUserData
-	if err := unix.Capget(&header, &have[0]); err != nil {
-		return err
-	}
-	if have != want {
-		return errors.New("the capabilities are others")
-	}
-	for c := 0; c < 64; c++ {
-		if n, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, uintptr(c), 0, 0, 0); err == nil && n == 1 && u.Capabilities&(1<<c) == 0 {
-			return errors.New("the bounding set has more")
-		}
-	}
-	return nil
 }

@@ -1,8 +1,9 @@
 // Package console is what PID 1 tells people: one line each on descriptor 2, which is /dev/console, with the seconds since the
-// kernel started. It holds no state, and avoids fmt, which would cost PID 1 a fifth of its memory.
+// kernel started. It holds no state. PID 1 does without fmt, which would take a fifth of its memory.
 package console
 
 import (
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -16,7 +17,8 @@ func Say(parts ...string) {
 	text := strings.Join(parts, "")
 	var now unix.Timespec
 	unix.ClockGettime(unix.CLOCK_MONOTONIC, &now)
-	unix.Write(2, []byte(stamp(time.Duration(now.Nano()))+text+"\n"))
+	seconds := strconv.FormatFloat(float64(now.Nano())/1e9, 'f', 3, 64)
+	unix.Write(2, []byte("["+strings.Repeat(" ", max(0, 8-len(seconds)))+seconds+"] "+text+"\n"))
 	if kmsg, err := unix.Open("/dev/kmsg", unix.O_WRONLY|unix.O_CLOEXEC, 0); err == nil {
 		unix.Write(kmsg, []byte("<31>init: "+text+"\n")) // facility daemon, level debug
 		unix.Close(kmsg)
@@ -29,26 +31,47 @@ func GiveUp(parts ...string) {
 	Say("bulkhead: restarting the machine in 10 s")
 	go unix.Sync() // it may hang, and must not hold the restart up
 	time.Sleep(10 * time.Second)
-	unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 	for { // PID 1 must not end
-		time.Sleep(time.Hour)
+		unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
+		time.Sleep(time.Second)
 	}
 }
 
 // Seconds is a duration for people: "0.08 s", "2.4 s", "10 s".
 func Seconds(d time.Duration) string {
-	digits := 0
-	switch {
-	case d < 100*time.Millisecond:
+	digits := 1
+	if d < 100*time.Millisecond {
 		digits = 2
-	case d < 10*time.Second:
-		digits = 1
 	}
 	return strings.TrimSuffix(strconv.FormatFloat(d.Seconds(), 'f', digits, 64), ".0") + " s"
 }
 
-func stamp(d time.Duration) string {
-	s := strconv.FormatInt(int64(d/time.Second), 10)
-	ms := strconv.FormatInt(int64(d/time.Millisecond%1000), 10)
-	return "[" + strings.Repeat(" ", max(0, 4-len(s))) + s + "." + strings.Repeat("0", 3-len(ms)) + ms + "] "
+// A First keeps the first error of steps that do no harm after one that failed. Its zero value is ready for use.
+type First struct{ Err error }
+
+// Try keeps err, with what was tried in front, if it is the first that is not nil.
+func (f *First) Try(what string, err error) {
+	if f.Err == nil {
+		f.Err = os.NewSyscallError(what, err)
+	}
+}
+
+// A Mount is a line of the table of mounts.
+type Mount struct{ Point, FS, Source string }
+
+// Mounts returns what this thread sees mounted, oldest first; text is the content of /proc/thread-self/mountinfo.
+func Mounts(text []byte) (all []Mount) {
+	plain := func(s string) string { // blanks are written \040, which Go reads too
+		if u, err := strconv.Unquote(`"` + s + `"`); err == nil {
+			return u
+		}
+		return s
+	}
+	for line := range strings.Lines(string(text)) {
+		left, right, _ := strings.Cut(line, " - ")
+		if l, r := strings.Fields(left), strings.Fields(right); len(l) >= 6 && len(r) >= 2 {
+			all = append(all, Mount{plain(l[4]), r[0], plain(r[1])})
+		}
+	}
+	return all
 }

@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-os/bulkhead/init/console"
-	"github.com/bulkhead-os/bulkhead/init/mounts"
 )
 
 const (
@@ -19,14 +18,13 @@ const (
 	podGrace  = 5 * time.Second // between TERM and KILL
 	restGrace = 2 * time.Second // the same, for what is left of all others
 	killGrace = 2 * time.Second
-	syncLimit = 20 * time.Second
+	diskLimit = 20 * time.Second
 	look      = 20 * time.Millisecond
 )
 
 // Order returns the units' names in groups: those of a group are stopped together, the groups one after the other. What uses
 // others goes first: Kubernetes, then what runs its containers, then the daemons, and storaged, whose mounts all stand on, last.
-func Order(units []string) [4][]string {
-	var groups [4][]string
+func Order(units []string) (groups [4][]string) {
 	for _, name := range units {
 		g := 2
 		switch {
@@ -43,8 +41,8 @@ func Order(units []string) [4][]string {
 }
 
 // All stops every unit with drain, which returns those that do not end, and then restarts or turns off the machine.
-// It does not return.
-func All(units []string, drain func([]string) []string, powerOff bool) {
+// feed keeps the hardware watchdog quiet. It does not return.
+func All(units []string, drain func([]string) []string, feed func(), powerOff bool) {
 	for i, group := range Order(units) {
 		if stuck := drain(group); len(stuck) > 0 {
 			console.Say("bulkhead: going on without waiting for ", strings.Join(stuck, ", "))
@@ -53,9 +51,13 @@ func All(units []string, drain func([]string) []string, powerOff bool) {
 			stopPods()
 		}
 	}
+	feed()
 	stopRest()
-	unmount()
-	within("write all buffers", syncLimit, unix.Sync)
+	feed()        // for the last time: if the rest hangs in a way that no deadline helps against, the watchdog restarts the machine
+	for range 2 { // once more, for mounts that others stood on
+		unmount()
+	}
+	within("write all buffers", unix.Sync)
 	what, cmd := "restarting", unix.LINUX_REBOOT_CMD_RESTART
 	if powerOff {
 		what, cmd = "turning off", unix.LINUX_REBOOT_CMD_POWER_OFF
@@ -76,13 +78,13 @@ func until(limit time.Duration, done func() bool) bool {
 }
 
 // within does what may hang.
-func within(what string, limit time.Duration, do func()) {
+func within(what string, do func()) {
 	done := make(chan bool, 1)
 	go func() { do(); done <- true }()
 	select {
 	case <-done:
-	case <-time.After(limit):
-		console.Say("bulkhead: cannot ", what, " within ", console.Seconds(limit), ", going on without")
+	case <-time.After(diskLimit):
+		console.Say("bulkhead: cannot ", what, " within ", console.Seconds(diskLimit), ", going on without")
 	}
 }
 
@@ -91,12 +93,12 @@ func stopPods() {
 	if n == 0 {
 		return
 	}
+	console.Say("bulkhead: stopping ", strconv.Itoa(n), " processes of pods")
 	empty := func() bool {
 		reap()
 		events, err := os.ReadFile(pods + "/cgroup.events")
 		return err != nil || strings.Contains(string(events), "populated 0")
 	}
-	console.Say("bulkhead: stopping ", strconv.Itoa(n), " processes of pods")
 	if !until(podGrace, empty) {
 		os.WriteFile(pods+"/cgroup.kill", []byte("1"), 0)
 		until(killGrace, empty)
@@ -132,35 +134,27 @@ func reap() (alone bool) {
 
 func stopRest() {
 	unix.Kill(-1, unix.SIGTERM)
-	if until(restGrace, reap) {
-		return
-	}
-	unix.Kill(-1, unix.SIGKILL)
-	if !until(killGrace, reap) {
-		console.Say("bulkhead: some processes do not die; going on")
+	if !until(restGrace, reap) {
+		unix.Kill(-1, unix.SIGKILL)
+		if !until(killGrace, reap) {
+			console.Say("bulkhead: some processes do not die; going on")
+		}
 	}
 }
 
-// unmount takes off what it can, newest first, and makes the rest read-only. Two rounds, for mounts that others stood on.
+// unmount takes off what has something to lose, newest first, and makes read-only what stays.
 func unmount() {
-	for range 2 {
-		all, _ := mounts.Read()
-		for i := len(all) - 1; i > 0; i-- {
-			m := all[i]
-			if !strings.HasPrefix(m.Source, "/dev/") && m.FS != "overlay" || m.Point == "/" {
-				continue // nothing to lose
-			}
-			within("unmount "+m.Point, syncLimit, func() {
-				if unix.Unmount(m.Point, 0) != nil {
+	text, _ := os.ReadFile("/proc/thread-self/mountinfo")
+	all := console.Mounts(text)
+	for i := len(all) - 1; i > 0; i-- {
+		m := all[i]
+		if m.Point != "/" && (m.FS == "overlay" || strings.HasPrefix(m.Source, "/dev/") && m.FS != "squashfs") {
+			within("unmount "+m.Point, func() {
+				if err := unix.Unmount(m.Point, 0); err != nil {
+					console.Say("bulkhead: ", m.Point, " stays mounted, read-only if it can be: ", err.Error())
 					unix.Mount("", m.Point, "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
 				}
 			})
-		}
-	}
-	all, _ := mounts.Read()
-	for _, m := range all {
-		if strings.HasPrefix(m.Source, "/dev/") && m.Point != "/" && m.FS != "squashfs" && m.FS != "devtmpfs" {
-			console.Say("bulkhead: ", m.Point, " (", m.Source, ") stays mounted, read-only if it can be")
 		}
 	}
 }

@@ -9,28 +9,30 @@ import (
 	"github.com/bulkhead-os/bulkhead/init/console"
 )
 
+const logSize = 1 << 20
+
 // A logPipe takes what a unit writes to its standard output and error. It lives as long as PID 1, so that no line is lost while
 // the unit or the log's reader is started again.
 type logPipe struct {
 	read, write int
-	size        int
+	size        int // bytes
 	lost        int // bytes that nobody read in time
 }
 
-func (l *logPipe) make() error {
+func newLog() (l logPipe, err error) {
 	var p [2]int
-	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
-		return os.NewSyscallError("pipe", err)
+	if err = unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		return l, os.NewSyscallError("log pipe", err)
 	}
 	unix.SetNonblock(p[0], true) // not the other end: a program may not expect that of its standard output
-	for size := logSize; size >= 1<<16; size /= 2 {
-		if _, err := unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, size); err == nil {
-			break
+	for size := logSize; l.size == 0; size /= 2 {
+		l.size, _ = unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, size)
+		if size <= 1<<16 { // what a pipe has by itself
+			l.size = 1 << 16
 		}
 	}
-	size, err := unix.FcntlInt(uintptr(p[0]), unix.F_GETPIPE_SZ, 0)
-	*l = logPipe{read: p[0], write: p[1], size: size}
-	return err
+	l.read, l.write = p[0], p[1]
+	return l, nil
 }
 
 // relieve drops the older half of a pipe that nobody empties: the unit would block on it. It says whether to look again soon.

@@ -39,7 +39,8 @@ type service struct {
 	log    logPipe
 	listen []int // in the order of Unit.Listen
 	cgroup int
-	killed bool // cgroup.kill was used
+	killed bool  // cgroup.kill was used
+	broken error // what it lacks, and does not start without
 
 	state    State
 	since    time.Time // of the state
@@ -47,7 +48,7 @@ type service struct {
 	pid      int
 	ready    int       // read end of its ready pipe, or -1
 	began    time.Time // of the process
-	up       time.Time // when it became ready; zero: it is not
+	up       time.Time // when it became ready
 	failures int       // in a row
 	restarts uint32
 	end      uint8 // how the last process ended, as in initctl.Record
@@ -174,57 +175,49 @@ func (s *Supervisor) happen(v *service, e Event) {
 	switch {
 	case v.state == Up:
 		v.timer, v.up = time.Time{}, now
-		s.say(v, now)
+		v.say("up in " + console.Seconds(now.Sub(v.began)))
 	case v.state == Down:
 		v.timer = time.Time{}
-		s.say(v, now)
+		if v.say("stopped, " + v.record().Ending()); before != Stopping && before != Waiting {
+			v.say("it is not started again")
+		}
 	case c.do == Spawn:
 		s.spawn(v, now)
 	case c.do == Term:
 		s.kernel.kill(v, unix.SIGTERM)
 		v.timer = now.Add(v.stopTime())
 	case c.do == Kill:
-		console.Say("unit ", v.Name, ": ", [...]string{Starting: "not ready in time", Stopping: "does not stop", Cycling: "does not stop"}[before], ", killing it")
+		v.say([...]string{Starting: "not ready in time", Stopping: "does not stop", Cycling: "does not stop"}[before] + ", killing it")
 		s.kernel.kill(v, unix.SIGKILL)
 		v.timer = now.Add(killAgain)
 	case c.do == Pause && before == Cycling: // somebody asked for it
 		v.timer = now
 	case c.do == Pause:
 		life, wait := time.Duration(0), time.Duration(0)
-		if !v.up.IsZero() {
+		if before == Up {
 			life = now.Sub(v.up)
 		}
 		wait, v.failures = pause(life, v.failures)
 		v.timer = now.Add(wait)
 		v.restarts++
-		s.say(v, now)
+		v.say(v.record().Ending() + ", again in " + console.Seconds(wait))
 	}
 	s.changed(v)
 }
 
-// say tells people about a unit that is up, down or waiting. Of failures in a row it tells the first, second, fourth, eighth ...
-func (s *Supervisor) say(v *service, now time.Time) {
-	if v.failures&(v.failures-1) != 0 {
-		return
+// say tells people about the unit. Of failures in a row it tells the first, second, fourth, eighth ...
+func (v *service) say(what string) {
+	if v.failures > 1 {
+		what += " (" + strconv.Itoa(v.failures) + " failures in a row)"
 	}
-	ending := v.record().Ending()
-	switch v.state {
-	case Up:
-		ending = "up in " + console.Seconds(now.Sub(v.began))
-	case Down:
-		ending += ", stays down"
-	case Waiting:
-		if v.failures > 1 {
-			ending += ", " + strconv.Itoa(v.failures) + " times in a row"
-		}
-		ending += ", again in " + console.Seconds(v.timer.Sub(now))
+	if v.failures&(v.failures-1) == 0 {
+		console.Say("unit ", v.Name, ": ", what)
 	}
-	console.Say("unit ", v.Name, ": ", ending)
 }
 
 // spawn makes the unit's process; the unit is Starting.
 func (s *Supervisor) spawn(v *service, now time.Time) {
-	v.began, v.up, v.timer = now, time.Time{}, time.Time{}
+	v.began, v.timer = now, time.Time{}
 	ready := [2]int{-1, -1}
 	var err error
 	if v.NotifyReady {
