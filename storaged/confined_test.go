@@ -67,7 +67,7 @@ func TestConfined(t *testing.T) {
 	}
 	missing := u.Capabilities &^ effective()
 	if missing != 0 {
-		t.Logf("PARTLY SKIPPED: root lacks the capabilities %#x here; make test-vm has them", missing)
+		t.Logf("PARTLY SKIPPED: root lacks the capabilities %#x here", missing)
 	}
 	caps := u.Capabilities &^ missing
 	for _, without := range []string{"", "CHOWN", "DAC_OVERRIDE", "SYS_ADMIN", "SYS_RESOURCE"} {
