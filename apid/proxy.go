@@ -38,7 +38,7 @@ const (
 func backendOptions() []grpc.DialOption {
 	return []grpc.DialOption{
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(daemon.MaxMessage), grpc.MaxCallSendMsgSize(daemon.MaxMessage)),
-		grpc.WithInitialWindowSize(backendWindow), grpc.WithInitialConnWindowSize(backendConnWindow), grpc.WithSharedWriteBuffer(true),
+		grpc.WithInitialWindowSize(backendWindow), grpc.WithInitialConnWindowSize(backendConnWindow),
 	}
 }
 

@@ -86,7 +86,7 @@ func (d *Daemon) server(stop context.Context, opts ...grpc.ServerOption) *grpc.S
 	s := grpc.NewServer(append(opts,
 		grpc.ForceServerCodecV2(newRaw()),
 		grpc.UnknownServiceHandler(func(_ any, in grpc.ServerStream) error { return d.forward(stop, in) }),
-		grpc.MaxRecvMsgSize(daemon.MaxMessage), grpc.MaxConcurrentStreams(maxStreams), grpc.MaxHeaderListSize(maxHeaders), grpc.SharedWriteBuffer(true),
+		grpc.MaxRecvMsgSize(daemon.MaxMessage), grpc.MaxConcurrentStreams(maxStreams), grpc.MaxHeaderListSize(maxHeaders),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, si *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
 			err = d.guard(ctx, si.FullMethod, func(ctx context.Context) (err error) {

@@ -141,7 +141,7 @@ func (serverCreds) ClientHandshake(context.Context, string, net.Conn) (net.Conn,
 	return nil, nil, errors.New("apid: these credentials are for servers")
 }
 func (serverCreds) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "tls", SecurityVersion: "1.3"}
+	return credentials.ProtocolInfo{SecurityProtocol: "tls"}
 }
 func (s serverCreds) Clone() credentials.TransportCredentials { return s }
 func (serverCreds) OverrideServerName(string) error           { return nil }
