@@ -36,7 +36,7 @@ const (
 // fields has every field's rule; the key is its path without list indexes.
 var fields = map[string]field{
 	"Machine": {doc: "The node by itself."},
-	"Machine.hostname": {doc: "The node's name, in Kubernetes too.", standard: "bulkhead- and six digits of the machine id", ok: isHostname,
+	"Machine.hostname": {doc: "The node's name, in Kubernetes too.", standard: "bulkhead- and six random digits, made once and kept", ok: isHostname,
 		allowed: "lower-case letters, digits, - and . as in RFC 1123, at most 63 characters", pattern: domainPattern},
 	"Machine.role": {doc: "What the node does in the cluster.", standard: "controlplane", oneOf: []string{"controlplane", "worker"}},
 

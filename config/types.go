@@ -38,7 +38,7 @@ const (
 // Machine is the node by itself.
 type Machine struct {
 	// Hostname is also the Kubernetes node's name. RFC 1123 label(s), at most 63 characters.
-	// Default: "bulkhead-" and 6 digits of the machine id; Parse leaves it "" then, for it does not know the machine.
+	// Default: "bulkhead-" and six random digits; machined makes them at the first apply and keeps them, Parse leaves it "".
 	Hostname string `yaml:"hostname,omitempty"`
 	// Role defaults to controlplane.
 	Role Role `yaml:"role,omitempty"`

@@ -2,6 +2,7 @@ package machined
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -127,16 +128,43 @@ func (d *Daemon) handOut(g store.Generation) error {
 		d.cfg.Log.Error("generation not valid", "generation", g.Number, "err", err.Error())
 		return err
 	}
-	d.running.Set(running{g, set})
+	d.running.Set(running{g, named(set, g.Hostname)})
 	d.cfg.Log.Info("configuration loaded", "generation", g.Number)
 	return nil
 }
 
 // change is an Apply's work, after validation.
 type change struct {
-	set    config.Set
+	parsed config.Set       // as the document says
+	fresh  string           // a name, in case that the node needs one
+	set    config.Set       // parsed, with the node's name in it; set by follow
 	next   store.Generation // all but its number
 	dryRun bool
+}
+
+// named fills in the name that the node gave itself if the document has none: the one default that no text can hold.
+func named(set config.Set, hostname string) config.Set {
+	if set.Machine.Hostname == "" {
+		m := *set.Machine
+		m.Hostname = hostname
+		set.Machine = &m
+	}
+	return set
+}
+
+// follow makes the change one that comes after now: it keeps the node's own name, or makes one.
+func (c *change) follow(now running) {
+	if c.next.Hostname = now.Hostname; c.next.Hostname == "" {
+		c.next.Hostname = c.fresh
+	}
+	c.set = named(c.parsed, c.next.Hostname)
+}
+
+// freshName is a name for a node that has none.
+func freshName() string {
+	var b [3]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return fmt.Sprintf("bulkhead-%x", b)
 }
 
 // applyChange carries a change out. lock is held.
@@ -145,6 +173,7 @@ func (d *Daemon) applyChange(ctx context.Context, c change) (*configv1.ApplyResp
 		return nil, err
 	}
 	now, _ := d.running.Get()
+	c.follow(now)
 	changed := now.Number == 0 || !config.Equal(now.set, c.set)
 	number := now.Number
 	if changed {
@@ -166,6 +195,7 @@ func (d *Daemon) applyChange(ctx context.Context, c change) (*configv1.ApplyResp
 	}
 	// From here on the caller's patience does not matter: it takes no more than one write.
 	now, _ = d.running.Get() // STATE may have brought one
+	c.follow(now)
 	if now.Number != 0 && config.Equal(now.set, c.set) {
 		resp.Generation, resp.Changed = now.Number, false
 		return resp, nil

@@ -3,6 +3,7 @@ package machined
 import (
 	"fmt"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -342,6 +343,42 @@ func TestRefusedSpecIsTriedAgain(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		if converged, st := d.hand("trustd").report(1); !converged {
 			t.Errorf("got %v", st)
+		}
+	})
+}
+
+// A document without a name gets one, the same in every later generation and after a reboot; a name in the document goes first.
+func TestNodeNamesItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t)
+		n.host.mounted = true
+		d, stop := n.start()
+		const plain = "apiVersion: bulkhead.dev/v1\nkind: Cluster\nname: "
+		if _, err := apply(d, plain+"a\n"); err != nil {
+			t.Fatal(err)
+		}
+		first, _ := d.running.Get()
+		if !regexp.MustCompile(`^bulkhead-[0-9a-f]{6}$`).MatchString(first.set.Machine.Hostname) {
+			t.Fatalf("name %q", first.set.Machine.Hostname)
+		}
+		if resp, err := apply(d, plain+"a\n"); err != nil || resp.GetChanged() {
+			t.Errorf("the same document again: %v, %v; want unchanged", resp, err)
+		}
+		if _, err := apply(d, plain+"b\n"); err != nil {
+			t.Fatal(err)
+		}
+		stop()
+		d, stop = n.start() // a reboot: only STATE is left
+		defer stop()
+		synctest.Wait()
+		if again, _ := d.running.Get(); again.Number != 2 || again.set.Machine.Hostname != first.set.Machine.Hostname {
+			t.Errorf("generation %d has name %q, want 2 with %q", again.Number, again.set.Machine.Hostname, first.set.Machine.Hostname)
+		}
+		if _, err := apply(d, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: mine\n"); err != nil {
+			t.Fatal(err)
+		}
+		if now, _ := d.running.Get(); now.set.Machine.Hostname != "mine" {
+			t.Errorf("name %q, want the document's", now.set.Machine.Hostname)
 		}
 	})
 }

@@ -41,7 +41,7 @@ func (s *configServer) Apply(ctx context.Context, r *configv1.ApplyRequest) (*co
 		return nil, err
 	}
 	defer unlock()
-	return s.d.applyChange(ctx, change{set: set, dryRun: r.GetDryRun(), next: store.Generation{
+	return s.d.applyChange(ctx, change{parsed: set, fresh: freshName(), dryRun: r.GetDryRun(), next: store.Generation{
 		Applied: time.Now(), Caller: caller(ctx), Name: name, Documents: []byte(r.GetDocuments()),
 	}})
 }
@@ -89,9 +89,9 @@ func (d *Daemon) stored(n uint64) (running, error) {
 		return running{}, err
 	}
 	out := running{Generation: g}
-	if out.set, err = config.Parse(g.Name, g.Documents); err != nil {
-		out.set = config.Set{} // an older version took it; its documents can still be read
-	}
+	if set, err := config.Parse(g.Name, g.Documents); err == nil {
+		out.set = named(set, g.Hostname)
+	} // else an older version took it; its documents can still be read
 	return out, nil
 }
 

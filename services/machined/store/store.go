@@ -54,12 +54,14 @@ const (
 
 // Generation is one stored configuration.
 type Generation struct {
-	Number    uint64    `json:"generation"` // from 1
-	Applied   time.Time `json:"applied"`
-	Caller    string    `json:"caller"` // who applied it
-	Name      string    `json:"name"`   // what the caller called the text
-	Documents []byte    `json:"-"`      // as they were sent; nil in lists
-	Sum       string    `json:"-"`      // SHA-256 of Documents, hexadecimal
+	Number  uint64    `json:"generation"` // from 1
+	Applied time.Time `json:"applied"`
+	Caller  string    `json:"caller"` // who applied it
+	Name    string    `json:"name"`   // what the caller called the text
+	// Hostname is the name that the node gave itself, for documents that have none; each generation hands it on to the next.
+	Hostname  string `json:"hostname,omitempty"`
+	Documents []byte `json:"-"` // as they were sent; nil in lists
+	Sum       string `json:"-"` // SHA-256 of Documents, hexadecimal
 }
 
 // A Store reads and writes generations. One goroutine at a time may use it.
