@@ -66,6 +66,8 @@ type node struct {
 	console console
 	trust   *net.UnixListener
 	caller  atomic.Uint32 // user id of who connects to trustd
+	tcp     *net.TCPListener
+	local   *net.UnixListener // apid's
 	address string
 }
 
@@ -86,14 +88,16 @@ func (n *node) bind(name string) *net.UnixListener {
 }
 
 // inherit is what a started daemon gets of a listener that PID 1 keeps.
-func (n *node) inherit(l *net.UnixListener) net.Listener {
+func (n *node) inherit(l interface{ File() (*os.File, error) }) net.Listener {
 	n.t.Helper()
 	f, err := l.File()
 	n.must(err)
 	defer f.Close()
 	dup, err := net.FileListener(f)
 	n.must(err)
-	dup.(*net.UnixListener).SetUnlinkOnClose(false)
+	if u, ok := dup.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+	}
 	return dup
 }
 
@@ -133,13 +137,17 @@ func newNode(t *testing.T) *node {
 	n.trust = n.bind("trustd")
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	n.must(err)
-	n.address = tcp.Addr().String()
-	env := n.env("apid", n.bind("apid"))
-	env.TCP = tcp
-	d, err := apid.New(apid.Config{Env: env, Socket: func(name string) string { return filepath.Join(dir, name) }})
-	n.must(err)
-	n.run(d.Run)
+	t.Cleanup(func() { tcp.Close() })
+	n.tcp, n.local, n.address = tcp.(*net.TCPListener), n.bind("apid"), tcp.Addr().String()
 	return n
+}
+
+func (n *node) startApid() (stop func()) {
+	env := n.env("apid", n.inherit(n.local))
+	env.TCP = n.inherit(n.tcp)
+	d, err := apid.New(apid.Config{Env: env, Socket: func(name string) string { return filepath.Join(n.dir, name) }})
+	n.must(err)
+	return n.run(d.Run)
 }
 
 // configure is machined handing trustd its sections.
@@ -162,6 +170,7 @@ func (n *node) configure(ctx context.Context, role string) {
 func TestFromNothingToBootstrapped(t *testing.T) {
 	n := newNode(t)
 	n.startTrustd()
+	n.startApid()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	code := n.console.code(t)
@@ -241,39 +250,48 @@ func TestFromNothingToBootstrapped(t *testing.T) {
 	}
 }
 
-// trustd restarts again and again; no call fails, and the node stays its owner's.
-func TestNoCallFailsWhileTrustdRestarts(t *testing.T) {
-	n := newNode(t)
-	n.must(os.Mkdir(filepath.Join(n.dir, "state"), 0o700))
-	stop := n.startTrustd()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	creds, err := client.Claim(ctx, n.address, n.console.code(t), "")
-	n.must(err)
-	conn, err := client.Dial(n.address, creds)
-	n.must(err)
-	defer conn.Close()
-	enough := make(chan struct{})
-	calls := make(chan int, 1)
-	go func() {
-		i := 0
-		defer func() { calls <- i }()
-		for ; ; i++ {
-			if _, err := trustv1.NewTrustClient(conn).ListCertificates(ctx, &trustv1.ListCertificatesRequest{}); err != nil {
-				t.Errorf("call %d: %v", i, err)
-				return
+// Daemons restart again and again; no call fails, and the node stays its owner's.
+func TestNoCallFailsDuringRestarts(t *testing.T) {
+	for name, pick := range map[string]func(*node) func() func(){
+		"trustd": func(n *node) func() func() { return n.startTrustd },
+		"apid":   func(n *node) func() func() { return n.startApid },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			n.must(os.Mkdir(filepath.Join(n.dir, "state"), 0o700))
+			start := pick(n)
+			stops := map[string]func(){"trustd": n.startTrustd(), "apid": n.startApid()}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			creds, err := client.Claim(ctx, n.address, n.console.code(t), "")
+			n.must(err)
+			conn, err := client.Dial(n.address, creds)
+			n.must(err)
+			defer conn.Close()
+			enough := make(chan struct{})
+			calls := make(chan int, 1)
+			go func() {
+				i := 0
+				defer func() { calls <- i }()
+				for ; ; i++ {
+					if _, err := trustv1.NewTrustClient(conn).ListCertificates(ctx, &trustv1.ListCertificatesRequest{}); err != nil {
+						t.Errorf("call %d: %v", i, err)
+						return
+					}
+					select {
+					case <-enough:
+						return
+					default:
+					}
+				}
+			}()
+			stop := stops[name]
+			for range 10 {
+				stop()
+				stop = start()
 			}
-			select {
-			case <-enough:
-				return
-			default:
-			}
-		}
-	}()
-	for range 10 {
-		stop()
-		stop = n.startTrustd()
+			close(enough)
+			t.Logf("%d calls", <-calls)
+		})
 	}
-	close(enough)
-	t.Logf("%d calls", <-calls)
 }
