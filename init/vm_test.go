@@ -36,7 +36,7 @@ func TestVM(t *testing.T) {
 			t.Errorf("in the machine: %s", line)
 		}
 	}
-	for _, want := range []string{"bulkhead: root verified (dm-verity, /dev/vda1)", "TEST ok reboot", "bulkhead: restarting"} {
+	for _, want := range []string{"bulkhead: root verified (dm-verity, /dev/vda1)", "TEST done", "unit stuck: does not stop, killing it", "bulkhead: restarting"} {
 		if !strings.Contains(console, want) {
 			t.Errorf("the console lacks %q", want)
 		}

@@ -177,9 +177,11 @@ func (s *Supervisor) happen(v *service, e Event) {
 		v.timer, v.up = time.Time{}, now
 		v.say("up in " + console.Seconds(now.Sub(v.began)))
 	case v.state == Down:
-		v.timer = time.Time{}
-		if v.say("stopped, " + v.record().Ending()); before != Stopping && before != Waiting {
-			v.say("it is not started again")
+		v.timer, v.failures = time.Time{}, 0
+		if before == Stopping || before == Waiting {
+			v.say("stopped, " + v.record().Ending())
+		} else {
+			v.say(v.record().Ending() + ", not started again")
 		}
 	case c.do == Spawn:
 		s.spawn(v, now)

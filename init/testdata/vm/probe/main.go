@@ -35,6 +35,10 @@ func main() {
 		fmt.Sscan(os.Args[2], &code)
 		fmt.Println("exits with", code)
 		os.Exit(code)
+	case "leaver": // ends, but leaves a process behind
+		must(os.StartProcess("/usr/lib/probe", []string{"left", "silent"}, &os.ProcAttr{Sys: &syscall.SysProcAttr{Setsid: true}}))
+		time.Sleep(100 * time.Millisecond)
+		os.Exit(1)
 	case "silent": // never ready, and does not end
 		signal.Ignore(syscall.SIGTERM)
 		time.Sleep(time.Hour)
