@@ -2,8 +2,7 @@
 // upstream's default set is half as large again and each plugin parses bytes
 // from the network.
 //
-// A plugin that is not in this list does not exist in the image; a Corefile
-// that names one makes CoreDNS refuse to start.
+// A Corefile that names a plugin outside of Directives is refused at start.
 package main
 
 import (
