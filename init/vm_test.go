@@ -36,10 +36,16 @@ func TestVM(t *testing.T) {
 			t.Errorf("in the machine: %s", line)
 		}
 	}
-	for _, want := range []string{"bulkhead: root verified (dm-verity, /dev/vda1)", "TEST done", "unit stuck: does not stop, killing it", "bulkhead: restarting"} {
+	for _, want := range []string{"bulkhead: root verified (dm-verity, /dev/vda1)", "TEST done", "unit stuck: does not stop, killing it", "bulkhead: stopping 2 processes of pods", "bulkhead: restarting"} {
 		if !strings.Contains(console, want) {
 			t.Errorf("the console lacks %q", want)
 		}
+	}
+	if strings.Contains(console, "stays mounted") {
+		t.Error("a volume was not unmounted")
+	}
+	if out := run(t, m.dir, "/sbin/dumpe2fs", "-h", "volume"); !strings.Contains(out, "Filesystem state:         clean") || strings.Contains(out, "needs_recovery") {
+		t.Errorf("the volume was left dirty:\n%s", out)
 	}
 	t.Log(console)
 
@@ -155,6 +161,7 @@ func build(t *testing.T, kernel string) machine {
 	entry("TRAILER!!!", 0, nil)
 	write(t, m.dir+"/initramfs", cpio.Bytes())
 	m.makeDisk(t, tree)
+	run(t, m.dir, "/sbin/mkfs.ext4", "-q", "volume", "16M")
 	return m
 }
 
@@ -200,7 +207,7 @@ func (m *machine) boot(t *testing.T, hash string, disk []byte) string {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-cx16" /* QEMU before 8 leaves rubbish in the flags after cmpxchg16b, and the kernel falls over it */, "-smp", "2", "-m", "1024",
 		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", m.kernel, "-initrd", m.dir+"/initramfs",
-		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no5lvl tsc=reliable nokaslr init_on_alloc=0 apparmor=0 audit=0 cryptomgr.notests bulkhead bulkhead.verity="+hash, "-drive", "if=virtio,format=raw,file="+path,
+		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no5lvl tsc=reliable nokaslr init_on_alloc=0 apparmor=0 audit=0 cryptomgr.notests bulkhead bulkhead.verity="+hash, "-drive", "if=virtio,format=raw,file="+path, "-drive", "if=virtio,format=raw,file="+m.dir+"/volume",
 		"-fw_cfg", "name=opt/dev.bulkhead/claim-key,string=the-claim", "-device", "i6300esb")
 	out, err := cmd.Output()
 	if err != nil {

@@ -57,7 +57,7 @@ func First() {
 		step{"enter the root", func() error { return unix.Chroot(".") }, root},
 		step{"start the root's init", func() error {
 			// PID 1 is small: it collects its garbage early, and needs one processor.
-			return unix.Exec("/sbin/init", []string{"init", "supervise"}, []string{"GOGC=10", "GOMAXPROCS=1"})
+			return unix.Exec("/sbin/init", []string{"init", "supervise"}, []string{"GOGC=4", "GOMAXPROCS=1"})
 		}, root}))
 }
 

@@ -122,6 +122,11 @@ func work() {
 	fmt.Println("sees sockets:", len(socks), err)
 	state, err := os.ReadDir("/state")
 	fmt.Println("sees state:", len(state), err)
+	if os.Getenv("BULKHEAD_UNIT") == "work-a" { // a pod
+		os.MkdirAll("/sys/fs/cgroup/kubepods/pod", 0o755)
+		p := must(os.StartProcess("/usr/lib/probe", []string{"pod", "bare"}, &os.ProcAttr{}))
+		fmt.Println("pod:", os.WriteFile("/sys/fs/cgroup/kubepods/pod/cgroup.procs", fmt.Append(nil, p.Pid), 0))
+	}
 	ready()
 	wait()
 }
@@ -129,6 +134,7 @@ func work() {
 // mounter mounts on a volume, as storaged does.
 func mounter() {
 	fmt.Println("mounts state:", unix.Mount("tmpfs", "/state", "tmpfs", 0, "mode=0755"), os.WriteFile("/state/.mounted", nil, 0o644))
+	fmt.Println("mounts a disk:", unix.Mount("/dev/vdb", "/var", "ext4", 0, ""), os.WriteFile("/var/written", []byte("x"), 0o644))
 	fmt.Println("mounts elsewhere:", unix.Mount("tmpfs", "/tmp", "tmpfs", 0, ""), os.WriteFile("/tmp/private", nil, 0o644))
 	hidden, err := os.ReadDir("/usr/share")
 	fmt.Println("sees share:", len(hidden), err)
