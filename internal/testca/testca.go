@@ -29,6 +29,7 @@ var Subjects = map[string]pkix.Name{
 	"etcd-root":                     {CommonName: "root"},
 	"etcd-client-kube-apiserver":    {CommonName: "kube-apiserver"},
 	"etcd-client-bulkhead":          {CommonName: "bulkhead"},
+	"kubeletd":                      {CommonName: "bulkhead:kubeletd"},
 	"kubernetes-admin":              {CommonName: "kubernetes-admin", Organization: []string{"system:masters"}},
 	"kube-controller-manager":       {CommonName: "system:kube-controller-manager"},
 	"kube-scheduler":                {CommonName: "system:kube-scheduler"},

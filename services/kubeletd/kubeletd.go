@@ -1,0 +1,140 @@
+// Package kubeletd is the Kubernetes side of the node: it renders the configuration of containerd, the kubelet, kube-proxy and the
+// control plane, orders these units from PID 1, watches their health, and keeps in the cluster what the node needs there.
+//
+// It is not root: it may write its runtime folder, start and stop the units that name it as owner, ask trustd for certificates, and
+// talk to the API server. It must not touch containers: that is the kubelet's business.
+package kubeletd
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/initctl"
+	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/reconcile"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/internal/unit"
+)
+
+// supervisor is what PID 1 does for kubeletd; *initctl.Client is one.
+type supervisor interface {
+	Start(unit string) error
+	Stop(unit string) error
+	Restart(unit string) error
+	Status() ([]initctl.Status, error)
+	Watch(ctx context.Context, f func(initctl.Status)) error
+}
+
+// Config is fixed for the life of the process. The zero values of optional fields are what a node uses.
+type Config struct {
+	Env    daemon.Env           // required
+	Signer trustv1.SignerClient // required: trustd
+	Init   supervisor           // required: PID 1
+
+	Dir         string // runtime folder; default /run/bulkhead/kubeletd
+	VolumeMark  string // file that exists on the real VAR only; default /var/.mounted
+	Audit       string // folder of the API server's audit log; default /var/log/kubernetes/audit
+	Resolv      string // default /etc/resolv.conf
+	Routes      string // default /proc/net/route
+	EtcdAddress string // default 127.0.0.1:2379
+	APIServer   string // default https://127.0.0.1:6443
+	// Group maps a user to the group of files; default: the user's own number.
+	Group func(uid.ID) int
+	// Resync is the longest time between two looks; 0 means one minute.
+	Resync time.Duration
+}
+
+// Daemon is one node's supervisor of Kubernetes. Make it with New.
+type Daemon struct {
+	cfg     Config
+	kernel  *system
+	loop    *reconcile.Loop[spec, State, Step]
+	status  latest.Cell[*kubernetesv1.Status]
+	figures figures
+}
+
+// Run builds the daemon as on a node and runs it.
+func Run(ctx context.Context, env daemon.Env) error {
+	conn, err := peer.Dial(peer.Socket("trustd"))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	pid1, err := initctl.Dial("")
+	if err != nil {
+		return err
+	}
+	defer pid1.Close()
+	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Init: pid1})
+	if err != nil {
+		return err
+	}
+	return d.Run(ctx)
+}
+
+// New returns a daemon that has done nothing yet.
+func New(cfg Config) (*Daemon, error) {
+	if cfg.Signer == nil || cfg.Init == nil || cfg.Env.Log == nil || cfg.Env.Listen == nil {
+		return nil, errors.New("kubeletd: Config needs Signer, Init, Env.Log and Env.Listen")
+	}
+	orDefault(&cfg.Dir, unit.RunDir+"/kubeletd")
+	orDefault(&cfg.VolumeMark, "/var/.mounted")
+	orDefault(&cfg.Audit, "/var/log/kubernetes/audit")
+	orDefault(&cfg.Resolv, "/etc/resolv.conf")
+	orDefault(&cfg.Routes, "/proc/net/route")
+	orDefault(&cfg.EtcdAddress, "127.0.0.1:2379")
+	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
+	if cfg.Group == nil {
+		cfg.Group = func(id uid.ID) int { return int(id) }
+	}
+	d := &Daemon{cfg: cfg, figures: newFigures(cfg.Env.Metrics)}
+	d.kernel = newSystem(cfg, func() spec { s, _ := d.loop.Spec(); return s })
+	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
+		Parse: parse, Observe: d.kernel.Read, Plan: plan, Apply: d.kernel.Do, Report: d.report,
+	}, cfg.Env.Log, cfg.Resync)
+	d.status.Set(&kubernetesv1.Status{})
+	return d, nil
+}
+
+// Run serves until ctx is done. Units that run go on running.
+func (d *Daemon) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.loop.Run(ctx) })
+	g.Go(func() error { return d.kernel.Watch(ctx, d.loop.Wake) })
+	g.Go(func() error {
+		return daemon.Serve(ctx, d.cfg.Env, nil, func(s *grpc.Server) {
+			kubernetesv1.RegisterKubernetesServer(s, &server{d: d})
+			controlv1.RegisterControlServer(s, &reconcile.Control[spec, State, Step]{Loop: d.loop, Metrics: d.cfg.Env.Metrics})
+		})
+	})
+	return g.Wait()
+}
+
+// parse reads the sections Machine, Cluster and Kubernetes.
+func parse(documents []byte) (spec, error) {
+	set, err := config.Parse("spec", documents)
+	if err != nil {
+		return spec{}, err
+	}
+	k := set.Kubernetes
+	return spec{
+		Node: set.Machine.Hostname, Role: set.Machine.Role, Cluster: set.Cluster.Name, Endpoint: set.Cluster.Endpoint, Domain: k.Domain,
+		PodSubnet: k.PodSubnet, ServiceSubnet: k.ServiceSubnet, CNI: k.CNI, PodSecurity: k.PodSecurity, Schedulable: k.Schedulable == nil || *k.Schedulable,
+	}, nil
+}
+
+func orDefault(s *string, v string) {
+	if *s == "" {
+		*s = v
+	}
+}

@@ -1,0 +1,289 @@
+package kubeletd
+
+import (
+	"net/netip"
+	"slices"
+	"sort"
+	"strings"
+
+	"github.com/bulkhead-os/bulkhead/config"
+)
+
+// spec is what of the document matters here.
+type spec struct {
+	Node                     string // the host's name; "" until it is known
+	Role                     config.Role
+	Cluster, Domain          string
+	Endpoint                 string // URL; "" means the node's own address
+	PodSubnet, ServiceSubnet netip.Prefix
+	CNI, PodSecurity         string
+	Schedulable              bool
+}
+
+// State is what was read. Addresses and PEM texts are compared as they are; file contents by digest.
+type State struct {
+	Dir, EtcdAddress, Audit string // where things are on this node: the runtime folder, etcd's host and port, the audit log's folder
+
+	Volume      bool // VAR is mounted
+	Trust       trust
+	Address     netip.Addr   // of the node: the one on the interface of the default route; zero if there is none
+	Nameservers []netip.Addr // of the node, without loopback addresses
+
+	Pairs  map[string]string // profile: digest of its newest certificate; absent until trustd has signed
+	Files  map[string]string // path: digest of content, owner and mode; absent if there is no such file
+	Stamps map[string]string // unit: digest of the inputs with which it was last started
+	Units  map[string]Unit
+	Health map[string]string // unit: "" if it answered well, else what it answered; absent if it was not asked yet
+
+	Etcd bool // its port accepts
+	// API says that the API server is ready and let kubeletd read. What follows is zero without it.
+	API    bool
+	Node   *Node // nil: not registered
+	CSRs   []CSR // for kubeletd's signers, undecided or approved, without a certificate; sorted by name
+	Addons map[string]string
+	// Trouble is why API is false, or what else could not be read; for people.
+	Trouble string
+}
+
+type trust struct {
+	Bootstrapped                 bool
+	Kubernetes, Etcd, FrontProxy string // PEM; "" until they exist
+}
+
+// Unit is a unit as PID 1 sees it.
+type Unit struct{ State, LastExit string }
+
+// Node is the node as Kubernetes sees it.
+type Node struct {
+	PodCIDR   netip.Prefix // zero until allocated
+	Ready     bool
+	Reason    string // why it is not
+	Labelled  bool   // it has the control plane's label
+	Tainted   bool   // it has the control plane's taint
+	Addresses []netip.Addr
+}
+
+const controlPlaneKey = "node-role.kubernetes.io/control-plane"
+
+// Step is one change, or one thing to wait for.
+type Step struct {
+	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint"
+	Arg string
+}
+
+func (s Step) String() string { return s.Op + " " + s.Arg }
+
+// rule is one unit and what must be there before it is started.
+type rule struct {
+	unit   string
+	worker bool
+	once   bool // it ends by itself, and is done then
+	after  []string
+}
+
+// rules are in the order of starting. Nothing is started before it can work: under load, a process that fails and is started
+// again costs the others more than the wait.
+var rules = []rule{
+	{unit: "containerd", worker: true, after: []string{"volume VAR"}},
+	{unit: "image-load", worker: true, once: true, after: []string{"containerd"}},
+	{unit: "kube-apiserver", after: []string{"volume VAR", "bootstrap", "address", "etcd"}},
+	{unit: "kube-controller-manager", after: []string{"kube-apiserver"}},
+	{unit: "kubelet", worker: true, after: []string{"hostname", "containerd", "image-load", "kube-apiserver", "addon rbac"}},
+	{unit: "kube-proxy", worker: true, after: []string{"hostname", "kube-apiserver"}},
+	{unit: "kube-scheduler", after: []string{"kube-apiserver"}},
+}
+
+// plan returns the steps that lead from have to want. Equal inputs give equal steps. What cannot be done yet is a step "wait for".
+func plan(want spec, have State) ([]Step, error) {
+	files, err := render(want, have)
+	if err != nil {
+		return nil, err
+	}
+	wanted, err := addons(want, have)
+	if err != nil {
+		return nil, err
+	}
+	p := planner{want: want, have: have, files: files, addons: wanted}
+	p.planFiles()
+	p.planUnits()
+	if have.API && want.Role == config.ControlPlane {
+		p.planCluster()
+	}
+	p.planNode()
+	return append(p.steps, p.waits...), nil
+}
+
+type planner struct {
+	want   spec
+	have   State
+	files  []File
+	addons []Addon
+	steps  []Step
+	waits  []Step // each once, in the order met
+}
+
+func (p *planner) do(op, arg string) { p.steps = append(p.steps, Step{op, arg}) }
+
+func (p *planner) wait(arg string) {
+	if s := (Step{"wait for", arg}); !slices.Contains(p.waits, s) {
+		p.waits = append(p.waits, s)
+	}
+}
+
+func (p *planner) planFiles() {
+	for _, f := range p.files {
+		want := f.digest(p.have.Pairs)
+		if want == "" {
+			p.wait("certificate " + f.Profile)
+		} else if seal(f, want) != p.have.Files[f.Path] {
+			p.do("write", f.Path)
+		}
+	}
+	if _, there := p.have.Files[cniFile]; there && p.want.CNI != "bridge" {
+		p.do("remove", cniFile)
+	}
+}
+
+// inputs is the digest of all that a unit reads once, and whether all its files can be written now.
+func (p *planner) inputs(unit string) (string, bool) {
+	var b strings.Builder
+	complete := true
+	need := map[string]bool{}
+	for _, e := range entries {
+		if slices.Contains(e.units, unit) && (e.worker || p.want.Role != config.Worker) {
+			need[e.file] = true
+		}
+	}
+	for _, f := range p.files {
+		if !need[f.Path] {
+			continue
+		}
+		delete(need, f.Path)
+		if f.Profile == "" {
+			b.WriteString(f.Path + "\x00" + f.Text + "\x00")
+		} else if f.digest(p.have.Pairs) == "" {
+			complete = false
+		}
+	}
+	return digest([]byte(b.String())), complete && len(need) == 0
+}
+
+func (p *planner) planUnits() {
+	for _, r := range rules {
+		u := p.have.Units[r.unit]
+		if p.want.Role == config.Worker && !r.worker {
+			if u.State != "" && u.State != "down" {
+				p.do("unit stop", r.unit)
+			}
+			continue
+		}
+		if r.once && p.have.loaded(r.unit) {
+			continue
+		}
+		inputs, complete := p.inputs(r.unit)
+		if u.State != "" && u.State != "down" { // it was started, by whomever: PID 1 keeps it
+			if complete && !r.once && p.have.Stamps[r.unit] != inputs {
+				p.do("unit restart", r.unit)
+			} else if r.once {
+				p.wait(r.unit)
+			}
+			continue
+		}
+		open := complete
+		for _, what := range r.after {
+			if !p.reached(what) {
+				p.wait(what)
+				open = false
+			}
+		}
+		if open {
+			p.do("unit start", r.unit)
+		}
+	}
+	for _, r := range rules { // started, but not well
+		if u := p.have.Units[r.unit]; u.State == "up" {
+			if h, asked := p.have.Health[r.unit]; asked && h != "" {
+				p.wait(r.unit)
+			}
+		}
+	}
+}
+
+// reached reports whether something that a rule names is there.
+func (p *planner) reached(what string) bool {
+	switch what {
+	case "volume VAR":
+		return p.have.Volume
+	case "bootstrap":
+		return p.have.Trust.Bootstrapped
+	case "address":
+		return p.have.Address.IsValid()
+	case "hostname":
+		return p.want.Node != ""
+	case "etcd":
+		return p.have.Etcd
+	case "kube-apiserver":
+		return p.have.API || p.want.Role == config.Worker
+	case "containerd":
+		return p.have.Units["containerd"].State == "up"
+	case "image-load":
+		return p.have.loaded("image-load")
+	case "addon rbac":
+		return p.want.Role == config.Worker || len(p.addons) > 0 && p.have.Addons["rbac"] == digest([]byte(p.addons[0].Text))
+	}
+	return false
+}
+
+// loaded reports whether a unit that ends by itself has ended well.
+func (s State) loaded(unit string) bool {
+	u := s.Units[unit]
+	return u.State == "down" && u.LastExit == "exit 0"
+}
+
+// planCluster is what a control-plane node does inside the cluster.
+func (p *planner) planCluster() {
+	for _, a := range p.addons {
+		if p.have.Addons[a.Name] != digest([]byte(a.Text)) {
+			p.do("addon apply", a.Name)
+		}
+	}
+	for _, c := range p.have.CSRs {
+		if c.check(p.want.Node, p.have.Address) != nil {
+			continue // somebody else's, or nobody's: it stays as it is, for a person to decide
+		}
+		if !c.Approved {
+			p.do("csr approve", c.Name)
+		}
+		p.do("csr sign", c.Name)
+	}
+	if n := p.have.Node; n != nil {
+		if !n.Labelled {
+			p.do("node label", controlPlaneKey)
+		}
+		if p.want.Schedulable && n.Tainted {
+			p.do("node untaint", controlPlaneKey)
+		} else if !p.want.Schedulable && !n.Tainted {
+			p.do("node taint", controlPlaneKey)
+		}
+	}
+}
+
+// planNode waits for what the kubelet must bring about.
+func (p *planner) planNode() {
+	if !p.have.API || p.have.Units["kubelet"].State != "up" {
+		return
+	}
+	if n := p.have.Node; n == nil || !n.Ready {
+		p.wait("node Ready")
+	}
+}
+
+// unitNames are all units that kubeletd orders, sorted.
+func unitNames() []string {
+	var out []string
+	for _, r := range rules {
+		out = append(out, r.unit)
+	}
+	sort.Strings(out)
+	return out
+}

@@ -1,0 +1,273 @@
+package kubeletd
+
+import (
+	"context"
+	"crypto/tls"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/initctl"
+)
+
+// Pauses of the probes: often until all is well, seldom then.
+const (
+	probeOften  = time.Second
+	probeSeldom = 10 * time.Second
+	probeTime   = 10 * time.Second // for one answer; a busy machine needs several
+	lookPause   = 2 * time.Second
+	retryPause  = time.Second
+)
+
+// A probe asks one thing how it is: "" is well.
+type probe struct {
+	name string // unit, or "etcd"
+	ask  func(context.Context) string
+}
+
+func (k *system) probes() []probe {
+	// The controllers' certificates are made by themselves at each start and known to nobody; nothing is sent but the question.
+	anyone := &http.Client{Timeout: probeTime, Transport: &http.Transport{MaxIdleConnsPerHost: 1,
+		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}}}
+	get := func(u string) func(context.Context) string {
+		return func(ctx context.Context) string {
+			c := &cluster{server: u, http: anyone}
+			return short(c.do(ctx, request{method: http.MethodGet, path: "/healthz"}, new(string)))
+		}
+	}
+	return []probe{
+		{"etcd", func(ctx context.Context) string {
+			conn, err := (&net.Dialer{Timeout: probeTime}).DialContext(ctx, "tcp", k.cfg.EtcdAddress)
+			if err == nil {
+				conn.Close()
+			}
+			return short(err)
+		}},
+		{"kube-apiserver", k.askAPIServer},
+		{"kube-controller-manager", get("https://127.0.0.1:10257")},
+		{"kube-scheduler", get("https://127.0.0.1:10259")},
+		{"kubelet", get("http://127.0.0.1:10248")},
+		{"kube-proxy", get("http://127.0.0.1:10256")},
+	}
+}
+
+func (k *system) askAPIServer(ctx context.Context) string {
+	c, err := k.cluster()
+	if err != nil {
+		return short(err)
+	}
+	if err := c.do(ctx, request{method: http.MethodGet, path: "/readyz"}, new(string)); err != nil {
+		return short(err)
+	}
+	k.mu.Lock()
+	known := k.version != ""
+	k.mu.Unlock()
+	if !known {
+		var v struct{ GitVersion string }
+		if err := c.do(ctx, request{method: http.MethodGet, path: "/version"}, &v); err != nil {
+			return short(err)
+		}
+		k.mu.Lock()
+		k.version = v.GitVersion
+		k.mu.Unlock()
+	}
+	return ""
+}
+
+// short is an error's text without what differs from one try to the next.
+func short(err error) string {
+	if err == nil {
+		return ""
+	}
+	text := errs.Text(err)
+	if len(text) > 200 {
+		text = text[:200] + "…"
+	}
+	return text
+}
+
+// Watch keeps certificates fresh, asks how the units are, and wakes the loop when anything may have changed.
+func (k *system) Watch(ctx context.Context, wake func()) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return k.trust.Run(ctx) })
+	g.Go(func() error { return follow(ctx, wake, func() <-chan struct{} { _, c := k.trust.Roots(); return c }) })
+	g.Go(func() error { return k.runLeaves(ctx, wake) })
+	g.Go(func() error { return k.followInit(ctx, wake) })
+	g.Go(func() error { return k.followPlace(ctx, wake) })
+	for _, p := range k.probes() {
+		g.Go(func() error { return k.follow(ctx, p, wake) })
+	}
+	csrs := func(spec) (string, url.Values) { return csrPath, nil }
+	node := func(w spec) (string, url.Values) {
+		return "/api/v1/nodes", url.Values{"fieldSelector": {"metadata.name=" + w.Node}}
+	}
+	g.Go(func() error { return k.followCluster(ctx, csrs, wake) })
+	g.Go(func() error { return k.followCluster(ctx, node, wake) })
+	return g.Wait()
+}
+
+// follow wakes at each change; next returns a channel that is closed at the next one.
+func follow(ctx context.Context, wake func(), next func() <-chan struct{}) error {
+	for {
+		changed := next()
+		wake()
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		}
+	}
+}
+
+// runLeaves keeps the certificates, from when there can be any.
+func (k *system) runLeaves(ctx context.Context, wake func()) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-k.begin:
+	}
+	role := k.want().Role
+	g, ctx := errgroup.WithContext(ctx)
+	for profile, l := range k.leaves {
+		if role == config.Worker && !ofWorker(profile) {
+			continue
+		}
+		g.Go(func() error { return l.Run(ctx) })
+		g.Go(func() error { return follow(ctx, wake, func() <-chan struct{} { _, c := l.Pair(); return c }) })
+	}
+	return g.Wait()
+}
+
+func ofWorker(profile string) bool {
+	return slices.ContainsFunc(entries, func(e entry) bool { return e.profile == profile && e.worker })
+}
+
+func (k *system) followInit(ctx context.Context, wake func()) error {
+	ours := unitNames()
+	for {
+		err := k.cfg.Init.Watch(ctx, func(s initctl.Status) {
+			if slices.Contains(ours, s.Name) {
+				wake()
+			}
+		})
+		if !pause(ctx, retryPause) {
+			return ctx.Err()
+		}
+		k.cfg.Env.Log.Warn("watching units ended", "err", short(err))
+	}
+}
+
+// follow asks again and again.
+func (k *system) follow(ctx context.Context, p probe, wake func()) error {
+	for {
+		call, cancel := context.WithTimeout(ctx, probeTime)
+		answer := p.ask(call)
+		cancel()
+		k.mu.Lock()
+		before, asked := k.health[p.name], true
+		if p.name == "etcd" {
+			asked = k.etcd != (answer == "")
+			k.etcd = answer == ""
+		} else {
+			_, known := k.health[p.name]
+			k.health[p.name], asked = answer, !known || before != answer
+		}
+		k.mu.Unlock()
+		if asked { // there is news
+			wake()
+		}
+		next := probeOften
+		if answer == "" {
+			next = probeSeldom
+		}
+		if !pause(ctx, next) {
+			return ctx.Err()
+		}
+	}
+}
+
+// followCluster watches one list as long as the API server is ready.
+func (k *system) followCluster(ctx context.Context, what func(spec) (string, url.Values), wake func()) error {
+	for {
+		k.mu.Lock()
+		ready := k.last.API && k.last.Addons["rbac"] != ""
+		k.mu.Unlock()
+		if ready {
+			if c, err := k.cluster(); err == nil {
+				path, query := what(k.want())
+				if err := c.watch(ctx, path, query, wake); err == nil {
+					continue
+				}
+			}
+		}
+		if !pause(ctx, lookPause) {
+			return ctx.Err()
+		}
+	}
+}
+
+// place is what of the network the node's configuration depends on.
+type place struct {
+	address     netip.Addr
+	nameservers []netip.Addr
+}
+
+func (k *system) where() (place, error) {
+	links, err := readLinks()
+	if err != nil {
+		return place{}, err
+	}
+	routes, err := os.ReadFile(k.cfg.Routes)
+	if err != nil {
+		return place{}, err
+	}
+	resolv, err := os.ReadFile(k.cfg.Resolv)
+	if err != nil && !os.IsNotExist(err) {
+		return place{}, err
+	}
+	return place{nodeAddress(string(routes), links), nameservers(string(resolv))}, nil
+}
+
+// followPlace looks for what tells nobody when it changes: mounts, addresses, name servers.
+func (k *system) followPlace(ctx context.Context, wake func()) error {
+	var last place
+	var mounted bool
+	for {
+		now, err := k.where()
+		_, e := os.Stat(k.cfg.VolumeMark)
+		if err == nil && (now.address != last.address || !slices.Equal(now.nameservers, last.nameservers) || mounted != (e == nil)) {
+			if last.address.IsValid() && now.address.IsValid() && now.address != last.address {
+				k.leaves[serverProfile].Renew()
+			}
+			last, mounted = now, e == nil
+			wake()
+		}
+		if !pause(ctx, lookPause) {
+			return ctx.Err()
+		}
+	}
+}
+
+// pause waits, and reports whether ctx still lasts.
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// trimSlash is for URLs that people write.
+func trimSlash(s string) string { return strings.TrimRight(s, "/") }
