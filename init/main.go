@@ -5,6 +5,7 @@ package main
 
 import (
 	"os"
+	"runtime"
 
 	"github.com/bulkhead-os/bulkhead/init/boot"
 	"github.com/bulkhead-os/bulkhead/init/confine"
@@ -17,6 +18,7 @@ import (
 //go:generate go run ../internal/unit/gen -tree .. -out units.go
 
 func main() {
+	runtime.LockOSThread() // to the main thread, which is what /proc/self shows: see package confine
 	trampoline := os.Args[0] == confine.Name && len(os.Args) == 2 && os.Getppid() == 1
 	if !trampoline && os.Getpid() != 1 || !boot.Ordered() {
 		os.Stderr.WriteString("init: this is PID 1 of Bulkhead; it acts only as PID 1 and with the word bulkhead on the kernel command line\n")

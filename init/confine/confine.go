@@ -19,29 +19,21 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
-// Name is argv[0] of the trampoline; argv[1] is a unit, or Namespace followed by the name of a mount namespace.
-const (
-	Name      = "confine"
-	Namespace = "@"
-)
+// Name is argv[0] of the trampoline; argv[1] is the unit.
+const Name = "confine"
 
 // transient is the exit code for what may work the next time. unit.DoNotRestart is for what cannot.
 const transient = 126
 
-// Main becomes the named unit, or says on descriptor 2 why it cannot, and exits.
+// Main becomes the named unit, or says on descriptor 2 why it cannot, and exits. The caller is locked to its thread: namespaces, ids
+// and capabilities belong to a thread, and execve keeps those of the thread that calls it.
 func Main(units []unit.Unit, what string) {
-	// Namespaces, ids and capabilities belong to a thread, and execve keeps those of the thread that calls it.
-	runtime.LockOSThread()
 	code, err := unit.DoNotRestart, errors.New("no such unit")
-	if name, ok := strings.CutPrefix(what, Namespace); ok {
-		code, err = transient, hold(units, name)
-	} else if i := slices.IndexFunc(units, func(u unit.Unit) bool { return u.Name == what }); i >= 0 {
+	if i := slices.IndexFunc(units, func(u unit.Unit) bool { return u.Name == what }); i >= 0 {
 		code, err = become(&units[i])
 	}
-	if err != nil {
-		os.Stderr.WriteString("confine " + what + ": " + err.Error() + "\n")
-		os.Exit(code)
-	}
+	os.Stderr.WriteString("confine " + what + ": " + err.Error() + "\n")
+	os.Exit(code)
 }
 
 // become returns only if it fails, with the exit code for that.
@@ -141,24 +133,102 @@ func join(fd int) error {
 	return f.Err
 }
 
-// hold makes the named mount namespace out of the one of its own that this process has, says so on descriptor 3, and
-// stays until PID 1, which keeps the namespace, closes descriptor 4.
-func hold(units []unit.Unit, name string) error {
-	var f console.First
-	f.Try("make mounts private", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""))
-	f.Try("share mounts", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""))
-	var paths []string
+// Hold makes a named mount namespace and returns a descriptor of it, which keeps it. It is made by a thread that ends with it,
+// so that nothing else of PID 1 ever is in there. The caller is locked to the main thread.
+func Hold(units []unit.Unit, name string) (fd int, err error) {
+	done := make(chan bool)
+	go func() {
+		runtime.LockOSThread()
+		var f console.First
+		f.Try("unshare", unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS))
+		if f.Err == nil {
+			f.Try("make mounts private", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""))
+			f.Try("share mounts", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""))
+			f.Err = hide(f, hidden(units, name))
+		}
+		fd, err = unix.Open("/proc/thread-self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		f.Try("open", err)
+		err = f.Err
+		close(done)
+	}()
+	<-done
+	return fd, err
+}
+
+// hidden is what the units of a namespace may not see. What is hidden from one is hidden from all.
+func hidden(units []unit.Unit, namespace string) (paths []string) {
 	for _, u := range units {
-		if u.MountNamespace == name {
+		if u.MountNamespace == namespace {
 			paths = append(paths, u.Hide...)
 		}
 	}
-	slices.Sort(paths) // what one of its units may not see, none may
-	if err := hide(f, slices.Compact(paths)); err != nil {
-		return err
+	slices.Sort(paths)
+	return slices.Compact(paths)
+}
+
+// Of linux/securebits.h.
+const (
+	noRoot       = 1 << 0
+	noRootLocked = 1 << 1
+	keepCaps     = 1 << 4
+)
+
+// identify gives the thread the unit's ids and exactly its capabilities, and reads back what the kernel made of it. The order
+// matters: each step needs a capability that a later one takes.
+func identify(u *unit.Unit) error {
+	var f console.First
+	for c := 0; c < 64; c++ {
+		if err := unix.Prctl(unix.PR_CAPBSET_READ, uintptr(c), 0, 0, 0); err == nil && u.Capabilities&(1<<c) == 0 {
+			f.Try("bounding set", unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(c), 0, 0, 0))
+		}
 	}
-	unix.Write(3, []byte("\n"))
-	unix.Close(3)
-	unix.Read(4, make([]byte, 1))
+	if u.UID != 0 { // user 0, should the process ever become it, is nobody special
+		f.Try("securebits", unix.Prctl(unix.PR_SET_SECUREBITS, keepCaps|noRoot|noRootLocked, 0, 0, 0))
+	}
+	groups := make([]int, len(u.Groups))
+	for i, g := range u.Groups {
+		groups[i] = int(g)
+	}
+	f.Try("setgroups", unix.Setgroups(groups))
+	f.Try("setresgid", raw(unix.SYS_SETRESGID, u.UID))
+	f.Try("setresuid", raw(unix.SYS_SETRESUID, u.UID))
+	header, want := capabilities(u)
+	f.Try("capset", unix.Capset(&header, &want[0]))
+	f.Try("ambient set", unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
+	for c := 0; c < 64; c++ {
+		if u.UID != 0 && u.Capabilities&(1<<c) != 0 {
+			f.Try("ambient set", unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(c), 0, 0))
+		}
+		if n, _ := unix.PrctlRetInt(unix.PR_CAPBSET_READ, uintptr(c), 0, 0, 0); n == 1 && u.Capabilities&(1<<c) == 0 {
+			f.Try("check", errors.New("the bounding set has more"))
+		}
+	}
+	var have [2]unix.CapUserData
+	f.Try("capget", unix.Capget(&header, &have[0]))
+	r, e, s := unix.Getresuid()
+	rg, eg, sg := unix.Getresgid()
+	for _, id := range []int{r, e, s, rg, eg, sg} {
+		if uint32(id) != u.UID || have != want {
+			f.Try("check", errors.New("the ids or capabilities are others"))
+		}
+	}
+	return f.Err
+}
+
+// raw sets three ids of this thread. Those of package unix would have every thread do it; the others end at execve.
+func raw(call uintptr, id uint32) error {
+	if _, _, errno := unix.RawSyscall(call, uintptr(id), uintptr(id), uintptr(id)); errno != 0 {
+		return errno
+	}
 	return nil
+}
+
+// capabilities is what capset takes: permitted and effective, and, where execve would lose them, inheritable.
+func capabilities(u *unit.Unit) (unix.CapUserHeader, [2]unix.CapUserData) {
+	low, high := uint32(u.Capabilities), uint32(u.Capabilities>>32)
+	sets := [2]unix.CapUserData{{Effective: low, Permitted: low}, {Effective: high, Permitted: high}}
+	if u.UID != 0 {
+		sets[0].Inheritable, sets[1].Inheritable = low, high
+	}
+	return unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, sets
 }

@@ -53,10 +53,10 @@ func All(units []string, drain func([]string) []string, feed func(), powerOff bo
 	}
 	feed()
 	stopRest()
-	feed()        // for the last time: if the rest hangs in a way that no deadline helps against, the watchdog restarts the machine
 	for range 2 { // once more, for mounts that others stood on
-		unmount()
+		unmount(feed)
 	}
+	feed() // for the last time: what hangs now is ended by the watchdog
 	within("write all buffers", unix.Sync)
 	what, cmd := "restarting", unix.LINUX_REBOOT_CMD_RESTART
 	if powerOff {
@@ -143,12 +143,13 @@ func stopRest() {
 }
 
 // unmount takes off what has something to lose, newest first, and makes read-only what stays.
-func unmount() {
+func unmount(feed func()) {
 	text, _ := os.ReadFile("/proc/thread-self/mountinfo")
 	all := console.Mounts(text)
 	for i := len(all) - 1; i > 0; i-- {
 		m := all[i]
 		if m.Point != "/" && (m.FS == "overlay" || strings.HasPrefix(m.Source, "/dev/") && m.FS != "squashfs") {
+			feed()
 			within("unmount "+m.Point, func() {
 				if err := unix.Unmount(m.Point, 0); err != nil {
 					console.Say("bulkhead: ", m.Point, " stays mounted, read-only if it can be: ", err.Error())

@@ -1,14 +1,12 @@
 package supervise
 
 import (
-	"errors"
 	"io/fs"
 	"os"
 	"os/signal"
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -18,10 +16,9 @@ import (
 )
 
 const (
-	root      = "/sys/fs/cgroup"
-	cgroups   = root + "/bulkhead"
-	backlog   = 4096
-	holdLimit = 10 * time.Second // for a mount namespace to be set up
+	root    = "/sys/fs/cgroup"
+	cgroups = root + "/bulkhead"
+	backlog = 4096
 )
 
 // linux is the kernel itself.
@@ -52,7 +49,7 @@ func New(units []unit.Unit) (*Supervisor, error) {
 	}
 	for i := range units {
 		if u := &units[i]; confine.Named(u) && k.namespaces[u.MountNamespace] == 0 {
-			k.namespaces[u.MountNamespace], err = hold(u.MountNamespace)
+			k.namespaces[u.MountNamespace], err = confine.Hold(units, u.MountNamespace)
 			complain("bulkhead: mount namespace "+u.MountNamespace, err)
 		}
 	}
@@ -177,16 +174,12 @@ func (k linux) spawn(v *service, ready int) (int, error) {
 	if v.Network == "none" {
 		flags |= unix.CLONE_NEWNET
 	}
-	return fork(v.Name, fds, &syscall.SysProcAttr{Setsid: true, Cloneflags: flags, UseCgroupFD: true, CgroupFD: v.cgroup})
-}
-
-// fork starts the trampoline.
-func fork(what string, fds []int, how *syscall.SysProcAttr) (int, error) {
 	files := make([]uintptr, len(fds))
 	for i, fd := range fds {
 		files[i] = uintptr(fd)
 	}
-	return syscall.ForkExec("/proc/self/exe", []string{confine.Name, what}, &syscall.ProcAttr{Env: []string{"GOMAXPROCS=1"}, Files: files, Sys: how})
+	return syscall.ForkExec("/proc/self/exe", []string{confine.Name, v.Name}, &syscall.ProcAttr{Env: []string{"GOMAXPROCS=1"}, Files: files,
+		Sys: &syscall.SysProcAttr{Setsid: true, Cloneflags: flags, UseCgroupFD: true, CgroupFD: v.cgroup}})
 }
 
 func (k linux) kill(v *service, sig unix.Signal) { unix.Kill(v.pid, sig) }
@@ -223,27 +216,4 @@ func removeGroup(dir string) error {
 func (k linux) wait() (pid int, status unix.WaitStatus) {
 	pid, _ = unix.Wait4(-1, &status, unix.WNOHANG, nil)
 	return pid, status
-}
-
-// hold has a process set up a mount namespace and returns a descriptor of it, which keeps it after that process.
-func hold(name string) (int, error) {
-	var ready, stay [2]int
-	if err := errors.Join(unix.Pipe2(ready[:], unix.O_CLOEXEC), unix.Pipe2(stay[:], unix.O_CLOEXEC)); err != nil {
-		return -1, err
-	}
-	defer unix.Close(ready[0])
-	defer unix.Close(stay[1]) // lets the process go
-	pid, err := fork(confine.Namespace+name, []int{0, 1, 2, ready[1], stay[0]}, &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWNS})
-	unix.Close(ready[1])
-	unix.Close(stay[0])
-	if err != nil {
-		return -1, err
-	}
-	poll := []unix.PollFd{{Fd: int32(ready[0]), Events: unix.POLLIN}}
-	unix.Poll(poll, int(holdLimit.Milliseconds()))
-	if poll[0].Revents&unix.POLLIN == 0 {
-		unix.Kill(pid, unix.SIGKILL)
-		return -1, errors.New("it was not set up")
-	}
-	return unix.Open("/proc/"+strconv.Itoa(pid)+"/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 }

@@ -50,6 +50,7 @@ type service struct {
 	began    time.Time // of the process
 	up       time.Time // when it became ready
 	failures int       // in a row
+	hangs    bool      // was killed, and has not ended
 	restarts uint32
 	end      uint8 // how the last process ended, as in initctl.Record
 	value    uint8
@@ -189,9 +190,11 @@ func (s *Supervisor) happen(v *service, e Event) {
 		s.kernel.kill(v, unix.SIGTERM)
 		v.timer = now.Add(v.stopTime())
 	case c.do == Kill:
-		v.say([...]string{Starting: "not ready in time", Stopping: "does not stop", Cycling: "does not stop"}[before] + ", killing it")
+		if !v.hangs {
+			v.say([...]string{Starting: "not ready in time", Stopping: "does not stop", Cycling: "does not stop"}[before] + ", killing it")
+		}
 		s.kernel.kill(v, unix.SIGKILL)
-		v.timer = now.Add(killAgain)
+		v.hangs, v.timer = true, now.Add(killAgain)
 	case c.do == Pause && before == Cycling: // somebody asked for it
 		v.timer = now
 	case c.do == Pause:
@@ -219,7 +222,7 @@ func (v *service) say(what string) {
 
 // spawn makes the unit's process; the unit is Starting.
 func (s *Supervisor) spawn(v *service, now time.Time) {
-	v.began, v.timer = now, time.Time{}
+	v.began, v.timer, v.hangs = now, time.Time{}, false
 	ready := [2]int{-1, -1}
 	var err error
 	if v.NotifyReady {
