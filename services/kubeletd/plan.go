@@ -105,10 +105,10 @@ func plan(want spec, have State) ([]Step, error) {
 	}
 	p := planner{want: want, have: have, files: files, addons: wanted}
 	p.planFiles()
-	p.planUnits()
 	if have.API && want.Role == config.ControlPlane {
-		p.planCluster()
+		p.planCluster() // a few calls, before the next processes want the machine for themselves
 	}
+	p.planUnits()
 	p.planNode()
 	return append(p.steps, p.waits...), nil
 }
