@@ -36,18 +36,7 @@ func main() {
 
 // serve is the life of the machine. It does not return.
 func serve() {
-	defer func() {
-		if r := recover(); r != nil {
-			what := "unknown"
-			switch r := r.(type) {
-			case error:
-				what = r.Error()
-			case string:
-				what = r
-			}
-			console.GiveUp("bulkhead: PID 1 is broken: ", what)
-		}
-	}()
+	defer func() { console.GiveUp("bulkhead: PID 1 is broken: ", reason(recover())) }()
 	boot.Second()
 	s, err := supervise.New(units)
 	if err != nil {
@@ -59,4 +48,15 @@ func serve() {
 		names = append(names, u.Name)
 	}
 	halt.All(names, s.Drain, s.Feed, order == initctl.PowerOff)
+}
+
+// reason is what a panic says, or that there was none.
+func reason(r any) string {
+	switch r := r.(type) {
+	case error:
+		return r.Error()
+	case string:
+		return r
+	}
+	return "it came to an end"
 }

@@ -35,10 +35,10 @@ func run(steps []step) {
 }
 
 // Ordered says whether the kernel command line has the word without which PID 1 does nothing at all.
-// In the initramfs it mounts /proc for that: the caller has made sure that it is PID 1.
+// In the initramfs it mounts /proc for that.
 func Ordered() bool {
 	line, err := os.ReadFile("/proc/cmdline")
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && os.Getpid() == 1 {
 		os.Mkdir("/proc", 0o555)
 		unix.Mount("proc", "/proc", "proc", noExec, "")
 		line, _ = os.ReadFile("/proc/cmdline")

@@ -43,7 +43,12 @@ func First() {
 	}),
 		step{"open the console", openConsole, "the kernel's option console="},
 		step{"read the root hash", s.readHash, "the kernel command line: it needs bulkhead.verity=<64 hex digits>, once"},
-		step{"use small pages", smallPages, "/sys/kernel/mm/transparent_hugepage"},
+		step{"use small pages", func() error {
+			// Huge pages are for programs that ask for them. Where everybody gets them, as Debian has it, each small Go program, PID 1
+			// too, takes two megabytes for its first kilobyte of heap. Kernels without huge pages are fine.
+			os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("madvise"), 0)
+			return nil
+		}, ""},
 		step{"load modules", func() error { return modules("/modules.list", "") }, "the initramfs: /modules.list"},
 		step{"find the root partition", s.find, "the disk: is it attached, is its driver among the modules, and is it of this kernel's image?"},
 		step{"verify the root", s.verify, "the VERITY partition: it must be of the same image as the kernel"},
@@ -67,16 +72,6 @@ func openConsole() error {
 	fd, err := unix.Open("/dev/console", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	for i := 0; i <= 2 && err == nil; i++ {
 		err = unix.Dup3(fd, i, 0)
-	}
-	return err
-}
-
-// smallPages leaves huge pages to programs that ask for them. Where everybody gets them, as Debian has it, each small Go program,
-// PID 1 too, takes two megabytes for its first kilobyte of heap. It counts for programs started after it.
-func smallPages() error {
-	err := os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("madvise"), 0)
-	if errors.Is(err, os.ErrNotExist) {
-		err = nil
 	}
 	return err
 }
@@ -167,17 +162,14 @@ func number(path string) uint64 {
 }
 
 func (s *first) verify() error {
-	f, err := os.Open("/dev/" + s.tree.name)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
 	buf := make([]byte, superblockSize)
-	if _, err = f.ReadAt(buf, 0); err != nil {
-		return err
+	f, err := os.Open("/dev/" + s.tree.name)
+	if err == nil {
+		defer f.Close()
+		_, err = f.ReadAt(buf, 0)
 	}
-	sb, err := parseSuperblock(buf, s.root.bytes, s.tree.bytes)
-	if err != nil {
+	sb, bad := parseSuperblock(buf, s.root.bytes, s.tree.bytes)
+	if err = errors.Join(err, bad); err != nil {
 		return err
 	}
 	minor, err := createDevice("bulkhead-root", sb.sectors(), "verity", sb.table(s.root.dev, s.tree.dev, s.hash))

@@ -1,11 +1,11 @@
 package supervise
 
 import (
-	"os"
 	"slices"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/bulkhead-os/bulkhead/init/console"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
@@ -27,41 +27,33 @@ type conn struct {
 
 // allowed says how PID 1 answers a user's request. u is the unit that it names, nil if there is none of that name.
 func allowed(user uint32, v initctl.Verb, u *unit.Unit) initctl.Code {
+	mine := false // the unit is
 	switch v {
 	case initctl.List, initctl.Follow:
 		return initctl.OK
 	case initctl.Start, initctl.Stop, initctl.Restart:
-		if u == nil {
-			return initctl.NotFound
-		}
-		if user == uint32(uid.Root) || slices.Contains(u.Owners, user) {
-			return initctl.OK
-		}
+		mine = user == uint32(uid.Root) || u != nil && slices.Contains(u.Owners, user)
+		fallthrough
 	case initctl.Logs:
 		if u == nil {
 			return initctl.NotFound
 		}
 	}
-	if user == uint32(uid.Machined) {
+	if mine || user == uint32(uid.Machined) {
 		return initctl.OK
 	}
 	return initctl.Denied
 }
 
 func (s *Supervisor) serve(path string) error {
-	os.Remove(path)
+	var f console.First
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err == nil {
-		err = unix.Bind(fd, &unix.SockaddrUnix{Name: path})
-	}
-	if err == nil {
-		err = unix.Chmod(path, 0o666)
-	}
-	if err == nil {
-		err = unix.Listen(fd, maxConns)
-	}
+	f.Try("socket", err)
+	f.Try("bind "+path, unix.Bind(fd, &unix.SockaddrUnix{Name: path}))
+	f.Try("mode of "+path, unix.Chmod(path, 0o666))
+	f.Try("listen on "+path, unix.Listen(fd, maxConns))
 	s.watch(fd, unix.EPOLLIN, func() { s.accept(fd) })
-	return os.NewSyscallError("listen on "+path, err)
+	return f.Err
 }
 
 func (s *Supervisor) accept(listener int) {
@@ -70,17 +62,13 @@ func (s *Supervisor) accept(listener int) {
 		return
 	}
 	peer, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
-	if err != nil {
-		unix.Close(fd)
-		return
-	}
 	same := 0
 	for _, c := range s.conns {
-		if c.uid == peer.Uid {
+		if err == nil && c.uid == peer.Uid {
 			same++
 		}
 	}
-	if len(s.conns) >= maxConns || same >= maxUser {
+	if err != nil || len(s.conns) >= maxConns || same >= maxUser {
 		send(fd, initctl.Record{Code: initctl.Busy}, nil)
 		unix.Close(fd)
 		return
@@ -89,8 +77,8 @@ func (s *Supervisor) accept(listener int) {
 	s.conns[fd] = c
 	s.watch(fd, unix.EPOLLIN, func() {
 		if err := s.answer(c); err != nil {
-			delete(s.conns, c.fd)
-			s.forget(c.fd)
+			delete(s.conns, fd)
+			s.forget(fd)
 		}
 	})
 }
@@ -114,14 +102,14 @@ func (s *Supervisor) answer(c *conn) error {
 		send(c.fd, initctl.Record{Code: initctl.Invalid}, nil)
 		return unix.EBADMSG
 	}
-	var v *service
-	var u *unit.Unit
-	for _, one := range s.units {
-		if one.Name == req.Unit {
-			v, u = one, one.Unit
-		}
+	v, u := (*service)(nil), (*unit.Unit)(nil)
+	if i := slices.IndexFunc(s.units, func(v *service) bool { return v.Name == req.Unit }); i >= 0 {
+		v, u = s.units[i], s.units[i].Unit
 	}
 	r := initctl.Record{Code: allowed(c.uid, req.Verb, u), Unit: req.Unit}
+	if s.halting && (req.Verb == initctl.Start || req.Verb == initctl.Restart) && r.Code == initctl.OK {
+		r.Code = initctl.Halting
+	}
 	if r.Code != initctl.OK {
 		return send(c.fd, r, nil)
 	}
@@ -144,19 +132,13 @@ func (s *Supervisor) answer(c *conn) error {
 	case initctl.Logs:
 		return send(c.fd, v.record(), unix.UnixRights(v.log.read))
 	case initctl.Reboot, initctl.PowerOff:
-		if s.order == 0 {
-			s.order = req.Verb
-		}
+		s.order = req.Verb
 	case initctl.Stop:
 		s.happen(v, Stop)
-	case initctl.Restart, initctl.Start:
-		if s.halting {
-			r.Code = initctl.Halting
-			break
-		}
-		if req.Verb == initctl.Restart {
-			s.happen(v, Stop)
-		}
+	case initctl.Start:
+		s.happen(v, Start)
+	case initctl.Restart:
+		s.happen(v, Stop)
 		s.happen(v, Start)
 	}
 	return send(c.fd, r, nil)

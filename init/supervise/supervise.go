@@ -5,7 +5,6 @@ package supervise
 import (
 	"bytes"
 	"errors"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -73,14 +72,14 @@ type Supervisor struct {
 func newSupervisor(units []*service, k processes, socket string) (s *Supervisor, err error) {
 	s = &Supervisor{kernel: k, units: units, on: map[int]func(){}, conns: map[int]*conn{}, dog: -1}
 	slices.SortFunc(s.units, func(a, b *service) int { return strings.Compare(a.Name, b.Name) })
-	if s.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		return nil, os.NewSyscallError("epoll_create", err)
-	}
-	if s.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return nil, os.NewSyscallError("eventfd", err)
-	}
+	var f console.First
+	s.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	f.Try("epoll", err)
+	s.wake, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	f.Try("eventfd", err)
 	s.watch(s.wake, unix.EPOLLIN, s.reap)
-	return s, s.serve(socket)
+	f.Try("control socket", s.serve(socket))
+	return s, f.Err
 }
 
 // Run starts the units that start by themselves and keeps units as they shall be, until somebody orders Reboot or PowerOff.
@@ -233,11 +232,10 @@ func (s *Supervisor) spawn(v *service, now time.Time) {
 	}
 	unix.Close(ready[1])
 	v.ready = ready[0]
-	var errno unix.Errno
 	switch {
 	case err != nil:
+		var errno unix.Errno
 		errors.As(err, &errno)
-		v.pid = 0
 		s.ended(v, initctl.NotStarted, uint8(errno))
 	case v.NotifyReady:
 		if v.StartTimeout > 0 {
