@@ -97,6 +97,10 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Group == nil {
 		cfg.Group = func(id uid.ID) int { return int(id) }
 	}
+	// containerd watches this folder and gives up if it is not there, long before the Node has a pod subnet to write into it.
+	if err := (disk{cfg.Dir, cfg.Group}).folder(File{Path: cniFile, Public: true}); err != nil {
+		return nil, err
+	}
 	d := &Daemon{cfg: cfg, figures: newFigures(cfg.Env.Metrics)}
 	d.kernel = newSystem(cfg, func() spec { s, _ := d.loop.Spec(); return s })
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
