@@ -39,6 +39,7 @@ var units = []unit.Unit{
 		KillProcess:    true,
 		StopTimeout:    20000000000,
 		Owners:         []uint32{0x6e},
+		Umask:          022,
 	},
 	{
 		Name:         "etcdd",
@@ -102,7 +103,7 @@ var units = []unit.Unit{
 		NoFile:      65536,
 		OOMScoreAdj: -900,
 		Restart:     "always",
-		StopTimeout: 20000000000,
+		StopTimeout: 10000000000,
 		Owners:      []uint32{0x6e},
 	},
 	{
@@ -167,6 +168,7 @@ var units = []unit.Unit{
 		Restart:        "always",
 		StopTimeout:    30000000000,
 		Owners:         []uint32{0x6e},
+		Umask:          022,
 	},
 	{
 		Name:         "kubeletd",

@@ -27,7 +27,7 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 	cmdline = strings.TrimSpace(cmdline)
 	cpu, accelerator := "host", "kvm"
 	if accel == accelTCG {
-		cpu, accelerator = "max", "tcg,thread=multi"
+		cpu, accelerator = "max,-cx16", "tcg,thread=multi"
 		cmdline += " " + emulated
 	}
 	if m.Append != "" {

@@ -55,7 +55,7 @@ func become(u *unit.Unit) (code int, err error) {
 	}
 	f.Try("limit files", syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: files, Max: files}))
 	f.Try("forbid core files", syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{}))
-	unix.Umask(0o077)
+	unix.Umask(umask(u))
 	f.Try("change to /", unix.Chdir("/"))
 	if f.Err == nil {
 		f.Err = identify(u)
@@ -231,4 +231,12 @@ func capabilities(u *unit.Unit) (unix.CapUserHeader, [2]unix.CapUserData) {
 		sets[0].Inheritable, sets[1].Inheritable = low, high
 	}
 	return unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}, sets
+}
+
+// umask is the unit's, or the one that lets nobody else in.
+func umask(u *unit.Unit) int {
+	if u.Umask == 0 {
+		return 0o077
+	}
+	return int(u.Umask)
 }

@@ -67,6 +67,8 @@ type Unit struct {
 	Owners []uint32
 	// Runtime is the mode of /run/bulkhead/<name>, made at boot and owned by the unit; 0 means no such folder.
 	Runtime uint32
+	// Umask is the process's; 0 means 0077. containerd and the kubelet need 0022: they make folders that pods of other users enter.
+	Umask uint32
 }
 
 // Paths that PID 1 and the daemons agree on.

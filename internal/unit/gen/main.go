@@ -53,7 +53,7 @@ func source(units []unit.Unit) ([]byte, error) {
 			case f.IsZero():
 			case name == "Capabilities":
 				fmt.Fprintf(&b, "%s: %#x,\n", name, f.Uint())
-			case name == "Runtime":
+			case name == "Runtime" || name == "Umask":
 				fmt.Fprintf(&b, "%s: %#o,\n", name, f.Uint())
 			case f.CanInt(), f.CanUint():
 				fmt.Fprintf(&b, "%s: %d,\n", name, f.Interface())

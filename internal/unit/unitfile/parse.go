@@ -44,6 +44,7 @@ type file struct {
 	StopTimeout    string   `json:"stop_timeout"`
 	Owners         []string `json:"owners"`
 	Runtime        string   `json:"runtime"` // "0750"
+	Umask          string   `json:"umask"`   // "0022"
 }
 
 // Parse reads one unit file. Unknown and wrong fields are errors that name the field, what was found and what is allowed.
@@ -95,11 +96,8 @@ func Parse(data []byte) (unit.Unit, error) {
 	u.MemoryMax, err = size(err, f.MemoryMax)
 	u.StartTimeout, err = duration(err, "start_timeout", f.StartTimeout)
 	u.StopTimeout, err = duration(err, "stop_timeout", f.StopTimeout)
-	if f.Runtime != "" {
-		if _, e := fmt.Sscanf(f.Runtime, "%o", &u.Runtime); e != nil || u.Runtime > 0o777 {
-			keep(fmt.Errorf("runtime: %q is not a mode like \"0750\"", f.Runtime))
-		}
-	}
+	u.Runtime, err = mode(err, "runtime", f.Runtime)
+	u.Umask, err = mode(err, "umask", f.Umask)
 	if err != nil {
 		return unit.Unit{}, err
 	}
@@ -118,6 +116,17 @@ func size(err error, s string) (uint64, error) {
 		}
 	}
 	return 0, fmt.Errorf("memory_max: %q is not a size like \"64M\" (K, M or G)", s)
+}
+
+func mode(err error, field, s string) (uint32, error) {
+	if err != nil || s == "" {
+		return 0, err
+	}
+	var m uint32
+	if _, e := fmt.Sscanf(s, "%o", &m); e != nil || m > 0o777 {
+		return 0, fmt.Errorf("%s: %q is not a mode like \"0750\"", field, s)
+	}
+	return m, nil
 }
 
 func duration(err error, field, s string) (time.Duration, error) {
