@@ -76,6 +76,7 @@ func start(t *testing.T, ca *testca.CA, dir string) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
+	d.kernel.wait = 2 * time.Second
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- d.Run(ctx) }()

@@ -52,11 +52,12 @@ type member struct {
 	trouble error            // guarded by mu; why the member did not answer last, nil if it did
 	started chan struct{}    // closed when etcd is set
 	level   zap.AtomicLevel  // of etcd's log
+	wait    time.Duration    // for an answer of the member; tests that break it have less patience
 }
 
 func newMember(cfg Config) *member {
 	m := &member{cfg: cfg, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log), leaves: map[string]*leaf.Leaf{},
-		started: make(chan struct{}), level: zap.NewAtomicLevelAt(zapcore.WarnLevel)}
+		started: make(chan struct{}), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime}
 	for _, f := range files {
 		if f.profile != "" {
 			m.leaves[f.profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: f.profile, Trust: m.trust, Log: cfg.Env.Log, Request: m.request})
@@ -183,7 +184,7 @@ func (m *member) Read(ctx context.Context) (State, error) {
 	default:
 		return s, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTime)
+	ctx, cancel := context.WithTimeout(ctx, m.wait)
 	defer cancel()
 	// A member that does not answer is a finding and no failure to read: the cause may be a file that the plan repairs.
 	have, err := readAuth(ctx, client)
@@ -245,7 +246,7 @@ func (m *member) Do(ctx context.Context, s Step) error {
 	if client == nil {
 		return errs.New(errs.Unavailable, "the member does not run")
 	}
-	ctx, cancel := context.WithTimeout(ctx, callTime)
+	ctx, cancel := context.WithTimeout(ctx, m.wait)
 	defer cancel()
 	return doAuth(ctx, client, s)
 }

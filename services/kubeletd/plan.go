@@ -270,6 +270,9 @@ func (p *planner) planCluster() {
 
 // planNode waits for what the kubelet must bring about.
 func (p *planner) planNode() {
+	if p.want.Role == config.ControlPlane && !p.have.API && p.have.Units["kube-apiserver"].State == "up" {
+		p.wait("kube-apiserver") // the rest is not known as long
+	}
 	if !p.have.API || p.have.Units["kubelet"].State != "up" {
 		return
 	}

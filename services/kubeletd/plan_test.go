@@ -189,6 +189,7 @@ func TestPlanBoot(t *testing.T) {
 			s.API, s.Node, s.Addons = false, nil, nil
 			s.Health["kube-apiserver"] = "connection refused"
 		}, "wait for kube-apiserver"},
+		{"the API server is well but lets nothing be read", func(_ *spec, s *State) { s.API, s.Node, s.Addons = false, nil, nil }, "wait for kube-apiserver"},
 		{"trustd is away and nothing is known of authorities", func(_ *spec, s *State) { s.Trust, s.Pairs = trust{}, map[string]string{} }, ""},
 		{"the node is not ready", func(_ *spec, s *State) { n := *s.Node; n.Ready = false; s.Node = &n }, "wait for node Ready"},
 		{"an add-on was deleted", func(_ *spec, s *State) { s.Addons["coredns"] = "" }, "addon apply coredns"},

@@ -200,7 +200,11 @@ func (k *system) followCluster(ctx context.Context, what func(spec) (string, url
 	for {
 		k.mu.Lock()
 		ready := k.last.API && k.last.Addons["rbac"] != ""
+		h, asked := k.health["kube-apiserver"]
 		k.mu.Unlock()
+		if !ready && asked && h == "" {
+			wake() // it is well, and yet the last round could not read: nothing else would tell when that is over
+		}
 		if ready {
 			if c, err := k.cluster(); err == nil {
 				path, query := what(k.want())
