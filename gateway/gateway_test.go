@@ -67,6 +67,10 @@ func (door) StreamEvents(_ *machinev1.StreamEventsRequest, s grpc.ServerStreamin
 	return nil
 }
 
+func (door) StreamKernelLog(_ *machinev1.StreamKernelLogRequest, s grpc.ServerStreamingServer[machinev1.LogLine]) error {
+	return admit(s.Context())
+}
+
 func (door) ListMetrics(ctx context.Context, _ *machinev1.ListMetricsRequest) (*machinev1.ListMetricsResponse, error) {
 	m := metrics.New("x")
 	m.Counter("bulkhead_x_things_total", "Things.", "kind").Add(3, "a\"b")
@@ -141,6 +145,8 @@ func TestREST(t *testing.T) {
 		{"bad query", "GET", "/v1/events?tail=many", good, 400, "application/problem+json", `"code":"INVALID_ARGUMENT"`},
 		{"lines", "GET", "/v1/events", good, 200, "application/json", `{"result":`},
 		{"events", "GET", "/v1/events", map[string]string{"Accept": "text/event-stream"}, 200, "text/event-stream", "data: {"},
+		{"stream without token", "GET", "/v1/kernel/log", nil, 401, "application/problem+json", `"code":"UNAUTHENTICATED"`},
+		{"events without token", "GET", "/v1/kernel/log", map[string]string{"Accept": "text/event-stream"}, 401, "application/problem+json", `{"type":`},
 		{"openapi", "GET", "/openapi.json", nil, 200, "application/json", `"openapi": "3.1.0"`},
 	} {
 		t.Run(c.name, func(t *testing.T) {

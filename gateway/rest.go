@@ -9,10 +9,12 @@ import (
 	"strings"
 
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
+	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
@@ -28,7 +30,7 @@ var openAPI []byte
 
 // routes is everything that HTTP sees.
 func (g *Gateway) routes() (http.Handler, error) {
-	json := &runtime.JSONPb{MarshalOptions: protojson.MarshalOptions{EmitDefaultValues: true}}
+	json := messages{&runtime.JSONPb{MarshalOptions: protojson.MarshalOptions{EmitDefaultValues: true}}}
 	rest := runtime.NewServeMux(
 		runtime.WithMarshalerOption(runtime.MIMEWildcard, json),
 		runtime.WithMarshalerOption("text/event-stream", events{json}),
@@ -100,13 +102,40 @@ func writeProblem(w http.ResponseWriter, s *status.Status) {
 }
 
 func writeProblemAs(w http.ResponseWriter, code int, s *status.Status) {
-	if code == http.StatusUnauthorized {
-		w.Header().Set("WWW-Authenticate", `Bearer realm="bulkhead"`)
-	}
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.WriteHeader(code)
-	name := strings.ToUpper(camelGap(s.Code().String()))
-	_ = json.NewEncoder(w).Encode(problem{"about:blank", http.StatusText(code), code, s.Message(), name})
+	_ = json.NewEncoder(w).Encode(newProblem(code, s))
+}
+
+func newProblem(code int, s *status.Status) problem {
+	return problem{"about:blank", http.StatusText(code), code, s.Message(), strings.ToUpper(camelGap(s.Code().String()))}
+}
+
+// messages writes JSON, and a stream's error, which grpc-gateway hands to the marshaler, as a problem too: as the whole answer if the
+// stream never began, else as its last line.
+type messages struct{ *runtime.JSONPb }
+
+func streamError(v any) (*status.Status, bool) {
+	chunk, ok := v.(map[string]proto.Message)
+	if !ok {
+		return nil, false
+	}
+	e, ok := chunk["error"].(*spb.Status)
+	return status.FromProto(e), ok
+}
+
+func (m messages) ContentType(v any) string {
+	if _, ok := streamError(v); ok {
+		return "application/problem+json"
+	}
+	return m.JSONPb.ContentType(v)
+}
+
+func (m messages) Marshal(v any) ([]byte, error) {
+	if s, ok := streamError(v); ok {
+		return json.Marshal(newProblem(runtime.HTTPStatusFromCode(s.Code()), s))
+	}
+	return m.JSONPb.Marshal(v)
 }
 
 // camelGap turns "PermissionDenied" into "Permission_Denied".
@@ -122,12 +151,22 @@ func camelGap(s string) string {
 }
 
 // events writes each message of a stream as a server-sent event (WHATWG HTML, section 9.2).
-type events struct{ *runtime.JSONPb }
+type events struct{ messages }
 
-func (events) ContentType(any) string { return "text/event-stream" }
-func (events) Delimiter() []byte      { return []byte("\n\n") }
+func (e events) ContentType(v any) string {
+	if _, ok := streamError(v); ok {
+		return e.messages.ContentType(v)
+	}
+	return "text/event-stream"
+}
+
+func (events) Delimiter() []byte { return []byte("\n\n") }
+
 func (e events) Marshal(v any) ([]byte, error) {
-	data, err := e.JSONPb.Marshal(v)
+	data, err := e.messages.Marshal(v)
+	if _, ok := streamError(v); ok {
+		return data, err
+	}
 	return append([]byte("data: "), data...), err
 }
 func (e events) NewEncoder(w io.Writer) runtime.Encoder {
@@ -155,7 +194,13 @@ type classed struct {
 	code int
 }
 
-func (c *classed) WriteHeader(code int) { c.code = code; c.ResponseWriter.WriteHeader(code) }
+func (c *classed) WriteHeader(code int) {
+	c.code = code
+	if code == http.StatusUnauthorized {
+		c.Header().Set("WWW-Authenticate", `Bearer realm="bulkhead"`) // RFC 6750 section 3
+	}
+	c.ResponseWriter.WriteHeader(code)
+}
 
 // Unwrap lets http.ResponseController flush streams.
 func (c *classed) Unwrap() http.ResponseWriter { return c.ResponseWriter }
