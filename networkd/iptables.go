@@ -78,7 +78,7 @@ func (f *firewall) do(ctx context.Context, s Step) error {
 		return err
 	}
 	if f.failed {
-		return reconcile.Skipped
+		return reconcile.ErrSkipped
 	}
 	t, err := f.tool(s.Family)
 	if err != nil {

@@ -306,14 +306,14 @@ func (l *linux) inTable(s Step) (gpt.Partition, error) {
 	}
 	t, _, err := gpt.Read(f, n)
 	if err != nil {
-		return gpt.Partition{}, fmt.Errorf("%w (%w)", reconcile.Skipped, err)
+		return gpt.Partition{}, fmt.Errorf("%w (%w)", reconcile.ErrSkipped, err)
 	}
 	for _, p := range t.Partitions {
 		if volumeNamed(s.Volume).owns(p) && p.Number == s.Number && p.Start() == s.Start && p.Size() == s.Size {
 			return p, nil
 		}
 	}
-	return gpt.Partition{}, fmt.Errorf("%w (no partition %d %s of %s on %s)", reconcile.Skipped, s.Number, s.Volume, sizeText(s.Size), s.Disk)
+	return gpt.Partition{}, fmt.Errorf("%w (no partition %d %s of %s on %s)", reconcile.ErrSkipped, s.Number, s.Volume, sizeText(s.Size), s.Disk)
 }
 
 // inKernel returns the same, if the kernel has the partition in just this place too.
@@ -327,5 +327,5 @@ func (l *linux) inKernel(s Step) (gpt.Partition, Partition, error) {
 			return p, k, nil
 		}
 	}
-	return p, Partition{}, fmt.Errorf("%w (the kernel does not have %s in its place)", reconcile.Skipped, s.Device)
+	return p, Partition{}, fmt.Errorf("%w (the kernel does not have %s in its place)", reconcile.ErrSkipped, s.Device)
 }

@@ -140,7 +140,7 @@ func (l *linux) mount(ctx context.Context, s Step) error {
 	}
 	v := volumeNamed(s.Volume)
 	if p.Attributes&unformatted != 0 {
-		return fmt.Errorf("%w (%s has no file system)", reconcile.Skipped, s.Device)
+		return fmt.Errorf("%w (%s has no file system)", reconcile.ErrSkipped, s.Device)
 	}
 	if fd, err := l.openVolume(v, k.Dev); err == nil {
 		return unix.Close(fd) // done
@@ -186,7 +186,7 @@ func (l *linux) growFS(s Step) error {
 	}
 	fd, err := l.openVolume(volumeNamed(s.Volume), k.Dev)
 	if err != nil {
-		return fmt.Errorf("%w (%w)", reconcile.Skipped, err)
+		return fmt.Errorf("%w (%w)", reconcile.ErrSkipped, err)
 	}
 	defer unix.Close(fd)
 	return resizeExt4(fd, uint64(k.KernelSize/blockSize))
@@ -210,7 +210,7 @@ func (l *linux) entry(s Step) error {
 	}
 	root, err := l.openVolume(volumeNamed(e.volume), k.Dev)
 	if err != nil {
-		return fmt.Errorf("%w (%w)", reconcile.Skipped, err)
+		return fmt.Errorf("%w (%w)", reconcile.ErrSkipped, err)
 	}
 	defer unix.Close(root)
 	dir, err := openBeneath(root, path.Dir(e.path))

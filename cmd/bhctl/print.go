@@ -72,14 +72,6 @@ func (a *app) width() int {
 	return w
 }
 
-// color wraps text in an ANSI colour if the output is a terminal and NO_COLOR (no-color.org) is not set.
-func (a *app) color(code, s string) string {
-	if a.width() == 0 || os.Getenv("NO_COLOR") != "" {
-		return s
-	}
-	return "\x1b[" + code + "m" + s + "\x1b[0m"
-}
-
 // print writes a value as the user wants it: v as JSON or YAML, or the table.
 // v is a proto message, a slice of them, or anything that encoding/json takes.
 func (a *app) print(v any, tab func() *table) error {

@@ -50,7 +50,7 @@ func TestSkipped(t *testing.T) {
 			if w == "format" {
 				return errors.New("broken")
 			}
-			return Skipped
+			return ErrSkipped
 		},
 	}, slog.New(slog.DiscardHandler), 0)
 	if err := l.Set(1, ""); err != nil {

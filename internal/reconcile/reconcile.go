@@ -28,15 +28,15 @@ type System[Spec, State any, Step fmt.Stringer] struct {
 	// Bare plans as long as there is no spec (storaged: machined's configuration lies on a volume that must be mounted
 	// first). It must be pure. It may be nil: then nothing is done without a spec.
 	Bare func(State) ([]Step, error)
-	// Apply does one step. Doing a done step succeeds. It returns Skipped for a step that an earlier failure made impossible.
+	// Apply does one step. Doing a done step succeeds. It returns ErrSkipped for a step that an earlier failure made impossible.
 	Apply func(context.Context, Step) error
 	// Report is called after each round with what was read back; it must not block. It may be nil.
 	Report func(State)
 }
 
-// Skipped is Apply's answer for a step that could not be tried because an earlier one of the round failed. That one's error
+// ErrSkipped is Apply's answer for a step that could not be tried because an earlier one of the round failed. That one's error
 // says what is wrong; this one is not reported.
-var Skipped = errors.New("skipped: an earlier step failed")
+var ErrSkipped = errors.New("skipped: an earlier step failed")
 
 // Pauses between rounds that did not converge.
 const (
@@ -134,7 +134,7 @@ func (l *Loop[Spec, State, Step]) round(ctx context.Context) bool {
 	for _, s := range steps {
 		start := time.Now()
 		if e := l.sys.Apply(ctx, s); e != nil {
-			if errors.Is(e, Skipped) && err != nil {
+			if errors.Is(e, ErrSkipped) && err != nil {
 				continue
 			}
 			err = errors.Join(err, fmt.Errorf("%s: %w", s, e))

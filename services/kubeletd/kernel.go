@@ -340,7 +340,7 @@ func (k *system) order(want spec, have State, s Step) error {
 			return err
 		}
 		if is != seal(f, digest(data)) {
-			return reconcile.Skipped
+			return reconcile.ErrSkipped
 		}
 	}
 	p := planner{want: want, have: have, files: files}
@@ -405,7 +405,7 @@ func (k *system) sign(ctx context.Context, node string, have State) func(CSR, ma
 			return errs.New(errs.Denied, "%w", err)
 		}
 		if !c.Approved {
-			return reconcile.Skipped
+			return reconcile.ErrSkipped
 		}
 		r, err := c.parse()
 		if err != nil {

@@ -118,7 +118,7 @@ func (n *node) benchKills(t *testing.T, row func(what, got, budget string)) {
 		var took []time.Duration
 		for range 3 {
 			before := n.services(t)[name]
-			n.run(t, "kubectl", "exec", "-n", "kube-system", "inspect", "--", "/hello", "kill", fmt.Sprint(before.Pid))
+			n.kill(t, name, before.Pid)
 			eventually(t, time.Minute, name+" is back", func() error {
 				if s := n.services(t)[name]; s.State != "up" || s.Pid == before.Pid {
 					return fmt.Errorf("%s", s.State)
