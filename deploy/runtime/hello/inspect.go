@@ -26,6 +26,7 @@ type process struct {
 	Limits                            map[string]string // of its control group: "memory.max": "67108864"
 	NoFile                            uint64            // hard limit: no process can raise it for itself
 	OOMScoreAdj                       int
+	PSS, RSS                          uint64 // bytes; 0 for a thread of the kernel
 }
 
 // ps prints the processes in proc. One that ends meanwhile is left out.
@@ -76,6 +77,16 @@ func inspect(dir, cgroups string) (process, error) {
 	for _, e := range spaces {
 		// A zombie has names here, and nothing behind them.
 		p.Namespaces[e.Name()], _ = os.Readlink(filepath.Join(dir, "ns", e.Name()))
+	}
+	// Empty for a thread of the kernel, ESRCH for one that is ending.
+	rollup, _ := os.ReadFile(filepath.Join(dir, "smaps_rollup"))
+	for line := range strings.Lines(string(rollup)) {
+		switch f := strings.Fields(line); f[0] {
+		case "Pss:":
+			p.PSS = number(f[1], 10) << 10
+		case "Rss:":
+			p.RSS = number(f[1], 10) << 10
+		}
 	}
 	p.Limits = map[string]string{}
 	_, group, _ := strings.Cut(p.Cgroup, "0::")
