@@ -185,6 +185,13 @@ func (a *app) configCmd() *cobra.Command {
 			_, err = a.out.Write(data)
 			return err
 		}},
+		&cobra.Command{Use: "ca", Short: "Print the authority of the context's node (PEM), for curl --cacert", Args: cobra.NoArgs, RunE: func(*cobra.Command, []string) error {
+			c, err := a.target()
+			if err == nil {
+				_, err = fmt.Fprint(a.out, c.CA)
+			}
+			return err
+		}},
 		&cobra.Command{Use: "path", Short: "Print the file's path", Args: cobra.NoArgs, RunE: func(*cobra.Command, []string) error {
 			path, err := contextsPath()
 			if err == nil {
