@@ -106,7 +106,7 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, endpoint string) 
 		}
 		if m.Status().State == qemu.Running {
 			// QEMU accepts for a guest that is not there yet, and such a connection never becomes a good one: try often.
-			try, cancel := context.WithTimeout(ctx, 4*time.Second)
+			try, cancel := context.WithTimeout(ctx, 2*time.Second)
 			cred, e := client.Claim(try, endpoint, key, "admin")
 			cancel()
 			if e == nil {
