@@ -96,7 +96,7 @@ func read() (c counts, err error) {
 		switch e.Action {
 		case "output", "build-output":
 			output[key] = append(output[key], e.Output)
-			if os.Getenv("REPORT_LIVE") != "" && strings.HasPrefix(strings.TrimSpace(e.Output), "»") { // a step that a long test reports
+			if os.Getenv("REPORT_LIVE") != "" && strings.Contains(e.Output, ": » ") { // a step that a long test reports
 				fmt.Print(e.Output)
 			}
 		case "build-fail":
