@@ -307,7 +307,7 @@ func testWorkload(t *testing.T, n *node) {
 
 // ask reads the hello pod through its Service's NodePort, from outside the machine.
 func (n *node) ask(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, "GET", fmt.Sprintf("http://127.0.0.1:%d/", n.nodePort), nil)
 	if err != nil {
