@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -147,6 +148,19 @@ func TestMember(t *testing.T) {
 	defer cancel()
 	kube, own := n.as(t, "etcd-client-kube-apiserver"), n.as(t, "etcd-client-bulkhead")
 	t.Run("rights", func(t *testing.T) { rights(ctx, t, kube, own, n.as(t, "etcd-server")) })
+	// Who gets in there could speak raft, and raft knows no users: nobody but members may.
+	t.Run("peers", func(t *testing.T) {
+		for profile, ok := range map[string]bool{"etcd-peer": true, "etcd-client-kube-apiserver": false, "etcd-client-bulkhead": false, "etcd-server": false} {
+			c := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: ca.Client(t, profile), DisableKeepAlives: true}}
+			resp, err := c.Get("https://" + n.cfg.Peer + "/members")
+			if err == nil {
+				resp.Body.Close()
+			}
+			if (err == nil) != ok {
+				t.Errorf("members' port with a certificate of profile %s: %v, want an answer: %v", profile, err, ok)
+			}
+		}
+	})
 	t.Run("status", func(t *testing.T) {
 		st, err := n.etcd.GetStatus(ctx, &etcdv1.GetStatusRequest{})
 		if err != nil || st.GetState() != "running" || !st.GetLeader() || len(st.GetMembers()) != 1 || st.GetMembers()[0].GetName() != "n1" || st.GetRevision() < 2 {

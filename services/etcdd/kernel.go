@@ -311,6 +311,7 @@ func (m *member) embedConfig(name string, streams context.Context, log *zap.Logg
 	cfg.ClientTLSInfo.TrustedCAFile, cfg.ClientTLSInfo.ClientCertAuth = in(caFile), true
 	cfg.PeerTLSInfo.CertFile, cfg.PeerTLSInfo.KeyFile = in(peerFile), in(peerFile)
 	cfg.PeerTLSInfo.TrustedCAFile, cfg.PeerTLSInfo.ClientCertAuth = in(caFile), true
+	cfg.PeerTLSInfo.AllowedCNs = []string{"etcd-peer"} // users have certificates of the same authority, and raft asks for no rights
 	cfg.TlsMinVersion = "TLS1.3"
 	cfg.TickMs, cfg.ElectionMs = tickMs, electionMs
 	cfg.QuotaBackendBytes = quota
