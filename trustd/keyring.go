@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"time"
 )
@@ -150,7 +151,13 @@ func readKeyring(dir string) (*keyring, error) {
 	path := filepath.Join(dir, identityFile)
 	data, err := readFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return k, nil // a cluster without an owner cannot be: Bootstrap asks for one
+		// A cluster without an owner cannot be: Bootstrap asks for one. Its file was lost, and whoever claims the node must not get the cluster.
+		if _, err := os.Lstat(filepath.Join(dir, clusterFile)); err == nil {
+			return nil, fmt.Errorf("%s: it is missing, but %s is there: bring it back from a backup, or remove both to start anew", path, clusterFile)
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return nil, err
+		}
+		return k, nil
 	} else if err != nil {
 		return nil, err
 	}

@@ -341,6 +341,16 @@ func TestSettle(t *testing.T) {
 			t.Error("others are told to trust the wrong authority")
 		}
 	})
+	t.Run("owner's file lost, cluster's there", func(t *testing.T) {
+		m := newMachine(t)
+		m.mountState()
+		m.must(os.WriteFile(filepath.Join(m.cfg.StateDir, clusterFile), []byte("{}"), 0o600))
+		d, err := New(m.cfg)
+		m.must(err)
+		if err := d.settle(); err == nil || !strings.Contains(err.Error(), "is missing") || m.console.Len() > 0 {
+			t.Errorf("%v, console %q; want an error, and no offer of the cluster to whoever comes", err, m.console)
+		}
+	})
 	t.Run("broken file", func(t *testing.T) {
 		m := newMachine(t)
 		m.mountState()
