@@ -113,7 +113,7 @@ func TestAllowed(t *testing.T) {
 		want initctl.Code
 	}{
 		{other, initctl.List, nil, initctl.OK}, {other, initctl.Follow, nil, initctl.OK},
-		{other, initctl.Start, u, initctl.Denied}, {kubeletd, initctl.Start, u, initctl.OK}, {root, initctl.Stop, u, initctl.OK},
+		{other, initctl.Start, u, initctl.Denied}, {kubeletd, initctl.Start, u, initctl.OK}, {root, initctl.Stop, u, initctl.Denied}, // root is the workload side
 		{machined, initctl.Restart, u, initctl.OK}, {machined, initctl.Start, nil, initctl.NotFound},
 		{kubeletd, initctl.Logs, u, initctl.Denied}, {root, initctl.Logs, u, initctl.Denied}, {machined, initctl.Logs, u, initctl.OK},
 		{root, initctl.Reboot, nil, initctl.Denied}, {machined, initctl.Reboot, nil, initctl.OK}, {kubeletd, initctl.PowerOff, nil, initctl.Denied},
