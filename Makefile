@@ -30,11 +30,13 @@ down: ## remove the machine of "make up"
 
 build: ## our binaries, into out/bin
 	@mkdir -p out/bin
+	@test -x out/bin/bulkheadd || echo "build: our binaries (up to 4 minutes with empty caches)"
 	@$(GOBUILD) -o out/bin/ $(NODE) $(HOST)
 
 kubernetes: ## the Kubernetes set, into out/kubernetes (the first time: many minutes)
 ifeq ($(KUBERNETES),out/kubernetes)
 	@mkdir -p out
+	@test -e out/kubernetes || echo "build: Kubernetes and its runtime (up to 15 minutes with empty caches)"
 	@dir=$$(deploy/build-kubernetes.sh | tail -n 1) && test -d "$$dir" && \
 	  { test "$$dir" -ef out/kubernetes || ln -sfn "$$dir" out/kubernetes; }
 	@mkdir -p out/bin && ln -sf ../kubernetes/bin/kube out/bin/kubectl
