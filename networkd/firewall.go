@@ -114,43 +114,36 @@ func chainOf(rules []rule) Chain {
 	return c
 }
 
-// planFirewall builds the wanted chain whole, enters it, and only then leaves and deletes what was there before: at every
-// moment INPUT enters at least one whole chain, and each of them ends by dropping. A crash anywhere leaves work for the next plan.
-func planFirewall(want Spec, have State, managed []Link) []Step {
-	var steps []Step
+// planFirewall builds and enters the wanted chain, and only later leaves and deletes what was there before: at every moment
+// INPUT enters at least one whole chain, and each of them ends by dropping. A crash anywhere leaves
+// work for the next plan.
+func planFirewall(want Spec, have State, managed []Link) (now, later []Step) {
 	if have.NoFirewall != "" {
-		steps = append(steps, Step{Op: opFirewallWait, Content: have.NoFirewall})
+		now = append(now, Step{Op: opFirewallWait, Content: have.NoFirewall})
 	}
 	for _, t := range have.Tables {
-		do := func(op Op, name string, rules []string) {
-			steps = append(steps, Step{Op: op, Family: t.Family, Name: name, Rules: rules})
-		}
 		c := chainOf(ingress(want, managed, t.Family))
 		at := slices.IndexFunc(t.Chains, func(h Chain) bool { return h.Name == c.Name })
-		if at < 0 || !slices.Equal(t.Chains[at].Rules, c.Rules) {
-			do(opChainBuild, c.Name, c.Rules)
-		}
-		entered := false
-		for _, j := range t.Jumps {
-			entered = entered || j == c.Name
-		}
-		if !entered {
-			do(opJumpAdd, c.Name, nil)
+		switch {
+		case !slices.Contains(t.Jumps, c.Name):
+			now = append(now, Step{Op: opJumpAdd, Family: t.Family, Name: c.Name, Rules: c.Rules})
+		case at < 0 || !slices.Equal(t.Chains[at].Rules, c.Rules):
+			now = append(now, Step{Op: opChainBuild, Family: t.Family, Name: c.Name, Rules: c.Rules})
 		}
 		seen := false
 		for _, j := range t.Jumps {
 			if j != c.Name || seen {
-				do(opJumpDel, j, nil)
+				later = append(later, Step{Op: opJumpDel, Family: t.Family, Name: j})
 			}
 			seen = seen || j == c.Name
 		}
 		for _, h := range t.Chains {
 			if h.Name != c.Name {
-				do(opChainDel, h.Name, nil)
+				later = append(later, Step{Op: opChainDel, Family: t.Family, Name: h.Name})
 			}
 		}
 	}
-	return steps
+	return now, later
 }
 
 // spelling makes protocols look the same whatever the version of iptables, and whether or not there is an /etc/protocols.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -22,8 +21,8 @@ const (
 	maxSave       = 4 << 20          // bytes of iptables-save
 )
 
-// firewall is the real one. It reads with iptables-save and builds chains with iptables-restore, because each of these is one
-// look and one transaction, and uses go-iptables for the rest. Programs run as networkd itself: the nf_tables flavour needs
+// firewall is the real one. It reads with iptables-save and builds, enters and deletes chains with iptables-restore, because each of
+// these is one look and one transaction, and uses go-iptables for the rest. Programs run as networkd itself: the nf_tables flavour needs
 // NET_ADMIN and no lock file.
 type firewall struct {
 	families []Family
@@ -80,35 +79,31 @@ func (f *firewall) do(ctx context.Context, s Step) error {
 	if f.failed {
 		return reconcile.ErrSkipped
 	}
+	if s.Op == opChainDel {
+		return restore(ctx, s.Family, ":"+s.Name+" - [0:0]", "-X "+s.Name)
+	}
 	t, err := f.tool(s.Family)
 	if err != nil {
 		return err
 	}
-	if s.Op == opJumpDel {
-		return gone(t.Delete("filter", "INPUT", "-j", s.Name))
-	}
-	chains, err := t.ListChains("filter")
-	if err != nil || !slices.Contains(chains, s.Name) {
-		return err
-	}
-	return gone(t.ClearAndDeleteChain("filter", s.Name))
+	return gone(t.Delete("filter", "INPUT", "-j", s.Name))
 }
 
+// install builds a chain, and enters it if the step says so, in one transaction.
 func (f *firewall) install(ctx context.Context, s Step) error {
-	if s.Op == opJumpAdd {
-		t, err := f.tool(s.Family)
-		if err != nil {
-			return err
-		}
-		return t.Insert("filter", "INPUT", 1, "-j", s.Name)
-	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "*filter\n:%s - [0:0]\n", s.Name) // empties the chain if it is there, in the same transaction
+	lines := []string{":" + s.Name + " - [0:0]"}
 	for _, r := range s.Rules {
-		fmt.Fprintf(&b, "-A %s %s\n", s.Name, r)
+		lines = append(lines, "-A "+s.Name+" "+r)
 	}
-	b.WriteString("COMMIT\n")
-	_, err := run(ctx, program(s.Family)+"-restore", b.String(), "--noflush", "--wait", "5")
+	if s.Op == opJumpAdd {
+		lines = append(lines, "-I INPUT 1 -j "+s.Name)
+	}
+	return restore(ctx, s.Family, lines...)
+}
+
+// restore changes the filter table in one transaction. A chain that is declared there is empty at first, whether it was there or not.
+func restore(ctx context.Context, family Family, lines ...string) error {
+	_, err := run(ctx, program(family)+"-restore", "*filter\n"+strings.Join(lines, "\n")+"\nCOMMIT\n", "--noflush", "--wait", "5")
 	return err
 }
 

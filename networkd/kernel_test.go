@@ -394,7 +394,7 @@ func TestFirewallRepairs(t *testing.T) {
 	}
 	for _, s := range []Step{
 		{Op: opChainBuild, Family: IPv4, Name: "BULKHEAD-IN-new", Rules: []string{"-p nonsense -j DROP"}},
-		{Op: opJumpAdd, Family: IPv4, Name: "BULKHEAD-IN-new"}, {Op: opJumpDel, Family: IPv4, Name: chain}, {Op: opChainDel, Family: IPv4, Name: chain},
+		{Op: opJumpAdd, Family: IPv4, Name: "BULKHEAD-IN-new", Rules: []string{"-p nonsense -j DROP"}}, {Op: opJumpDel, Family: IPv4, Name: chain}, {Op: opChainDel, Family: IPv4, Name: chain},
 	} {
 		if err := k.Do(t.Context(), s); err == nil {
 			t.Errorf("%s succeeded", s)

@@ -112,17 +112,15 @@ func (m *model) firewall(s Step) error {
 	at := slices.IndexFunc(t.Chains, func(c Chain) bool { return c.Name == s.Name })
 	jump := slices.Index(t.Jumps, s.Name)
 	switch s.Op {
-	case opChainBuild:
+	case opChainBuild, opJumpAdd:
 		if at >= 0 {
 			t.Chains[at].Rules = s.Rules
 		} else {
 			t.Chains = append(t.Chains, Chain{Name: s.Name, Rules: s.Rules})
 		}
-	case opJumpAdd:
-		if at < 0 {
-			return errors.New("no such chain")
+		if s.Op == opJumpAdd {
+			t.Jumps = append([]string{s.Name}, t.Jumps...)
 		}
-		t.Jumps = append([]string{s.Name}, t.Jumps...)
 	case opJumpDel:
 		if jump >= 0 {
 			t.Jumps = slices.Delete(slices.Clone(t.Jumps), jump, jump+1)

@@ -104,7 +104,7 @@ type Step struct {
 	Route   Route
 	Family  Family   // firewall
 	Name    string   // chain or file
-	Rules   []string // firewall build
+	Rules   []string // firewall build, firewall enter (which builds too)
 	Content string   // file write; hostname for dhcp start; why for the waits
 }
 
@@ -168,7 +168,8 @@ func plan(want Spec, have State) []Step {
 	add(planLinks(want, have, t)...)
 	add(planDHCP(want, have, t)...)
 	// Before addresses: no IPv4 packet comes in that the firewall has not seen. After links and DHCP: these then work meanwhile.
-	add(planFirewall(want, have, t.managed)...)
+	now, later := planFirewall(want, have, t.managed)
+	add(now...)
 	for _, a := range t.addresses {
 		if !slices.ContainsFunc(have.Addresses, func(h Address) bool { return h.Link == a.Link && h.Prefix == a.Prefix }) {
 			add(Step{Op: opAddrAdd, Address: a})
@@ -194,6 +195,7 @@ func plan(want Spec, have State) []Step {
 			add(Step{Op: opAddrDel, Address: a})
 		}
 	}
+	add(later...) // nothing waits for it
 	return steps
 }
 

@@ -83,9 +83,7 @@ func TestPlan(t *testing.T) {
 link promote dev eth0
 link set up dev eth0
 dhcp start dev eth0
-firewall build ipv4 BULKHEAD-IN-$4
 firewall enter ipv4 BULKHEAD-IN-$4
-firewall build ipv6 BULKHEAD-IN-$6
 firewall enter ipv6 BULKHEAD-IN-$6
 file write hostname
 file write hosts
@@ -167,7 +165,6 @@ addr del 10.0.2.15/24 dev eth0
 				return s
 			}(),
 			`link wait dev eth0
-firewall build ipv4 BULKHEAD-IN-$4
 firewall enter ipv4 BULKHEAD-IN-$4
 firewall leave ipv4 BULKHEAD-IN-*
 firewall delete ipv4 BULKHEAD-IN-*
