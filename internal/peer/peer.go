@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -161,7 +162,21 @@ func Public(s *grpc.Server, list List) {
 			continue
 		}
 		if by, _ := proto.GetExtension(d.Options(), authv1.E_ServedBy).(string); by != "" {
+			internal(d, list)
 			list[name] = append(list[name], uid.Apid)
+		}
+	}
+}
+
+// internal keeps a service's INTERNAL methods for those who are on the list already.
+func internal(d protoreflect.Descriptor, list List) {
+	s, ok := d.(protoreflect.ServiceDescriptor)
+	for i := 0; ok && i < s.Methods().Len(); i++ {
+		m := s.Methods().Get(i)
+		full := "/" + string(s.FullName()) + "/" + string(m.Name())
+		need, _ := proto.GetExtension(m.Options(), authv1.E_Need).([]authv1.Role)
+		if _, listed := list[full]; !listed && slices.Contains(need, authv1.Role_INTERNAL) {
+			list[full] = slices.Clone(list[string(s.FullName())])
 		}
 	}
 }

@@ -11,7 +11,12 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protodesc"
+	"google.golang.org/protobuf/reflect/protoregistry"
+	"google.golang.org/protobuf/types/descriptorpb"
 
+	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
@@ -91,6 +96,39 @@ func TestList(t *testing.T) {
 		_, err = controlv1.NewControlClient(conn).SetSpec(t.Context(), &controlv1.SetSpecRequest{})
 		if denied := errs.Is(err, errs.Denied); denied != (c.id != uid.Timed) {
 			t.Errorf("%s, SetSpec: %v", c.id.Name(), err)
+		}
+	}
+}
+
+// A public service may have methods for daemons only; apid is let in to the others.
+func TestInternalMethodOfPublicService(t *testing.T) {
+	method := func(name string, need authv1.Role) *descriptorpb.MethodDescriptorProto {
+		o := &descriptorpb.MethodOptions{}
+		proto.SetExtension(o, authv1.E_Need, []authv1.Role{need})
+		return &descriptorpb.MethodDescriptorProto{Name: &name, InputType: proto.String(".control.v1.ReadMetricsRequest"), OutputType: proto.String(".control.v1.ReadMetricsResponse"), Options: o}
+	}
+	service := &descriptorpb.ServiceOptions{}
+	proto.SetExtension(service, authv1.E_ServedBy, "timed")
+	f, err := protodesc.NewFile(&descriptorpb.FileDescriptorProto{
+		Name: proto.String("peertest.proto"), Package: proto.String("peertest"), Syntax: proto.String("proto3"), Dependency: []string{"control/v1/control.proto"},
+		Service: []*descriptorpb.ServiceDescriptorProto{{Name: proto.String("Mixed"), Options: service,
+			Method: []*descriptorpb.MethodDescriptorProto{method("Look", authv1.Role_READER), method("Inside", authv1.Role_INTERNAL)}}},
+	}, protoregistry.GlobalFiles)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := protoregistry.GlobalFiles.RegisterFile(f); err != nil {
+		t.Fatal(err)
+	}
+	s, list := grpc.NewServer(), List{"peertest.Mixed": {uid.Timed}}
+	s.RegisterService(&grpc.ServiceDesc{ServiceName: "peertest.Mixed", HandlerType: (*any)(nil)}, nil)
+	Public(s, list)
+	for _, c := range []struct {
+		id           uid.ID
+		look, inside bool
+	}{{uid.Apid, true, false}, {uid.Timed, true, true}, {uid.Gateway, false, false}} {
+		if look, inside := list.allows(c.id, "/peertest.Mixed/Look"), list.allows(c.id, "/peertest.Mixed/Inside"); look != c.look || inside != c.inside {
+			t.Errorf("%s: Look %v, Inside %v; want %v, %v", c.id.Name(), look, inside, c.look, c.inside)
 		}
 	}
 }
