@@ -3,6 +3,7 @@ package networkd
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -42,6 +43,7 @@ func newFirewall() *firewall {
 	return f
 }
 
+// read returns the tables of the families that can be read, and what is wrong with the others: no IPv6 must not mean no firewall for IPv4.
 func (f *firewall) read(ctx context.Context) ([]Table, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -49,16 +51,22 @@ func (f *firewall) read(ctx context.Context) ([]Table, error) {
 		return f.tables, nil
 	}
 	var tables []Table
+	var failed []error
 	for _, family := range f.families {
 		out, err := run(ctx, program(family)+"-save", "", "-c", "-t", "filter")
-		if err != nil {
-			return nil, fmt.Errorf("read firewall: %w", err)
+		var t Table
+		if err == nil {
+			t, err = parseSave(family, out)
 		}
-		t, err := parseSave(family, out)
 		if err != nil {
-			return nil, err
+			failed = append(failed, fmt.Errorf("read firewall: %w", err))
+			continue
 		}
 		tables = append(tables, t)
+	}
+	if len(failed) > 0 {
+		f.readAt, f.failed = time.Time{}, false
+		return tables, errors.Join(failed...)
 	}
 	f.tables, f.readAt, f.failed = tables, time.Now(), false
 	return tables, nil

@@ -22,7 +22,7 @@ type State struct {
 	Files map[string]string
 	// Tables has the firewall, one for each family that the kernel knows.
 	Tables []Table
-	// NoFirewall says why there are no tables; "" if there are. It does not keep the node from being reached, because nobody could
+	// NoFirewall says why a family has no table; "" if all have one. It does not keep the node from being reached, because nobody could
 	// repair it then, but it is never converged.
 	NoFirewall string
 }
