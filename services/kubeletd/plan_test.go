@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"go.yaml.in/yaml/v3"
+
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
 )
@@ -357,4 +359,32 @@ func FuzzPlanConverges(f *testing.F) {
 			t.Errorf("bits %x, kind %d: left %v", bits, kind, steps)
 		}
 	})
+}
+
+// The first rule that fits decides: no rule that leaves the cluster's own parts out may come before the one about secrets.
+func TestAuditSeesSecretsReadByKubeSystem(t *testing.T) {
+	var policy struct {
+		Rules []struct {
+			Level      string
+			Users      []string
+			UserGroups []string `yaml:"userGroups"`
+			Resources  []struct{ Resources []string }
+		}
+	}
+	text, err := execute("audit.yaml", &facts{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := yaml.Unmarshal([]byte(text), &policy); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range policy.Rules {
+		if len(r.Resources) > 0 && slices.Contains(r.Resources[0].Resources, "secrets") {
+			return
+		}
+		if r.Level == "None" && (len(r.UserGroups) > 0 || len(r.Users) > 1) {
+			t.Errorf("%v %v may read secrets unseen", r.Users, r.UserGroups)
+		}
+	}
+	t.Error("no rule about secrets")
 }
