@@ -18,6 +18,7 @@ import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/gate"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -43,7 +44,7 @@ type Daemon struct {
 	trust  *leaf.Trust
 	leaf   *leaf.Leaf
 	tls    *identityCard
-	gate   *gate
+	gate   *gate.Gate
 	audit  *auditor
 	tokens tokens
 	claims chan struct{} // slots for calls without an identity
@@ -98,7 +99,7 @@ func New(cfg Config) (*Daemon, error) {
 	d.trust = leaf.NewTrust(signer, d.log)
 	d.leaf = leaf.New(leaf.Config{Signer: signer, Profile: "apid-server", Trust: d.trust, Log: d.log})
 	d.tls = &identityCard{trust: d.trust, leaf: d.leaf, now: cfg.Now}
-	d.gate = newGate(cfg.Env.TCP, d.count)
+	d.gate = gate.New(cfg.Env.TCP, maxConns, d.count.gate)
 	d.audit = newAuditor(d.log, cfg.Now, d.count)
 	d.state.Set(&controlv1.State{})
 	return d, nil

@@ -29,6 +29,9 @@ import (
 
 // Bounds of a connection.
 const (
+	maxConns         = 256
+	handshakeTimeout = 10 * time.Second
+
 	maxStreams = 128
 	maxHeaders = 16 << 10
 	// window is how much a client may send ahead, per call and per connection: with maxConns it bounds memory.
@@ -160,7 +163,7 @@ func (d *Daemon) enter(ctx context.Context, c *call) error {
 		authErr = errStranger
 	}
 	if authErr == nil && c.conn != nil && c.conn.conn != nil {
-		c.conn.conn.known.Store(true)
+		c.conn.conn.Know()
 	}
 	if err := allow(c.route, c.who, authErr, roots.State.GetClaimed()); err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/gate"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 )
 
@@ -25,8 +26,8 @@ type spec struct {
 type figures struct {
 	desired, observed, converged *metrics.Vec
 	calls                        *metrics.Vec
-	conns, evicted, refusedConns *metrics.Vec
 	auditDropped                 *metrics.Vec
+	gate                         gate.Figures
 }
 
 func newFigures(s *metrics.Set) figures {
@@ -35,14 +36,10 @@ func newFigures(s *metrics.Set) figures {
 		observed:     s.Gauge("bulkhead_apid_generation_observed", "Generation that is in use."),
 		converged:    s.Gauge("bulkhead_apid_converged", "Whether the newest specification is in use."),
 		calls:        s.Counter("bulkhead_apid_calls_total", "Calls since the start, by service and outcome.", "service", "code"),
-		conns:        s.Gauge("bulkhead_apid_connections", "Open TCP connections."),
-		evicted:      s.Counter("bulkhead_apid_connections_evicted_total", "Connections without an identity that were closed since the start."),
-		refusedConns: s.Counter("bulkhead_apid_connections_refused_total", "Connections that found no place since the start."),
+		gate:         gate.NewFigures(s, "bulkhead_apid"),
 		auditDropped: s.Counter("bulkhead_apid_audit_refused_dropped_total", "Lines about refused calls that were not written, since the start."),
 	}
-	for _, v := range []*metrics.Vec{f.conns, f.evicted, f.refusedConns, f.auditDropped} {
-		v.Add(0)
-	}
+	f.auditDropped.Add(0)
 	return f
 }
 

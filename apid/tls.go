@@ -18,6 +18,7 @@ import (
 
 	"google.golang.org/grpc/credentials"
 
+	"github.com/bulkhead-os/bulkhead/internal/gate"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 )
 
@@ -96,7 +97,7 @@ func (i *identityCard) config() *tls.Config {
 type tlsConn struct {
 	credentials.CommonAuthInfo
 	state tls.ConnectionState
-	conn  *conn // in the gate
+	conn  *gate.Conn // in the gate
 	seen  atomic.Pointer[checked]
 }
 
@@ -133,7 +134,7 @@ func (s serverCreds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthIn
 		return nil, nil, errors.Join(fmt.Errorf("client speaks %q, not HTTP/2", state.NegotiatedProtocol), raw.Close())
 	}
 	info := &tlsConn{CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, state: state}
-	info.conn, _ = raw.(*conn)
+	info.conn, _ = raw.(*gate.Conn)
 	return c, info, nil
 }
 

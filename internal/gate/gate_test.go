@@ -1,4 +1,4 @@
-package apid
+package gate
 
 import (
 	"net"
@@ -10,11 +10,13 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 )
 
+const maxConns = 256
+
 // crowd fills a gate that nobody listens on.
-func crowd(g *gate, n int, from string, since time.Time, known bool) []*conn {
-	var out []*conn
+func crowd(g *Gate, n int, from string, since time.Time, known bool) []*Conn {
+	var out []*Conn
 	for range n {
-		c := &conn{gate: g, from: netip.MustParseAddr(from), since: since}
+		c := &Conn{gate: g, from: netip.MustParseAddr(from), since: since}
 		c.known.Store(known)
 		g.conns[c] = struct{}{}
 		out = append(out, c)
@@ -27,27 +29,27 @@ func TestGateMakesRoom(t *testing.T) {
 	old := now.Add(-10 * time.Second)
 	for _, c := range []struct {
 		name   string
-		fill   func(*gate)
+		fill   func(*Gate)
 		ok     bool
 		victim string // its address; "": nobody
 	}{
-		{"room", func(g *gate) { crowd(g, maxConns-1, "192.0.2.1", old, false) }, true, ""},
-		{"the address with most strangers pays", func(g *gate) {
+		{"room", func(g *Gate) { crowd(g, maxConns-1, "192.0.2.1", old, false) }, true, ""},
+		{"the address with most strangers pays", func(g *Gate) {
 			crowd(g, 200, "192.0.2.1", old, false)
 			crowd(g, 56, "192.0.2.2", old.Add(-time.Second), false)
 		}, true, "192.0.2.1"},
-		{"known ones are not counted", func(g *gate) {
+		{"known ones are not counted", func(g *Gate) {
 			crowd(g, 200, "192.0.2.1", old, true)
 			crowd(g, 10, "192.0.2.1", old, false)
 			crowd(g, 46, "192.0.2.2", old, false)
 		}, true, "192.0.2.2"},
-		{"everybody is known", func(g *gate) { crowd(g, maxConns, "192.0.2.1", old, true) }, false, ""},
-		{"everybody is young", func(g *gate) { crowd(g, maxConns, "192.0.2.1", now.Add(-youth/2), false) }, false, ""},
+		{"everybody is known", func(g *Gate) { crowd(g, maxConns, "192.0.2.1", old, true) }, false, ""},
+		{"everybody is young", func(g *Gate) { crowd(g, maxConns, "192.0.2.1", now.Add(-youth/2), false) }, false, ""},
 	} {
-		g := newGate(nil, newFigures(metrics.New("apid")))
+		g := New(nil, maxConns, NewFigures(metrics.New("x"), "bulkhead_x"))
 		c.fill(g)
 		before := len(g.conns)
-		victim, ok := g.admit(&conn{gate: g, from: netip.MustParseAddr("192.0.2.3"), since: now})
+		victim, ok := g.admit(&Conn{gate: g, from: netip.MustParseAddr("192.0.2.3"), since: now})
 		if ok != c.ok || (victim != nil) != (c.victim != "") || victim != nil && victim.from.String() != c.victim {
 			t.Errorf("%s: admitted %v, victim %+v", c.name, ok, victim)
 		}
@@ -55,10 +57,10 @@ func TestGateMakesRoom(t *testing.T) {
 			t.Errorf("%s: %d connections", c.name, len(g.conns))
 		}
 	}
-	g := newGate(nil, newFigures(metrics.New("apid")))
+	g := New(nil, maxConns, NewFigures(metrics.New("x"), "bulkhead_x"))
 	oldest := crowd(g, 1, "192.0.2.1", old.Add(-time.Hour), false)[0]
 	crowd(g, maxConns-1, "192.0.2.1", old, false)
-	if v, _ := g.admit(&conn{gate: g, since: now}); v != oldest {
+	if v, _ := g.admit(&Conn{gate: g, since: now}); v != oldest {
 		t.Error("of one address, the oldest does not go first")
 	}
 }
@@ -79,7 +81,7 @@ func (pipes) Addr() net.Addr { return &net.TCPAddr{} }
 func TestStrangersHaveHalfAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := make(pipes, 2)
-		g := newGate(p, newFigures(metrics.New("apid")))
+		g := New(p, maxConns, NewFigures(metrics.New("x"), "bulkhead_x"))
 		var theirs, ours []net.Conn
 		for range 2 {
 			a, b := net.Pipe()
@@ -90,13 +92,13 @@ func TestStrangersHaveHalfAMinute(t *testing.T) {
 			}
 			theirs, ours = append(theirs, a), append(ours, c)
 		}
-		ours[1].(*conn).known.Store(true)
+		ours[1].(*Conn).known.Store(true)
 		time.Sleep(graceTime + time.Second)
 		synctest.Wait()
-		if !ours[0].(*conn).closed.Load() {
+		if !ours[0].(*Conn).closed.Load() {
 			t.Error("a stranger may stay for ever")
 		}
-		if ours[1].(*conn).closed.Load() || len(g.conns) != 1 {
+		if ours[1].(*Conn).closed.Load() || len(g.conns) != 1 {
 			t.Errorf("a known one was closed; %d left", len(g.conns))
 		}
 		if err := ours[1].Close(); err != nil || len(g.conns) != 0 {
