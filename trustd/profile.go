@@ -46,7 +46,7 @@ const (
 // profiles is the whole list.
 var profiles = map[string]profile{
 	"apid-server":    {who: uid.Apid, ca: osCA, cn: "apid", server: true, names: nodeNames, addresses: true, life: day},
-	"gateway-server": {who: uid.Gateway, ca: osCA, cn: "gateway", server: true, names: nodeNames, addresses: true, life: day},
+	"gateway-server": {who: uid.Gateway, ca: osCA, cn: "gateway", server: true, names: gatewayNames, addresses: true, life: day},
 
 	// etcd's own gateway speaks to itself with the server's certificate, hence client.
 	"etcd-server": {who: uid.Etcdd, ca: etcdCA, cn: "etcd-server", server: true, client: true, names: hostNames, addresses: true, life: day},
@@ -96,11 +96,14 @@ func onlyHost(s *spec) []string { return []string{s.hostname} }
 // hostNames are the names under which the node reaches itself.
 func hostNames(s *spec) []string { return []string{s.hostname, "localhost", "127.0.0.1", "::1"} }
 
-// nodeNames are those of the Bulkhead API. "bulkhead" is in all of them: clients know a node by its authority and this
+// nodeNames are those of apid. "bulkhead" is in all of them: clients of gRPC know a node by its authority and this
 // name, under whatever address they reach it.
 func nodeNames(s *spec) []string {
-	return slices.Concat([]string{"bulkhead"}, hostNames(s), s.names)
+	return slices.Concat([]string{"bulkhead"}, gatewayNames(s))
 }
+
+// gatewayNames are those that HTTP clients use. Without apid's name: else a gateway that somebody broke into could pass for apid.
+func gatewayNames(s *spec) []string { return slices.Concat(hostNames(s), s.names) }
 
 // apiServerNames are those under which pods, nodes and people reach Kubernetes' API server.
 func apiServerNames(s *spec) []string {

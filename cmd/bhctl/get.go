@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -179,6 +180,9 @@ func (a *app) getCmd() *cobra.Command {
 	c := &cobra.Command{Use: "get RESOURCE", Short: "Show the node's state: config, links, addresses, routes, disks, volumes, certificates, …", Long: long, Args: cobra.ExactArgs(1), ValidArgs: names,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if args[0] == "config" {
+				if watch {
+					return errors.New("--watch: a document cannot be watched; bhctl get generations --watch shows when there is a new one")
+				}
 				return a.call(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
 					return a.getConfig(ctx, conn, generation, effective)
 				})
