@@ -322,6 +322,11 @@ func (p *planner) place() ([]Step, error) {
 	start, room := free(d.table(), d.Size)
 	_, haveState := d.volume(volumeNamed(StateVolume))
 	_, haveVar := d.volume(volumeNamed(VarVolume))
+	if haveVar && !haveState {
+		// Ours are made in the order STATE, VAR. A new STATE here would have a new owner, who would get the old one's data.
+		return nil, errs.New(errs.Precondition, "%s holds VAR of a node whose STATE is gone; restore its partition table, or, to give the data up, "+
+			"write zeros over the first and the last mebibyte, or name another disk in Storage.disk", d)
+	}
 	state := int64(0)
 	need := []string{}
 	if !haveState {

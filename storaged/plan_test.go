@@ -123,6 +123,11 @@ func TestPlan(t *testing.T) {
 		})},
 		{"the same, before the configuration", nil, done(20*gib, func(m *model) { m.boot(); m.Disks[0].part(6).Attributes = unformatted })},
 		{"power cut before VAR was added", &config.Storage{}, done(20*gib, func(m *model) { m.boot(); m.Disks[0].Partitions = m.Disks[0].Partitions[:5] })},
+		{"STATE's partition is gone, VAR's is not", &config.Storage{Wipe: true}, done(20*gib, func(m *model) {
+			m.boot()
+			d := &m.Disks[0]
+			d.Size, d.Partitions = 40*gib, append(slices.Clone(d.Partitions[:4]), d.Partitions[5])
+		})},
 		{"STATE lost its file system", &config.Storage{Wipe: true}, done(20*gib, func(m *model) { m.boot(); m.Disks[0].part(5).Content = probe.Result{Kind: "unknown"} })},
 		{"STATE was formatted by somebody", nil, done(20*gib, func(m *model) { m.boot(); m.Disks[0].part(5).Content = probe.Result{Kind: "ext4", Label: "x"} })},
 		{"a folder changed", &config.Storage{}, done(20*gib, func(m *model) { m.Entries[VarVolume]["lib/etcd"] = skewed })},
