@@ -42,7 +42,7 @@ func serve() {
 	if err != nil {
 		console.GiveUp("bulkhead: cannot supervise: ", err.Error())
 	}
-	order := s.Run()
+	order := s.Run(boot.Late)
 	var names []string
 	for _, u := range units {
 		names = append(names, u.Name)

@@ -14,17 +14,17 @@ import (
 var stage1 = []string{"virtio_blk", "dm_verity", "squashfs"}
 
 // stage2 is loaded by PID 1 from the root, in this order. There is no modprobe on a node, so everything that somebody
-// may ask for is here. What the daemons and the firewall need comes first;
-// the rest is for Kubernetes and for configured links. An empty line of the list stands between the two: PID 1 may start
-// units there and load the rest beside them.
+// may ask for is here. What the daemons and networkd's firewall need comes first; the rest is for Kubernetes and for configured
+// links. An empty line of the list stands between the two: PID 1 loads the rest when the light daemons are up, and starts the
+// heavy ones, which start what needs it, after that.
 var stage2 = struct{ early, late []string }{
 	early: []string{
 		"qemu_fw_cfg", "virtio_net", "virtio_rng", "i6300esb",
-		"nf_tables", "nft_compat", "nft_limit", "nft_log", "nf_log_syslog", "nf_conntrack", "xt_conntrack", "xt_comment", "xt_mark", "xt_addrtype",
-		"xt_multiport", "xt_tcpudp", "xt_limit", "xt_LOG", "ipt_REJECT", "ip6t_REJECT",
+		"nf_tables", "nft_compat", "nf_conntrack", "xt_conntrack", "xt_tcpudp",
 	},
 	late: []string{
 		"overlay", "br_netfilter", "bridge", "veth",
+		"nft_limit", "nft_log", "nf_log_syslog", "xt_comment", "xt_mark", "xt_addrtype", "xt_multiport", "xt_limit", "xt_LOG", "ipt_REJECT", "ip6t_REJECT",
 		"nf_nat", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_reject", "nft_reject_inet", "nft_reject_ipv4", "nft_reject_ipv6",
 		"nft_fib", "nft_fib_inet", "nft_fib_ipv4", "nft_fib_ipv6", "nft_numgen", "nft_hash", "nft_quota", "nf_conntrack_netlink",
 		"xt_connmark", "xt_nat", "xt_MASQUERADE", "xt_REDIRECT", "xt_statistic", "xt_set", "xt_TCPMSS",

@@ -70,15 +70,19 @@ func mountSteps(table []mount) (steps []step) {
 	return steps
 }
 
-// modules loads kernel modules, given as one path in each line, relative to dir. One that cannot be loaded is told and left:
-// it may be for a device that this machine does not have.
-func modules(list, dir string) error {
+// modules loads kernel modules, given as one path in each line, relative to dir: those before the list's empty line, or those
+// after it. One that cannot be loaded is told and left: it may be for a device that this machine does not have.
+func modules(list, dir string, late bool) error {
 	text, err := os.ReadFile(list)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	now, rest, _ := strings.Cut(string(text), "\n\n")
+	if late {
+		now = rest
+	}
 	start, n := time.Now(), 0
-	for _, path := range strings.Fields(string(text)) {
+	for _, path := range strings.Fields(now) {
 		if err := load(dir + path); err != nil && err != unix.EEXIST {
 			console.Say("bulkhead: module ", path, ": ", err.Error())
 			continue

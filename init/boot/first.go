@@ -49,7 +49,7 @@ func First() {
 			os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("madvise"), 0)
 			return nil
 		}, ""},
-		step{"load modules", func() error { return modules("/modules.list", "") }, "the initramfs: /modules.list"},
+		step{"load modules", func() error { return modules("/modules.list", "", false) }, "the initramfs: /modules.list"},
 		step{"find the root partition", s.find, "the disk: is it attached, is its driver among the modules, and is it of this kernel's image?"},
 		step{"verify the root", s.verify, "the VERITY partition: it must be of the same image as the kernel"},
 		step{"mount the root", s.mount, "the lines of the kernel above: a damaged block shows as device-mapper: verity"},

@@ -33,8 +33,6 @@ var Volumes = []string{unit.StateDir, "/var"}
 var sysctls = []string{
 	"net.ipv4.ip_forward=1",
 	"net.ipv4.conf.all.forwarding=1",
-	"net.bridge.bridge-nf-call-iptables?=1",
-	"net.bridge.bridge-nf-call-ip6tables?=1",
 	"fs.inotify.max_user_instances=8192",
 	"fs.inotify.max_user_watches=524288",
 	"fs.protected_fifos=1",
@@ -56,6 +54,9 @@ var sysctls = []string{
 	"vm.panic_on_oom=0",
 }
 
+// lateSysctls need modules that are loaded late.
+var lateSysctls = []string{"net.bridge.bridge-nf-call-iptables?=1", "net.bridge.bridge-nf-call-ip6tables?=1"}
+
 // Second runs on the verified root and leaves it ready for units.
 func Second() {
 	unix.Umask(0o022)
@@ -66,8 +67,8 @@ func Second() {
 		step{"make " + unit.RunDir, func() error { return os.Mkdir(unit.RunDir, 0o755) }, tmpfs},
 		step{"make " + unit.SocketDir, func() error { return os.Mkdir(unit.SocketDir, 0o755) }, tmpfs},
 		step{"make the machine's id", machineID, tmpfs},
-		step{"load modules", secondModules, "/usr/lib/modules: is it of this kernel?"},
-		step{"set kernel parameters", setSysctls, "/proc/sys"},
+		step{"load modules", func() error { return rootModules(false) }, "/usr/lib/modules: is it of this kernel?"},
+		step{"set kernel parameters", func() error { return setSysctls(sysctls) }, "/proc/sys"},
 		step{"take the claim key", claimKey, "QEMU's fw_cfg entry opt/dev.bulkhead/claim-key, or /usr/share/bulkhead/claim-key"},
 	))
 }
@@ -99,16 +100,24 @@ func machineID() error {
 	return f.Err
 }
 
-func secondModules() error {
+// Late does what only Kubernetes waits for, beside units that run already. What cannot be done is told.
+func Late() {
+	if err := rootModules(true); err != nil {
+		console.Say("bulkhead: cannot load modules: ", err.Error())
+	}
+	setSysctls(lateSysctls)
+}
+
+func rootModules(late bool) error {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return err
 	}
 	dir := "/usr/lib/modules/" + unix.ByteSliceToString(u.Release[:]) + "/"
-	return modules(dir+"bulkhead.list", dir)
+	return modules(dir+"bulkhead.list", dir, late)
 }
 
-func setSysctls() error {
+func setSysctls(sysctls []string) error {
 	for _, s := range sysctls {
 		name, value, _ := strings.Cut(s, "=")
 		name, optional := strings.CutSuffix(name, "?")

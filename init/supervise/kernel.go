@@ -66,7 +66,7 @@ func New(units []unit.Unit) (*Supervisor, error) {
 	signal.Notify(c, unix.SIGCHLD, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGPIPE, unix.SIGPWR)
 	go func() {
 		for range c {
-			unix.Write(s.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+			s.nudge()
 		}
 	}()
 	return s, nil

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +23,7 @@ const (
 	stopTimeout = 10 * time.Second // of units that say nothing
 	lookOften   = 100 * time.Millisecond
 	lookSeldom  = time.Second
+	startLimit  = 10 * time.Second // late units wait no longer for early ones to be up
 )
 
 // processes is what a supervisor needs of the kernel. Its methods do not block.
@@ -83,15 +85,37 @@ func newSupervisor(units []*service, k processes, socket string) (s *Supervisor,
 }
 
 // Run starts the units that start by themselves and keeps units as they shall be, until somebody orders Reboot or PowerOff.
-func (s *Supervisor) Run() initctl.Verb {
-	for _, v := range s.units {
-		if v.Autostart {
-			s.happen(v, Start)
-		}
-	}
+// Late units start when the others are up and prepare, which another goroutine runs, has returned.
+func (s *Supervisor) Run(prepare func()) initctl.Verb {
+	s.begin(prepare)
 	s.loop(time.Time{}, func() bool { return s.order != 0 })
 	return s.order
 }
+
+func (s *Supervisor) begin(prepare func()) {
+	starting := func(v *service) bool { return v.state == Starting }
+	var prepared atomic.Bool
+	s.start(false)
+	s.loop(time.Now().Add(startLimit), func() bool { return s.order != 0 || !slices.ContainsFunc(s.units, starting) })
+	go func() {
+		prepare()
+		prepared.Store(true)
+		s.nudge()
+	}()
+	s.loop(time.Time{}, func() bool { return s.order != 0 || prepared.Load() })
+	s.start(true)
+}
+
+func (s *Supervisor) start(late bool) {
+	for _, v := range s.units {
+		if v.Autostart && v.Late == late && s.order == 0 {
+			s.happen(v, Start)
+		}
+	}
+}
+
+// nudge wakes the loop. Any goroutine may call it.
+func (s *Supervisor) nudge() { unix.Write(s.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0}) }
 
 // Drain stops units for good and returns the names of those that had not ended when the time was up. From the first call on,
 // no unit is started any more.

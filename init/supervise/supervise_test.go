@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -24,6 +25,7 @@ type model struct {
 	ended []ending       // guarded by mu
 	swept int            // guarded by mu
 	wake  int
+	gate  chan bool // late units wait for it
 }
 
 type ending struct {
@@ -78,7 +80,7 @@ func (m *model) end(name string, status unix.WaitStatus) {
 
 // start runs a supervisor of the units until the test ends.
 func start(t *testing.T, units ...unit.Unit) (*model, *initctl.Client) {
-	m := &model{alive: map[string]int{}}
+	m := &model{alive: map[string]int{}, gate: make(chan bool, 1)}
 	var services []*service
 	for i := range units {
 		units[i].Owners = []uint32{uint32(os.Getuid())}
@@ -98,11 +100,14 @@ func start(t *testing.T, units ...unit.Unit) (*model, *initctl.Client) {
 	var end, done = make(chan bool), make(chan bool)
 	go func() {
 		defer close(done)
-		for _, v := range s.units {
-			if v.Autostart {
-				s.happen(v, Start)
+		s.begin(func() {
+			if slices.ContainsFunc(units, func(u unit.Unit) bool { return u.Late }) {
+				select {
+				case <-m.gate:
+				case <-t.Context().Done():
+				}
 			}
-		}
+		})
 		s.loop(time.Time{}, func() bool {
 			select {
 			case <-end:
@@ -215,6 +220,25 @@ func TestSupervisor(t *testing.T) {
 	if err := <-watched; !errors.Is(err, context.Canceled) {
 		t.Errorf("watch ended with %v", err)
 	}
+}
+
+// Late units start when the others are up and what they wait for is done, and the loop goes on meanwhile.
+func TestLate(t *testing.T) {
+	m, c := start(t, unit.Unit{Name: "a", Restart: "always", Autostart: true, Late: true}, unit.Unit{Name: "b", Restart: "always", Autostart: true, NotifyReady: true})
+	wait := func(name, state string) {
+		t.Helper()
+		for end := time.Now().Add(5 * time.Second); status(t, c, name).State != state; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%s is %+v, want %s", name, status(t, c, name), state)
+			}
+		}
+	}
+	wait("b", "up")
+	if s := status(t, c, "a"); s.State != "down" || s.PID != 0 {
+		t.Errorf("the late unit is %+v before its time", s)
+	}
+	m.gate <- true
+	wait("a", "up")
 }
 
 // Who follows and does not read is not waited for, and hears of the last state when it does read.

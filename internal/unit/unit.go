@@ -55,6 +55,8 @@ type Unit struct {
 	Restart string
 	// Autostart is true if PID 1 starts it at boot.
 	Autostart bool
+	// Late is true if it is not started at boot before all modules are loaded: the heavy ones, and those that start what needs modules.
+	Late bool
 	// NotifyReady is true if the process writes a newline to descriptor 3; else it counts as ready once it runs.
 	NotifyReady bool
 	// KillProcess is true if only the main process is killed on stop, not its whole control group (containerd).

@@ -38,6 +38,7 @@ type file struct {
 	OOMScoreAdj    int      `json:"oom_score_adj"`
 	Restart        string   `json:"restart"`
 	Autostart      bool     `json:"autostart"`
+	Late           bool     `json:"late"`
 	NotifyReady    bool     `json:"notify_ready"`
 	KillProcess    bool     `json:"kill_process"`
 	StartTimeout   string   `json:"start_timeout"`
@@ -61,7 +62,7 @@ func Parse(data []byte) (unit.Unit, error) {
 	u := unit.Unit{
 		Name: f.Name, Exec: f.Exec, Env: f.Env, NewPrivileges: f.NewPrivileges, Network: f.Network, MountNamespace: f.MountNamespace,
 		Hide: f.Hide, Listen: f.Listen, Console: f.Console, PidsMax: f.PidsMax, CPUWeight: f.CPUWeight, Delegate: f.Delegate,
-		NoFile: f.NoFile, OOMScoreAdj: f.OOMScoreAdj, Restart: f.Restart, Autostart: f.Autostart, NotifyReady: f.NotifyReady, KillProcess: f.KillProcess,
+		NoFile: f.NoFile, OOMScoreAdj: f.OOMScoreAdj, Restart: f.Restart, Autostart: f.Autostart, Late: f.Late, NotifyReady: f.NotifyReady, KillProcess: f.KillProcess,
 	}
 	var err error
 	keep := func(e error) {
