@@ -8,6 +8,7 @@ import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/gate"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 )
@@ -21,12 +22,14 @@ type control struct {
 	changed func()
 
 	requests, desired, observed, converged *metrics.Vec
+	gate                                   gate.Figures
 }
 
 func newControl(m *metrics.Set, changed func()) *control {
 	c := &control{
 		metrics: m, changed: changed,
 		requests:  m.Counter("bulkhead_gateway_requests_total", "HTTP requests by status class.", "class"),
+		gate:      gate.NewFigures(m, "bulkhead_gateway"),
 		desired:   m.Gauge("bulkhead_gateway_generation_desired", "Generation of the configuration to work towards."),
 		observed:  m.Gauge("bulkhead_gateway_generation_observed", "Generation of the configuration in force."),
 		converged: m.Gauge("bulkhead_gateway_converged", "1 if nothing is left to do."),

@@ -20,6 +20,7 @@ import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/gate"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
@@ -31,6 +32,8 @@ const (
 	maxBody        = daemon.MaxMessage
 	headerTimeout  = 10 * time.Second
 	idleTimeout    = time.Minute
+	maxStreams     = 64       // requests at once on one connection
+	window         = 64 << 10 // bytes
 	drain          = 3 * time.Second
 )
 
@@ -87,12 +90,15 @@ func New(cfg Config) (*Gateway, error) {
 		return nil, err
 	}
 	g.server = &http.Server{
-		Handler:           http.MaxBytesHandler(g.counted(handler), maxBody),
+		Handler:           g.counted(g.guarded(handler)),
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          slog.NewLogLogger(slog.NewTextHandler(nowhere{}, nil), slog.LevelDebug), // strangers must not fill the log
-		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: cfg.Leaf.GetCertificate, NextProtos: []string{"h2", "http/1.1"}},
+		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: g.certificate, NextProtos: []string{"h2", "http/1.1"}},
+		// What a client may send ahead, whom nobody knows yet: with maxConnections it bounds memory.
+		HTTP2:       &http.HTTP2Config{MaxConcurrentStreams: maxStreams, MaxReceiveBufferPerConnection: 2 * window, MaxReceiveBufferPerStream: window},
+		ConnContext: withPlace,
 	}
 	return g, nil
 }
@@ -127,7 +133,7 @@ func (g *Gateway) serveHTTP(ctx context.Context) error {
 			g.server.Close()
 		}
 	}()
-	err := g.server.ServeTLS(daemon.Limit(g.cfg.Env.TCP, maxConnections), "", "")
+	err := g.server.ServeTLS(gate.New(g.cfg.Env.TCP, maxConnections, g.control.gate), "", "")
 	if !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -22,9 +23,11 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
+	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/gate"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 )
@@ -32,6 +35,16 @@ import (
 // door is what the gateway needs of apid: it refuses calls without the token "good".
 type door struct {
 	machinev1.UnimplementedMachineServer
+	healthv1.UnimplementedHealthServer
+	configv1.UnimplementedConfigServer
+}
+
+func (door) Check(ctx context.Context, _ *healthv1.HealthCheckRequest) (*healthv1.HealthCheckResponse, error) {
+	return &healthv1.HealthCheckResponse{}, admit(ctx)
+}
+
+func (door) Apply(ctx context.Context, r *configv1.ApplyRequest) (*configv1.ApplyResponse, error) {
+	return &configv1.ApplyResponse{Generation: uint64(len(r.Documents))}, admit(ctx)
 }
 
 func admit(ctx context.Context) error {
@@ -90,6 +103,8 @@ func serve(t *testing.T) *httptest.Server {
 	}
 	s := grpc.NewServer()
 	machinev1.RegisterMachineServer(s, door{})
+	healthv1.RegisterHealthServer(s, door{})
+	configv1.RegisterConfigServer(s, door{})
 	go func() { _ = s.Serve(l) }()
 	t.Cleanup(s.Stop)
 	conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -101,7 +116,10 @@ func serve(t *testing.T) *httptest.Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := httptest.NewServer(g.server.Handler)
+	h := httptest.NewUnstartedServer(g.server.Handler)
+	h.Listener = gate.New(h.Listener, 4, g.control.gate)
+	h.Config.ConnContext = withPlace
+	h.Start()
 	t.Cleanup(h.Close)
 	return h
 }

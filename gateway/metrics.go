@@ -27,7 +27,7 @@ func metricsHandler(apid *grpc.ClientConn) http.Handler {
 		}
 		resp, err := machine.ListMetrics(ctx, &machinev1.ListMetricsRequest{})
 		if err != nil {
-			writeProblem(w, status.Convert(err))
+			refuse(r.Context(), w, err)
 			return
 		}
 		reg := prometheus.NewRegistry()

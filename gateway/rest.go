@@ -36,8 +36,8 @@ func (g *Gateway) routes() (http.Handler, error) {
 		runtime.WithMarshalerOption("text/event-stream", events{json}),
 		runtime.WithIncomingHeaderMatcher(passHeader),
 		runtime.WithOutgoingHeaderMatcher(func(string) (string, bool) { return "", false }),
-		runtime.WithErrorHandler(func(_ context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, _ *http.Request, err error) {
-			writeProblem(w, status.Convert(err))
+		runtime.WithErrorHandler(func(ctx context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, _ *http.Request, err error) {
+			refuse(ctx, w, err)
 		}),
 		runtime.WithRoutingErrorHandler(routingProblem),
 	)
