@@ -7,9 +7,10 @@ import (
 	"time"
 )
 
-// Refused calls come from strangers at any rate: so many lines a second, and so many at once.
+// Refused calls come from strangers at any rate: so many lines a second, and so many at once. Few, for they share the log with
+// the calls that were let in, and must not push those out of it.
 const (
-	refusedRate  = 5
+	refusedRate  = 0.1
 	refusedBurst = 20
 )
 
