@@ -21,18 +21,19 @@ const (
 
 // Figures are what a gate counts. All are required.
 type Figures struct {
-	Open             *metrics.Vec // gauge
-	Evicted, Refused *metrics.Vec // counters
+	Open                       *metrics.Vec // gauge
+	Accepted, Evicted, Refused *metrics.Vec // counters
 }
 
 // NewFigures returns figures "<prefix>_connections…" in a set.
 func NewFigures(s *metrics.Set, prefix string) Figures {
 	f := Figures{
-		Open:    s.Gauge(prefix+"_connections", "Open TCP connections."),
-		Evicted: s.Counter(prefix+"_connections_evicted_total", "Connections without an identity that were closed since the start."),
-		Refused: s.Counter(prefix+"_connections_refused_total", "Connections that found no place since the start."),
+		Open:     s.Gauge(prefix+"_connections", "Open TCP connections."),
+		Accepted: s.Counter(prefix+"_connections_accepted_total", "Connections that came in since the start, whatever became of them."),
+		Evicted:  s.Counter(prefix+"_connections_evicted_total", "Connections without an identity that were closed since the start."),
+		Refused:  s.Counter(prefix+"_connections_refused_total", "Connections that found no place since the start."),
 	}
-	for _, v := range []*metrics.Vec{f.Open, f.Evicted, f.Refused} {
+	for _, v := range []*metrics.Vec{f.Open, f.Accepted, f.Evicted, f.Refused} {
 		v.Add(0)
 	}
 	return f
@@ -74,6 +75,7 @@ func (g *Gate) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
+		g.count.Accepted.Add(1)
 		c := &Conn{Conn: raw, gate: g, since: g.now()}
 		if a, err := netip.ParseAddrPort(raw.RemoteAddr().String()); err == nil {
 			c.from = a.Addr()
