@@ -40,7 +40,13 @@ type Config struct {
 	Hostname string
 	// Resync is the longest time between two looks; 0 means one minute.
 	Resync time.Duration
+	// Grace is how long after its start a node without a spec only raises its links and asks for leases: a node that was configured
+	// before has its spec by then, and does not build two firewalls in a row while everybody waits for it.
+	Grace time.Duration
 }
+
+// grace is more than storaged, machined and networkd need together until there is a spec, under emulation too.
+const grace = 3 * time.Second
 
 // Daemon is networkd. Make it with New.
 type Daemon struct {
@@ -58,7 +64,7 @@ func Run(ctx context.Context, env daemon.Env) error {
 	if err != nil {
 		env.Log.Warn("no machine id: the node's default name is not its own", "err", err.Error())
 	}
-	d, err := New(Config{Env: env, Dir: filepath.Join(unit.RunDir, env.Name), Hostname: defaultHostname(strings.TrimSpace(string(id)))})
+	d, err := New(Config{Env: env, Dir: filepath.Join(unit.RunDir, env.Name), Grace: grace, Hostname: defaultHostname(strings.TrimSpace(string(id)))})
 	if err != nil {
 		return err
 	}
@@ -82,13 +88,18 @@ func New(cfg Config) (*Daemon, error) {
 
 func newDaemon(cfg Config, k kernel) *Daemon {
 	d := &Daemon{cfg: cfg, log: cfg.Env.Log, kernel: k, gauges: newGauges(cfg.Env.Metrics)}
+	settled := time.Now().Add(cfg.Grace)
 	d.loop = reconcile.New(reconcile.System[Spec, State, Step]{
-		Parse:   func(documents []byte) (Spec, error) { return parse(documents, cfg.Hostname) },
-		Observe: k.Read,
-		Plan:    func(want Spec, have State) ([]Step, error) { return plan(want, have), nil },
-		Bare:    func(have State) ([]Step, error) { return plan(bare(cfg.Hostname), have), nil },
-		Apply:   k.Do,
-		Report:  d.report,
+		Parse: func(documents []byte) (Spec, error) { return parse(documents, cfg.Hostname) },
+		Observe: func(ctx context.Context) (State, error) {
+			have, err := k.Read(ctx)
+			have.Young = time.Now().Before(settled)
+			return have, err
+		},
+		Plan:   func(want Spec, have State) ([]Step, error) { return plan(want, have), nil },
+		Bare:   func(have State) ([]Step, error) { return planBare(cfg.Hostname, have), nil },
+		Apply:  k.Do,
+		Report: d.report,
 	}, d.log, cfg.Resync)
 	d.status.Set(&networkv1.Status{})
 	return d
@@ -99,6 +110,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.loop.Run(ctx) })
 	g.Go(func() error { return d.kernel.Run(ctx, d.loop.Wake) })
+	defer time.AfterFunc(d.cfg.Grace, d.loop.Wake).Stop()
 	g.Go(func() error {
 		// kubeletd watches the node's addresses; both services are read by apid and, for control, by machined.
 		extra := peer.List{networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}}

@@ -25,6 +25,8 @@ type State struct {
 	// NoFirewall says why a family has no table; "" if all have one. It does not keep the node from being reached, because nobody could
 	// repair it then, but it is never converged.
 	NoFirewall string
+	// Young is true as long as a spec may be on its way: see Config.Grace.
+	Young bool
 }
 
 // Link is one network interface.
@@ -196,6 +198,16 @@ func plan(want Spec, have State) []Step {
 		}
 	}
 	add(later...) // nothing waits for it
+	return steps
+}
+
+// planBare is the plan as long as there is no spec.
+func planBare(hostname string, have State) []Step {
+	steps := plan(bare(hostname), have)
+	if have.Young {
+		early := []Op{opLinkUp, opLinkPromote, opDHCPStart}
+		steps = slices.DeleteFunc(steps, func(s Step) bool { return !slices.Contains(early, s.Op) })
+	}
 	return steps
 }
 

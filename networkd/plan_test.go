@@ -185,6 +185,19 @@ firewall delete ipv4 BULKHEAD-IN-*
 	}
 }
 
+// A node whose spec may be on its way raises links and asks for leases, and does no more.
+func TestPlanYoung(t *testing.T) {
+	m := newModel(eth("eth0", 2))
+	m.Young = true
+	if got, want := lines(planBare("n1", m.State)), "link set up dev lo\nlink promote dev eth0\nlink set up dev eth0\ndhcp start dev eth0\n"; got != want {
+		t.Errorf("plan is\n%swant\n%s", got, want)
+	}
+	m.Young = false
+	if got, want := lines(planBare("n1", m.State)), lines(plan(bare("n1"), m.State)); got != want {
+		t.Errorf("later the plan is\n%swant\n%s", got, want)
+	}
+}
+
 func compare(t *testing.T, want Spec, m *model, golden string) {
 	t.Helper()
 	var managed []Link

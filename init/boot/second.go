@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io/fs"
 	"os"
+	"runtime"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -102,6 +103,9 @@ func machineID() error {
 
 // Late does what only Kubernetes waits for, beside units that run already. What cannot be done is told.
 func Late() {
+	// A thread of its own, which ends with this goroutine, so that it alone gives way to the daemons.
+	runtime.LockOSThread()
+	unix.Setpriority(unix.PRIO_PROCESS, 0, 10)
 	if err := rootModules(true); err != nil {
 		console.Say("bulkhead: cannot load modules: ", err.Error())
 	}
