@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"sort"
 	"strings"
 	"time"
@@ -19,13 +18,6 @@ import (
 	"github.com/bulkhead-os/bulkhead/services/machined"
 	"github.com/bulkhead-os/bulkhead/storaged"
 	"github.com/bulkhead-os/bulkhead/trustd"
-)
-
-// A light daemon starts fast and is small afterwards: at first it collects no garbage before it has 4 MiB, as Go programs do; then it
-// lets its heap grow by a quarter only, and gives back what starting took.
-const (
-	settle = 20 * time.Second
-	idleGC = 25 // percent
 )
 
 func main() {
@@ -48,9 +40,6 @@ func main() {
 		fmt.Fprintf(os.Stderr, "bulkheadd: %q is no daemon; argv[0] must be one of %s\n", name, strings.Join(names, ", "))
 		os.Exit(unit.DoNotRestart)
 	}
-	time.AfterFunc(settle, func() {
-		debug.SetGCPercent(idleGC)
-		debug.FreeOSMemory()
-	})
+	time.AfterFunc(settleAfter, settle)
 	daemon.Main(name, run)
 }

@@ -154,17 +154,7 @@ func (n *node) benchBoot(t *testing.T, row func(what, got, budget string)) {
 		if err := m.Start(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, 3*time.Minute, "an authenticated call", func() error {
-			conn, err := client.Dial(fmt.Sprintf("127.0.0.1:%d", n.apiPort), cred)
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
-			defer cancel()
-			_, err = machinev1.NewMachineClient(conn).GetVersion(ctx, &machinev1.GetVersionRequest{})
-			return err
-		})
+		firstCall(t, n, cred)
 		calls = append(calls, time.Since(start))
 		if i == 2 {
 			eventually(t, 8*time.Minute, "the pod answers", func() error { return n.ask(t.Context()) })
@@ -174,6 +164,42 @@ func (n *node) benchBoot(t *testing.T, row func(what, got, budget string)) {
 	slices.Sort(calls)
 	row("power on → authenticated call, median of 3", calls[1].Round(10*time.Millisecond).String(), "≤ 8 s (aim 5; Debian 10.2, Talos 21.9)")
 	row("power on → pod answers through its Service", pod.Round(100*time.Millisecond).String(), "≤ 240 s")
+}
+
+// firstCall returns when the node has answered an authenticated call. It tries anew every 100 ms without waiting for the last try: QEMU
+// accepts for a guest that has no address yet, and such a connection answers late or never.
+func firstCall(t *testing.T, n *node, cred client.Credentials) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	answered := make(chan bool, 1)
+	try := func() {
+		conn, err := client.Dial(fmt.Sprintf("127.0.0.1:%d", n.apiPort), cred)
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		if _, err := machinev1.NewMachineClient(conn).GetVersion(ctx, &machinev1.GetVersionRequest{}); err == nil {
+			select {
+			case answered <- true:
+			default:
+			}
+		}
+	}
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-answered:
+			return
+		case <-ctx.Done():
+			t.Fatal("no authenticated call within 3 minutes of power on")
+		case <-tick.C:
+			go try()
+		}
+	}
 }
 
 func (n *node) benchMake(t *testing.T, row func(what, got, budget string)) {

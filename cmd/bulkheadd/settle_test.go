@@ -1,0 +1,54 @@
+package main
+
+import (
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+func TestReadOnly(t *testing.T) {
+	const maps = `00400000-00bab000 r-xp 00000000 fe:00 77                         /usr/lib/bulkhead/bulkheadd
+00bab000-014b1000 r--p 007ab000 fe:00 77                         /usr/lib/bulkhead/bulkheadd
+014b1000-01539000 rw-p 010b1000 fe:00 77                         /usr/lib/bulkhead/bulkheadd
+01539000-0355a000 rw-p 00000000 00:00 0 
+7f00000-7f01000 r--p 00000000 fe:00 78                           /usr/lib/other
+7ffd1000-7ffd3000 r-xp 00000000 00:00 0                          [vdso]
+nonsense
+`
+	want := [][2]uintptr{{0x400000, 0xbab000}, {0xbab000, 0x14b1000}}
+	if got := readOnly(maps, "/usr/lib/bulkhead/bulkheadd"); !slices.Equal(got, want) {
+		t.Errorf("got %x, want %x", got, want)
+	}
+}
+
+// A program that has settled goes on, and has less mapped.
+func TestSettle(t *testing.T) {
+	clean := func() (sum int) {
+		b, err := os.ReadFile("/proc/self/smaps_rollup")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			if f := strings.Fields(line); strings.HasSuffix(f[0], "_Clean:") {
+				n, err := strconv.Atoi(f[1])
+				if err != nil {
+					t.Fatal(err)
+				}
+				sum += n
+			}
+		}
+		return sum
+	}
+	before := clean()
+	settle()
+	after := clean()
+	if err := os.WriteFile(t.TempDir()+"/file", []byte("it goes on"), 0o600); err != nil {
+		t.Error(err)
+	}
+	if after >= before {
+		t.Errorf("%d kB of clean pages are mapped, %d were before", after, before)
+	}
+	t.Logf("kB of clean pages: %d before, %d after", before, after)
+}
