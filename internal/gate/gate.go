@@ -39,8 +39,8 @@ func NewFigures(s *metrics.Set, prefix string) Figures {
 	return f
 }
 
-// Gate is a listener with a bounded number of connections. When it is full, the oldest connection without an identity makes
-// room, of the address that holds most of them; if there is none, the new one is closed. Connections that showed
+// Gate is a listener with a bounded number of connections. When it is full, a connection without an identity makes room: one that never
+// sent a byte if there is one, of the address that holds most, the oldest; if there is none, the new one is closed. Connections that showed
 // an identity are never closed for others.
 type Gate struct {
 	net.Listener
@@ -60,6 +60,7 @@ type Conn struct {
 	since  time.Time
 	timer  *time.Timer
 	known  atomic.Bool // a call on it showed an identity
+	spoke  atomic.Bool // a byte came from it
 	closed atomic.Bool
 }
 
@@ -125,14 +126,32 @@ func (g *Gate) victim(now time.Time) *Conn {
 	}
 	var v *Conn
 	for c := range g.conns {
-		if c.known.Load() || now.Sub(c.since) < youth {
-			continue
-		}
-		if v == nil || strangers[c.from] > strangers[v.from] || strangers[c.from] == strangers[v.from] && c.since.Before(v.since) {
+		if !c.known.Load() && now.Sub(c.since) >= youth && (v == nil || c.before(v, strangers)) {
 			v = c
 		}
 	}
 	return v
+}
+
+// before reports whether c goes before v: who never said a word, then whose address holds more, then who came earlier. A handshake
+// takes its time on a busy node, and those in the middle of one should not pay for those who only sit there.
+func (c *Conn) before(v *Conn, strangers map[netip.Addr]int) bool {
+	if a, b := c.spoke.Load(), v.spoke.Load(); a != b {
+		return !a
+	}
+	if a, b := strangers[c.from], strangers[v.from]; a != b {
+		return a > b
+	}
+	return c.since.Before(v.since)
+}
+
+// Read notes that something came.
+func (c *Conn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 && !c.spoke.Load() {
+		c.spoke.Store(true)
+	}
+	return n, err
 }
 
 // Know marks a connection whose caller showed an identity: it keeps its place.

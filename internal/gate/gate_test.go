@@ -43,6 +43,12 @@ func TestGateMakesRoom(t *testing.T) {
 			crowd(g, 10, "192.0.2.1", old, false)
 			crowd(g, 46, "192.0.2.2", old, false)
 		}, true, "192.0.2.2"},
+		{"the silent go first", func(g *Gate) {
+			for _, c := range crowd(g, 200, "192.0.2.1", old.Add(-time.Minute), false) {
+				c.spoke.Store(true)
+			}
+			crowd(g, 56, "192.0.2.2", old, false)
+		}, true, "192.0.2.2"},
 		{"everybody is known", func(g *Gate) { crowd(g, maxConns, "192.0.2.1", old, true) }, false, ""},
 		{"everybody is young", func(g *Gate) { crowd(g, maxConns, "192.0.2.1", now.Add(-youth/2), false) }, false, ""},
 	} {
