@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"sort"
 	"strings"
-	"time"
 
 	"github.com/bulkhead-os/bulkhead/apid"
 	"github.com/bulkhead-os/bulkhead/gateway"
@@ -40,6 +39,6 @@ func main() {
 		fmt.Fprintf(os.Stderr, "bulkheadd: %q is no daemon; argv[0] must be one of %s\n", name, strings.Join(names, ", "))
 		os.Exit(unit.DoNotRestart)
 	}
-	time.AfterFunc(settleAfter, settle)
+	go staySmall()
 	daemon.Main(name, run)
 }

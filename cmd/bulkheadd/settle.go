@@ -11,11 +11,19 @@ import (
 )
 
 // A light daemon starts fast and is small afterwards: at first it collects no garbage before it has 4 MiB, as Go programs do; then it
-// lets its heap grow by a quarter only, and gives back what starting took.
+// lets its heap grow by a quarter only, and gives back what it took for a moment, first of all for starting.
 const (
 	settleAfter = 20 * time.Second
+	settleEvery = time.Minute
 	idleGC      = 25 // percent
 )
+
+func staySmall() {
+	time.Sleep(settleAfter)
+	for ; ; time.Sleep(settleEvery) {
+		settle()
+	}
+}
 
 func settle() {
 	debug.SetGCPercent(idleGC)
