@@ -41,7 +41,7 @@ func Serve(ctx context.Context, env Env, extra peer.List, register func(*grpc.Se
 	}
 	s := grpc.NewServer(append(peer.ServerOptions(list, env.Who),
 		grpc.MaxRecvMsgSize(MaxMessage),
-		grpc.ReadBufferSize(peer.ReadBuffer), grpc.SharedWriteBuffer(true),
+		grpc.ReadBufferSize(peer.ReadBuffer),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),

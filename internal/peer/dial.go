@@ -31,7 +31,7 @@ const ReadBuffer = 4 << 10
 func Dial(path string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 	return grpc.NewClient("unix://"+path, append([]grpc.DialOption{
 		grpc.WithTransportCredentials(insecure.NewCredentials()), // the server learns who we are from the kernel
-		grpc.WithReadBufferSize(ReadBuffer), grpc.WithSharedWriteBuffer(true),
+		grpc.WithReadBufferSize(ReadBuffer),
 	}, append(Patient(), opts...)...)...)
 }
 
