@@ -55,9 +55,6 @@ var sysctls = []string{
 	"vm.panic_on_oom=0",
 }
 
-// lateSysctls need modules that are loaded late.
-var lateSysctls = []string{"net.bridge.bridge-nf-call-iptables?=1", "net.bridge.bridge-nf-call-ip6tables?=1"}
-
 // Second runs on the verified root and leaves it ready for units.
 func Second() {
 	unix.Umask(0o022)
@@ -69,7 +66,7 @@ func Second() {
 		step{"make " + unit.SocketDir, func() error { return os.Mkdir(unit.SocketDir, 0o755) }, tmpfs},
 		step{"make the machine's id", machineID, tmpfs},
 		step{"load modules", func() error { return rootModules(false) }, "/usr/lib/modules: is it of this kernel?"},
-		step{"set kernel parameters", func() error { return setSysctls(sysctls) }, "/proc/sys"},
+		step{"set kernel parameters", func() error { return setSysctls(sysctls...) }, "/proc/sys"},
 		step{"take the claim key", claimKey, "QEMU's fw_cfg entry opt/dev.bulkhead/claim-key, or /usr/share/bulkhead/claim-key"},
 	))
 }
@@ -109,7 +106,7 @@ func Late() {
 	if err := rootModules(true); err != nil {
 		console.Say("bulkhead: cannot load modules: ", err.Error())
 	}
-	setSysctls(lateSysctls)
+	setSysctls("net.bridge.bridge-nf-call-iptables?=1", "net.bridge.bridge-nf-call-ip6tables?=1") // of a late module
 }
 
 func rootModules(late bool) error {
@@ -121,8 +118,8 @@ func rootModules(late bool) error {
 	return modules(dir+"bulkhead.list", dir, late)
 }
 
-func setSysctls(sysctls []string) error {
-	for _, s := range sysctls {
+func setSysctls(all ...string) error {
+	for _, s := range all {
 		name, value, _ := strings.Cut(s, "=")
 		name, optional := strings.CutSuffix(name, "?")
 		err := os.WriteFile("/proc/sys/"+strings.ReplaceAll(name, ".", "/"), []byte(value+"\n"), 0)

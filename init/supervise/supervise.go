@@ -93,10 +93,11 @@ func (s *Supervisor) Run(prepare func()) initctl.Verb {
 }
 
 func (s *Supervisor) begin(prepare func()) {
-	starting := func(v *service) bool { return v.state == Starting }
 	var prepared atomic.Bool
 	s.start(false)
-	s.loop(time.Now().Add(startLimit), func() bool { return s.order != 0 || !slices.ContainsFunc(s.units, starting) })
+	s.loop(time.Now().Add(startLimit), func() bool {
+		return s.order != 0 || !slices.ContainsFunc(s.units, func(v *service) bool { return v.state == Starting })
+	})
 	go func() {
 		prepare()
 		prepared.Store(true)
