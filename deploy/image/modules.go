@@ -15,7 +15,7 @@ var stage1 = []string{"virtio_blk", "dm_verity", "squashfs"}
 
 // stage2 is loaded by PID 1 from the root, in this order. There is no modprobe on a node, so everything that somebody
 // may ask for is here. What the daemons and networkd's firewall need comes first; the rest is for Kubernetes and for configured
-// links. An empty line of the list stands between the two: PID 1 loads the rest beside the light daemons, and starts the
+// links. An empty line of the list stands between the two: PID 1 loads the rest when the light daemons are up, and starts the
 // heavy ones, which start what needs it, after that.
 var stage2 = struct{ early, late []string }{
 	early: []string{

@@ -23,6 +23,7 @@ const (
 	stopTimeout = 10 * time.Second // of units that say nothing
 	lookOften   = 100 * time.Millisecond
 	lookSeldom  = time.Second
+	startLimit  = 10 * time.Second // late units wait no longer for early ones to be up
 )
 
 // processes is what a supervisor needs of the kernel. Its methods do not block.
@@ -84,7 +85,7 @@ func newSupervisor(units []*service, k processes, socket string) (s *Supervisor,
 }
 
 // Run starts the units that start by themselves and keeps units as they shall be, until somebody orders Reboot or PowerOff.
-// Late units start when prepare, which another goroutine runs beside the others, has returned.
+// Late units start when the others are up and prepare, which another goroutine runs, has returned.
 func (s *Supervisor) Run(prepare func()) initctl.Verb {
 	s.begin(prepare)
 	s.loop(time.Time{}, func() bool { return s.order != 0 })
@@ -94,6 +95,9 @@ func (s *Supervisor) Run(prepare func()) initctl.Verb {
 func (s *Supervisor) begin(prepare func()) {
 	var prepared atomic.Bool
 	s.start(false)
+	s.loop(time.Now().Add(startLimit), func() bool {
+		return s.order != 0 || !slices.ContainsFunc(s.units, func(v *service) bool { return v.state == Starting })
+	})
 	go func() {
 		prepare()
 		prepared.Store(true)

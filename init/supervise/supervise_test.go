@@ -222,7 +222,7 @@ func TestSupervisor(t *testing.T) {
 	}
 }
 
-// Late units start when what they wait for is done, and the loop goes on meanwhile.
+// Late units start when the others are up and what they wait for is done, and the loop goes on meanwhile.
 func TestLate(t *testing.T) {
 	m, c := start(t, unit.Unit{Name: "a", Restart: "always", Autostart: true, Late: true}, unit.Unit{Name: "b", Restart: "always", Autostart: true, NotifyReady: true})
 	wait := func(name, state string) {
