@@ -12,12 +12,29 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"slices"
 )
 
 // Digest is a SHA-256 digest: of a PCR's bank or of a policy. A PCR is all zeros when the machine starts; so is a policy session.
 type Digest [sha256.Size]byte
+
+// String is hex.
+func (d Digest) String() string { return hex.EncodeToString(d[:]) }
+
+// MarshalText writes a digest as String does, for JSON.
+func (d Digest) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// UnmarshalText reads it.
+func (d *Digest) UnmarshalText(b []byte) error {
+	raw, err := hex.DecodeString(string(b))
+	if err != nil || len(raw) != len(d) {
+		return fmt.Errorf("%q is not a digest of %d bytes in hex", b, len(d))
+	}
+	*d = Digest(raw)
+	return nil
+}
 
 // The PCRs that take part.
 const (

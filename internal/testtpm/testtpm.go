@@ -5,6 +5,7 @@
 package testtpm
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -148,9 +149,11 @@ func (m *TPM) Tool(argv ...string) string {
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Dir = m.dir
 	cmd.Env = append(os.Environ(), "TPM2TOOLS_TCTI=swtpm:path="+m.Socket())
-	out, err := cmd.CombinedOutput()
+	var stderr bytes.Buffer // warnings too
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
 	if err != nil {
-		m.t.Fatalf("%v: %v\n%s", argv, err, out)
+		m.t.Fatalf("%v: %v\n%s%s", argv, err, out, stderr.Bytes())
 	}
 	return string(out)
 }
