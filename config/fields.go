@@ -1,7 +1,9 @@
 package config
 
 import (
+	"encoding/hex"
 	"math"
+	"net"
 	"net/netip"
 	"net/url"
 	"path"
@@ -65,6 +67,15 @@ var fields = map[string]field{
 	"Storage.wipe":       {doc: "Allow foreign data on that disk, and only that, to be destroyed.", standard: "false"},
 	"Storage.filesystem": {doc: "Of STATE and VAR.", standard: "ext4", oneOf: []string{"ext4"}},
 	"Storage.stateSize":  {doc: "Of STATE; VAR takes the rest, at least 2GiB.", standard: "256MiB", min: 64 << 20, max: 64 << 30, pattern: `^[1-9][0-9]*(KiB|MiB|GiB|TiB)$`},
+	"Storage.encryption": {doc: "Of STATE and VAR, when they are made: luks2, none, or auto: luks2 if there is a TPM 2.0 and the image is signed for it.", standard: "auto", oneOf: []string{"auto", "none", "luks2"}},
+	"Storage.keys":       {doc: "What opens STATE at boot, besides the recovery key. None: the TPM, if it can.", most: 8},
+	"Storage.keys.kind":  {doc: "What the key comes from.", required: true, oneOf: []string{"tpm", "keyFile", "kms", "passphrase"}},
+	"Storage.keys.partition": {doc: "For keyFile: a partition's name; the key is its first 4096 bytes.", ok: isPartitionName,
+		allowed: `a name like "KEY", at most 36 characters, and none of Bulkhead's own`, pattern: `^[A-Za-z0-9_.-]{1,36}$`},
+	"Storage.keys.firmware": {doc: "For keyFile: a file of QEMU's fw_cfg; the key is all of it.", ok: isFirmwareFile,
+		allowed: `a name like "opt/org.example/key", at most 55 characters`, pattern: `^opt/[A-Za-z0-9_./-]{1,51}$`},
+	"Storage.keys.address": {doc: "For kms: host and port of the key service.", ok: isHostPort, allowed: `a host and port like "10.0.0.9:4050"`, pattern: `^[^ /]+:[0-9]+$`},
+	"Storage.keys.pin":     {doc: "For kms: digest of the public key in the server's certificate.", ok: isPin, allowed: `"sha256:" and 64 hex digits`, pattern: `^sha256:[0-9a-f]{64}$`},
 
 	"Cluster":      {doc: "What all nodes of a cluster agree on."},
 	"Cluster.name": {doc: "The cluster's name.", standard: "bulkhead", ok: isLabel, allowed: "lower-case letters, digits and -, at most 63 characters", pattern: labelPattern},
@@ -217,6 +228,45 @@ func isDisk(s string) bool {
 		}
 	}
 	return strings.HasPrefix(s, "/dev/") && path.Clean(s) == s && len(s) <= 255
+}
+
+// isPartitionName: Bulkhead's own partitions hold no keys.
+func isPartitionName(s string) bool {
+	switch s {
+	case "ESP", "ROOT-A", "VERITY-A", "ROOT-B", "VERITY-B", "STATE", "VAR":
+		return false
+	}
+	return len(s) <= 36 && only(s, "_.-")
+}
+
+// isFirmwareFile: what users may add to fw_cfg lies below opt/; a path must not lead out of it.
+func isFirmwareFile(s string) bool {
+	return strings.HasPrefix(s, "opt/") && len(s) <= 55 && path.Clean(s) == s && len(s) > len("opt/") && only(s, "_./-")
+}
+
+// only reports whether a text has letters, digits and these characters only, and is not empty.
+func only(s, others string) bool {
+	for i := range len(s) {
+		if c := s[i]; !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte(others, c) >= 0) {
+			return false
+		}
+	}
+	return s != ""
+}
+
+func isHostPort(s string) bool {
+	host, port, err := net.SplitHostPort(s)
+	if err != nil || len(s) > 255 {
+		return false
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	return err == nil && n > 0 && strconv.FormatUint(n, 10) == port && isName(host)
+}
+
+func isPin(s string) bool {
+	digest, ok := strings.CutPrefix(s, "sha256:")
+	raw, err := hex.DecodeString(digest)
+	return ok && err == nil && len(raw) == 32 && strings.ToLower(digest) == digest
 }
 
 func isEndpoint(s string) bool {

@@ -43,6 +43,7 @@ func (s *Set) fill() {
 	or(&s.Storage.Disk, "system")
 	or(&s.Storage.Filesystem, "ext4")
 	or(&s.Storage.StateSize, 256<<20)
+	or(&s.Storage.Encryption, EncryptionAuto)
 	or(&s.Cluster.Name, "bulkhead")
 	k := s.Kubernetes
 	or(&k.PodSubnet, netip.MustParsePrefix("10.244.0.0/16"))

@@ -98,6 +98,44 @@ type Storage struct {
 	Filesystem string `yaml:"filesystem,omitempty"`
 	// StateSize of STATE; default 256MiB, at least 64MiB. VAR takes the rest, at least 2GiB.
 	StateSize Size `yaml:"stateSize,omitempty"`
+	// Encryption of STATE and VAR. It counts when they are made; what is there already stays as it is. Default: auto.
+	Encryption Encryption `yaml:"encryption,omitempty"`
+	// Keys are what opens STATE at boot (VAR's key lies on STATE), besides the recovery key, which there always is. None: the TPM, if
+	// there is one that can.
+	Keys []StorageKey `yaml:"keys,omitempty"`
+}
+
+// Encryption says whether volumes are encrypted.
+type Encryption string
+
+const (
+	// EncryptionAuto is LUKS2 if the machine has a TPM 2.0 and was started with a signed PCR policy, else none.
+	EncryptionAuto  Encryption = "auto"
+	EncryptionNone  Encryption = "none"
+	EncryptionLUKS2 Encryption = "luks2"
+)
+
+// KeyKind names what a key comes from.
+type KeyKind string
+
+const (
+	KeyTPM        KeyKind = "tpm"        // sealed to the TPM
+	KeyFile       KeyKind = "keyFile"    // bytes of a partition or of the firmware
+	KeyService    KeyKind = "kms"        // a server in the network
+	KeyPassphrase KeyKind = "passphrase" // somebody who types: "bhctl storage keys add passphrase", then "bhctl unlock"
+)
+
+// StorageKey is one way to open STATE. It says where the key is, never what it is.
+type StorageKey struct {
+	Kind KeyKind `yaml:"kind"` // required
+	// Partition, for keyFile: the name in some disk's partition table. The key is its first 4096 bytes.
+	Partition string `yaml:"partition,omitempty"`
+	// Firmware, for keyFile: the name of a file of QEMU's fw_cfg. The key is all of it, 32 to 4096 bytes.
+	Firmware string `yaml:"firmware,omitempty"`
+	// Address, for kms: host and port of the key service.
+	Address string `yaml:"address,omitempty"`
+	// Pin, for kms: "sha256:" and the digest, in hex, of the public key (SubjectPublicKeyInfo) in the server's certificate.
+	Pin string `yaml:"pin,omitempty"`
 }
 
 // Size is in bytes; it is written like "256MiB" or "10GiB".

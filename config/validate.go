@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -65,6 +66,9 @@ func (s Set) copy() Set {
 			out.slot(k).Set(to)
 		}
 	}
+	if out.Storage != nil {
+		out.Storage.Keys = append([]StorageKey(nil), out.Storage.Keys...)
+	}
 	if out.Network != nil {
 		out.Network.Firewall.Allow = append([]Allow(nil), out.Network.Firewall.Allow...)
 	}
@@ -102,7 +106,34 @@ func cross(s Set) []Problem {
 		c.add("Cluster.endpoint", "is missing; a worker (Machine.role) needs %s", rule("Cluster.endpoint").allowed)
 	}
 	c.subnets(s)
+	c.keys(s.Storage)
 	return c
+}
+
+// keys checks that each key says where it is, and nothing that is for another kind.
+func (c *checker) keys(s *Storage) {
+	if len(s.Keys) > 0 && s.Encryption != EncryptionLUKS2 {
+		c.add("Storage.keys", "keys are for encrypted volumes; set Storage.encryption to luks2")
+	}
+	for i, k := range s.Keys {
+		at := index("Storage.keys", i)
+		if j := slices.Index(s.Keys, k); j < i {
+			c.add(at, "this key stands here twice; the first is %s", index("Storage.keys", j))
+		}
+		for _, f := range []struct{ name, value, of string }{
+			{"partition", k.Partition, "keyFile"}, {"firmware", k.Firmware, "keyFile"}, {"address", k.Address, "kms"}, {"pin", k.Pin, "kms"},
+		} {
+			switch {
+			case f.value != "" && string(k.Kind) != f.of:
+				c.add(at+"."+f.name, "is for kind %s; this key is of kind %s", f.of, k.Kind)
+			case f.value == "" && k.Kind == KeyService && f.of == "kms":
+				c.add(at+"."+f.name, "is missing; allowed: %s", rule(at+"."+f.name).allowed)
+			}
+		}
+		if k.Kind == KeyFile && (k.Partition == "") == (k.Firmware == "") {
+			c.add(at, "a key of kind keyFile has either partition or firmware")
+		}
+	}
 }
 
 func index(at string, i int) string { return at + "[" + strconv.Itoa(i) + "]" }
