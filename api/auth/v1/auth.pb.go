@@ -43,6 +43,9 @@ const (
 	Role_ETCD_BACKUP Role = 5
 	// ADMIN may do everything, also hand out credentials.
 	Role_ADMIN Role = 6
+	// UNLOCK is for the holder of a key to the node's locked volumes, while it is not known who owns the node because that is written on
+	// them; the method checks the key itself. Once the owner is known it is as ADMIN.
+	Role_UNLOCK Role = 7
 )
 
 // Enum value maps for Role.
@@ -55,6 +58,7 @@ var (
 		4: "OPERATOR",
 		5: "ETCD_BACKUP",
 		6: "ADMIN",
+		7: "UNLOCK",
 	}
 	Role_value = map[string]int32{
 		"ROLE_UNSPECIFIED": 0,
@@ -64,6 +68,7 @@ var (
 		"OPERATOR":         4,
 		"ETCD_BACKUP":      5,
 		"ADMIN":            6,
+		"UNLOCK":           7,
 	}
 )
 
@@ -133,7 +138,7 @@ var File_auth_v1_auth_proto protoreflect.FileDescriptor
 
 const file_auth_v1_auth_proto_rawDesc = "" +
 	"\n" +
-	"\x12auth/v1/auth.proto\x12\aauth.v1\x1a google/protobuf/descriptor.proto*k\n" +
+	"\x12auth/v1/auth.proto\x12\aauth.v1\x1a google/protobuf/descriptor.proto*w\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\f\n" +
 	"\bINTERNAL\x10\x01\x12\t\n" +
@@ -142,7 +147,9 @@ const file_auth_v1_auth_proto_rawDesc = "" +
 	"\x06READER\x10\x03\x12\f\n" +
 	"\bOPERATOR\x10\x04\x12\x0f\n" +
 	"\vETCD_BACKUP\x10\x05\x12\t\n" +
-	"\x05ADMIN\x10\x06:C\n" +
+	"\x05ADMIN\x10\x06\x12\n" +
+	"\n" +
+	"\x06UNLOCK\x10\a:C\n" +
 	"\x04need\x12\x1e.google.protobuf.MethodOptions\x18\xb5\x87\x03 \x03(\x0e2\r.auth.v1.RoleR\x04need:>\n" +
 	"\tserved_by\x12\x1f.google.protobuf.ServiceOptions\x18\xb6\x87\x03 \x01(\tR\bservedByB4Z2github.com/bulkhead-os/bulkhead/api/auth/v1;authv1b\x06proto3"
 

@@ -25,6 +25,1028 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type ChallengeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Put in by apid, which ends the connection; what a caller sends here is overwritten.
+	ChannelBinding []byte `protobuf:"bytes,1,opt,name=channel_binding,json=channelBinding,proto3" json:"channel_binding,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ChallengeRequest) Reset() {
+	*x = ChallengeRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChallengeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChallengeRequest) ProtoMessage() {}
+
+func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChallengeRequest.ProtoReflect.Descriptor instead.
+func (*ChallengeRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ChallengeRequest) GetChannelBinding() []byte {
+	if x != nil {
+		return x.ChannelBinding
+	}
+	return nil
+}
+
+type ChallengeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One for each key that a person could have.
+	Challenges []*Challenge `protobuf:"bytes,1,rep,name=challenges,proto3" json:"challenges,omitempty"`
+	// Why the volumes do not open by themselves, a line for each.
+	Reasons       []string `protobuf:"bytes,2,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChallengeResponse) Reset() {
+	*x = ChallengeResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChallengeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChallengeResponse) ProtoMessage() {}
+
+func (x *ChallengeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChallengeResponse.ProtoReflect.Descriptor instead.
+func (*ChallengeResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ChallengeResponse) GetChallenges() []*Challenge {
+	if x != nil {
+		return x.Challenges
+	}
+	return nil
+}
+
+func (x *ChallengeResponse) GetReasons() []string {
+	if x != nil {
+		return x.Reasons
+	}
+	return nil
+}
+
+type Challenge struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "recovery" or "passphrase".
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Of the passphrase's verifier; empty for a recovery key.
+	Salt          []byte `protobuf:"bytes,2,opt,name=salt,proto3" json:"salt,omitempty"`
+	Proof         []byte `protobuf:"bytes,3,opt,name=proof,proto3" json:"proof,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Challenge) Reset() {
+	*x = Challenge{}
+	mi := &file_storage_v1_storage_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Challenge) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Challenge) ProtoMessage() {}
+
+func (x *Challenge) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Challenge.ProtoReflect.Descriptor instead.
+func (*Challenge) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Challenge) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Challenge) GetSalt() []byte {
+	if x != nil {
+		return x.Salt
+	}
+	return nil
+}
+
+func (x *Challenge) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+type UnlockRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Put in by apid, as in ChallengeRequest.
+	ChannelBinding []byte `protobuf:"bytes,1,opt,name=channel_binding,json=channelBinding,proto3" json:"channel_binding,omitempty"`
+	// As Challenge named it.
+	Kind  string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Salt  []byte `protobuf:"bytes,3,opt,name=salt,proto3" json:"salt,omitempty"`
+	Proof []byte `protobuf:"bytes,4,opt,name=proof,proto3" json:"proof,omitempty"`
+	// The recovery key in any spelling, or the passphrase.
+	Key           string `protobuf:"bytes,5,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnlockRequest) Reset() {
+	*x = UnlockRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnlockRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnlockRequest) ProtoMessage() {}
+
+func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
+func (*UnlockRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *UnlockRequest) GetChannelBinding() []byte {
+	if x != nil {
+		return x.ChannelBinding
+	}
+	return nil
+}
+
+func (x *UnlockRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *UnlockRequest) GetSalt() []byte {
+	if x != nil {
+		return x.Salt
+	}
+	return nil
+}
+
+func (x *UnlockRequest) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+func (x *UnlockRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+type UnlockResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The volumes that are open now.
+	Volumes       []string `protobuf:"bytes,1,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnlockResponse) Reset() {
+	*x = UnlockResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnlockResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnlockResponse) ProtoMessage() {}
+
+func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
+func (*UnlockResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *UnlockResponse) GetVolumes() []string {
+	if x != nil {
+		return x.Volumes
+	}
+	return nil
+}
+
+type Key struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "STATE-0": the volume and the number of the keyslot.
+	Id     string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Volume string `protobuf:"bytes,2,opt,name=volume,proto3" json:"volume,omitempty"`
+	// "tpm", "recovery", "passphrase", "keyFile", "kms"; "state" for VAR's, which lies on STATE; "other" for what somebody else has added.
+	Kind string `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
+	// For people: the partition, the address, what the TPM wants.
+	Detail        string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Key) Reset() {
+	*x = Key{}
+	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Key) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Key) ProtoMessage() {}
+
+func (x *Key) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Key.ProtoReflect.Descriptor instead.
+func (*Key) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Key) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Key) GetVolume() string {
+	if x != nil {
+		return x.Volume
+	}
+	return ""
+}
+
+func (x *Key) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Key) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+type ListKeysRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListKeysRequest) Reset() {
+	*x = ListKeysRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListKeysRequest) ProtoMessage() {}
+
+func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
+func (*ListKeysRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{6}
+}
+
+type ListKeysResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Keys  []*Key                 `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	// There is a recovery key that nobody has acknowledged.
+	RecoveryPending bool `protobuf:"varint,2,opt,name=recovery_pending,json=recoveryPending,proto3" json:"recovery_pending,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *ListKeysResponse) Reset() {
+	*x = ListKeysResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListKeysResponse) ProtoMessage() {}
+
+func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
+func (*ListKeysResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ListKeysResponse) GetKeys() []*Key {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *ListKeysResponse) GetRecoveryPending() bool {
+	if x != nil {
+		return x.RecoveryPending
+	}
+	return false
+}
+
+type AddKeyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "tpm", "recovery", "passphrase", "keyFile" or "kms".
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// For passphrase: 12 to 512 bytes.
+	Passphrase string `protobuf:"bytes,2,opt,name=passphrase,proto3" json:"passphrase,omitempty"`
+	// For keyFile, one of them; as in Storage.keys.
+	Partition string `protobuf:"bytes,3,opt,name=partition,proto3" json:"partition,omitempty"`
+	Firmware  string `protobuf:"bytes,4,opt,name=firmware,proto3" json:"firmware,omitempty"`
+	// For kms; as in Storage.keys.
+	Address       string `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"`
+	Pin           string `protobuf:"bytes,6,opt,name=pin,proto3" json:"pin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddKeyRequest) Reset() {
+	*x = AddKeyRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddKeyRequest) ProtoMessage() {}
+
+func (x *AddKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddKeyRequest.ProtoReflect.Descriptor instead.
+func (*AddKeyRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *AddKeyRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *AddKeyRequest) GetPassphrase() string {
+	if x != nil {
+		return x.Passphrase
+	}
+	return ""
+}
+
+func (x *AddKeyRequest) GetPartition() string {
+	if x != nil {
+		return x.Partition
+	}
+	return ""
+}
+
+func (x *AddKeyRequest) GetFirmware() string {
+	if x != nil {
+		return x.Firmware
+	}
+	return ""
+}
+
+func (x *AddKeyRequest) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *AddKeyRequest) GetPin() string {
+	if x != nil {
+		return x.Pin
+	}
+	return ""
+}
+
+type AddKeyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Key   *Key                   `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// The new recovery key, once and never again.
+	RecoveryKey   string `protobuf:"bytes,2,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddKeyResponse) Reset() {
+	*x = AddKeyResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddKeyResponse) ProtoMessage() {}
+
+func (x *AddKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddKeyResponse.ProtoReflect.Descriptor instead.
+func (*AddKeyResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *AddKeyResponse) GetKey() *Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *AddKeyResponse) GetRecoveryKey() string {
+	if x != nil {
+		return x.RecoveryKey
+	}
+	return ""
+}
+
+type RemoveKeyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Let the last go that opens STATE without a person: from the next start on somebody must unlock it.
+	AllowLocked   bool `protobuf:"varint,2,opt,name=allow_locked,json=allowLocked,proto3" json:"allow_locked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKeyRequest) Reset() {
+	*x = RemoveKeyRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKeyRequest) ProtoMessage() {}
+
+func (x *RemoveKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKeyRequest.ProtoReflect.Descriptor instead.
+func (*RemoveKeyRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RemoveKeyRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RemoveKeyRequest) GetAllowLocked() bool {
+	if x != nil {
+		return x.AllowLocked
+	}
+	return false
+}
+
+type RemoveKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveKeyResponse) Reset() {
+	*x = RemoveKeyResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveKeyResponse) ProtoMessage() {}
+
+func (x *RemoveKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveKeyResponse.ProtoReflect.Descriptor instead.
+func (*RemoveKeyResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{11}
+}
+
+type RotateKeyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// For passphrase: the new one.
+	Passphrase    string `protobuf:"bytes,2,opt,name=passphrase,proto3" json:"passphrase,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateKeyRequest) Reset() {
+	*x = RotateKeyRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateKeyRequest) ProtoMessage() {}
+
+func (x *RotateKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateKeyRequest.ProtoReflect.Descriptor instead.
+func (*RotateKeyRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RotateKeyRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RotateKeyRequest) GetPassphrase() string {
+	if x != nil {
+		return x.Passphrase
+	}
+	return ""
+}
+
+type RotateKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Key           *Key                   `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	RecoveryKey   string                 `protobuf:"bytes,2,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateKeyResponse) Reset() {
+	*x = RotateKeyResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateKeyResponse) ProtoMessage() {}
+
+func (x *RotateKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateKeyResponse.ProtoReflect.Descriptor instead.
+func (*RotateKeyResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *RotateKeyResponse) GetKey() *Key {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *RotateKeyResponse) GetRecoveryKey() string {
+	if x != nil {
+		return x.RecoveryKey
+	}
+	return ""
+}
+
+type GetRecoveryKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRecoveryKeyRequest) Reset() {
+	*x = GetRecoveryKeyRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRecoveryKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRecoveryKeyRequest) ProtoMessage() {}
+
+func (x *GetRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRecoveryKeyRequest.ProtoReflect.Descriptor instead.
+func (*GetRecoveryKeyRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{14}
+}
+
+type GetRecoveryKeyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Eight groups of four letters and digits.
+	RecoveryKey   string `protobuf:"bytes,1,opt,name=recovery_key,json=recoveryKey,proto3" json:"recovery_key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRecoveryKeyResponse) Reset() {
+	*x = GetRecoveryKeyResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRecoveryKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRecoveryKeyResponse) ProtoMessage() {}
+
+func (x *GetRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRecoveryKeyResponse.ProtoReflect.Descriptor instead.
+func (*GetRecoveryKeyResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *GetRecoveryKeyResponse) GetRecoveryKey() string {
+	if x != nil {
+		return x.RecoveryKey
+	}
+	return ""
+}
+
+type AcknowledgeRecoveryKeyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcknowledgeRecoveryKeyRequest) Reset() {
+	*x = AcknowledgeRecoveryKeyRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcknowledgeRecoveryKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcknowledgeRecoveryKeyRequest) ProtoMessage() {}
+
+func (x *AcknowledgeRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcknowledgeRecoveryKeyRequest.ProtoReflect.Descriptor instead.
+func (*AcknowledgeRecoveryKeyRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{16}
+}
+
+type AcknowledgeRecoveryKeyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcknowledgeRecoveryKeyResponse) Reset() {
+	*x = AcknowledgeRecoveryKeyResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcknowledgeRecoveryKeyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcknowledgeRecoveryKeyResponse) ProtoMessage() {}
+
+func (x *AcknowledgeRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcknowledgeRecoveryKeyResponse.ProtoReflect.Descriptor instead.
+func (*AcknowledgeRecoveryKeyResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{17}
+}
+
+type RaiseEpochRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Epoch         uint32                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RaiseEpochRequest) Reset() {
+	*x = RaiseEpochRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RaiseEpochRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RaiseEpochRequest) ProtoMessage() {}
+
+func (x *RaiseEpochRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RaiseEpochRequest.ProtoReflect.Descriptor instead.
+func (*RaiseEpochRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *RaiseEpochRequest) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+type RaiseEpochResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the TPM has now; 0 if there is no TPM.
+	Epoch         uint32 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RaiseEpochResponse) Reset() {
+	*x = RaiseEpochResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RaiseEpochResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RaiseEpochResponse) ProtoMessage() {}
+
+func (x *RaiseEpochResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RaiseEpochResponse.ProtoReflect.Descriptor instead.
+func (*RaiseEpochResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RaiseEpochResponse) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 type GetStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -33,7 +1055,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[0]
+	mi := &file_storage_v1_storage_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -45,7 +1067,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[0]
+	mi := &file_storage_v1_storage_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -58,7 +1080,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{0}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{20}
 }
 
 type WatchStatusRequest struct {
@@ -69,7 +1091,7 @@ type WatchStatusRequest struct {
 
 func (x *WatchStatusRequest) Reset() {
 	*x = WatchStatusRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[1]
+	mi := &file_storage_v1_storage_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -81,7 +1103,7 @@ func (x *WatchStatusRequest) String() string {
 func (*WatchStatusRequest) ProtoMessage() {}
 
 func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[1]
+	mi := &file_storage_v1_storage_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -94,7 +1116,7 @@ func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStatusRequest.ProtoReflect.Descriptor instead.
 func (*WatchStatusRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{1}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{21}
 }
 
 // Status is the storage of the node. Lists are sorted.
@@ -108,13 +1130,14 @@ type Status struct {
 	Partitions    []*Partition           `protobuf:"bytes,6,rep,name=partitions,proto3" json:"partitions,omitempty"`
 	Volumes       []*Volume              `protobuf:"bytes,7,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	Mounts        []*Mount               `protobuf:"bytes,8,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	Tpm           *Tpm                   `protobuf:"bytes,9,opt,name=tpm,proto3" json:"tpm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Status) Reset() {
 	*x = Status{}
-	mi := &file_storage_v1_storage_proto_msgTypes[2]
+	mi := &file_storage_v1_storage_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -126,7 +1149,7 @@ func (x *Status) String() string {
 func (*Status) ProtoMessage() {}
 
 func (x *Status) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[2]
+	mi := &file_storage_v1_storage_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -139,7 +1162,7 @@ func (x *Status) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Status.ProtoReflect.Descriptor instead.
 func (*Status) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{2}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Status) GetGeneration() uint64 {
@@ -198,6 +1221,101 @@ func (x *Status) GetMounts() []*Mount {
 	return nil
 }
 
+func (x *Status) GetTpm() *Tpm {
+	if x != nil {
+		return x.Tpm
+	}
+	return nil
+}
+
+type Tpm struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Present bool                   `protobuf:"varint,1,opt,name=present,proto3" json:"present,omitempty"`
+	// Why no key can be sealed to it; "" if one can.
+	Unusable string `protobuf:"bytes,2,opt,name=unusable,proto3" json:"unusable,omitempty"`
+	// PCR 11 was capped: nothing that runs now can do what was done at boot.
+	Capped bool `protobuf:"varint,3,opt,name=capped,proto3" json:"capped,omitempty"`
+	// Its owner's authorisation is set.
+	Owned bool `protobuf:"varint,4,opt,name=owned,proto3" json:"owned,omitempty"`
+	// The newest epoch of images that was confirmed on this machine, and the running image's; 0: none.
+	Epoch         uint32 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	ImageEpoch    uint32 `protobuf:"varint,6,opt,name=image_epoch,json=imageEpoch,proto3" json:"image_epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Tpm) Reset() {
+	*x = Tpm{}
+	mi := &file_storage_v1_storage_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Tpm) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Tpm) ProtoMessage() {}
+
+func (x *Tpm) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Tpm.ProtoReflect.Descriptor instead.
+func (*Tpm) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *Tpm) GetPresent() bool {
+	if x != nil {
+		return x.Present
+	}
+	return false
+}
+
+func (x *Tpm) GetUnusable() string {
+	if x != nil {
+		return x.Unusable
+	}
+	return ""
+}
+
+func (x *Tpm) GetCapped() bool {
+	if x != nil {
+		return x.Capped
+	}
+	return false
+}
+
+func (x *Tpm) GetOwned() bool {
+	if x != nil {
+		return x.Owned
+	}
+	return false
+}
+
+func (x *Tpm) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Tpm) GetImageEpoch() uint32 {
+	if x != nil {
+		return x.ImageEpoch
+	}
+	return 0
+}
+
 type Disk struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// For example "/dev/vda".
@@ -219,7 +1337,7 @@ type Disk struct {
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_storage_v1_storage_proto_msgTypes[3]
+	mi := &file_storage_v1_storage_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -231,7 +1349,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[3]
+	mi := &file_storage_v1_storage_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -244,7 +1362,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{3}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Disk) GetDevice() string {
@@ -327,7 +1445,7 @@ type Partition struct {
 
 func (x *Partition) Reset() {
 	*x = Partition{}
-	mi := &file_storage_v1_storage_proto_msgTypes[4]
+	mi := &file_storage_v1_storage_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -339,7 +1457,7 @@ func (x *Partition) String() string {
 func (*Partition) ProtoMessage() {}
 
 func (x *Partition) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[4]
+	mi := &file_storage_v1_storage_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -352,7 +1470,7 @@ func (x *Partition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Partition.ProtoReflect.Descriptor instead.
 func (*Partition) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{4}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Partition) GetDevice() string {
@@ -415,22 +1533,24 @@ type Volume struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "STATE" or "VAR".
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// "missing", "formatted", "mounted"; "error" with the reason in detail.
+	// "missing", "formatted", "mounted"; "locked" or "error" with the reason in detail.
 	State      string `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
 	Device     string `protobuf:"bytes,3,opt,name=device,proto3" json:"device,omitempty"`
 	Filesystem string `protobuf:"bytes,4,opt,name=filesystem,proto3" json:"filesystem,omitempty"`
 	SizeBytes  uint64 `protobuf:"varint,5,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	FreeBytes  uint64 `protobuf:"varint,6,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
-	// "none" until encryption is configured.
-	Encryption    string `protobuf:"bytes,7,opt,name=encryption,proto3" json:"encryption,omitempty"`
-	Detail        string `protobuf:"bytes,8,opt,name=detail,proto3" json:"detail,omitempty"`
+	// "none" or "luks2"; "" while there is no volume.
+	Encryption string `protobuf:"bytes,7,opt,name=encryption,proto3" json:"encryption,omitempty"`
+	Detail     string `protobuf:"bytes,8,opt,name=detail,proto3" json:"detail,omitempty"`
+	// What opens it; empty unless it is encrypted.
+	Keys          []*Key `protobuf:"bytes,9,rep,name=keys,proto3" json:"keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	mi := &file_storage_v1_storage_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -442,7 +1562,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	mi := &file_storage_v1_storage_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -455,7 +1575,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{5}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Volume) GetName() string {
@@ -514,6 +1634,13 @@ func (x *Volume) GetDetail() string {
 	return ""
 }
 
+func (x *Volume) GetKeys() []*Key {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
 type Mount struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
@@ -526,7 +1653,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_storage_v1_storage_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -538,7 +1665,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_storage_v1_storage_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -551,7 +1678,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{6}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Mount) GetSource() string {
@@ -587,9 +1714,70 @@ var File_storage_v1_storage_proto protoreflect.FileDescriptor
 const file_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"\x18storage/v1/storage.proto\x12\n" +
-	"storage.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\"\x12\n" +
+	"storage.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\";\n" +
+	"\x10ChallengeRequest\x12'\n" +
+	"\x0fchannel_binding\x18\x01 \x01(\fR\x0echannelBinding\"d\n" +
+	"\x11ChallengeResponse\x125\n" +
+	"\n" +
+	"challenges\x18\x01 \x03(\v2\x15.storage.v1.ChallengeR\n" +
+	"challenges\x12\x18\n" +
+	"\areasons\x18\x02 \x03(\tR\areasons\"I\n" +
+	"\tChallenge\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04salt\x18\x02 \x01(\fR\x04salt\x12\x14\n" +
+	"\x05proof\x18\x03 \x01(\fR\x05proof\"\x88\x01\n" +
+	"\rUnlockRequest\x12'\n" +
+	"\x0fchannel_binding\x18\x01 \x01(\fR\x0echannelBinding\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04salt\x18\x03 \x01(\fR\x04salt\x12\x14\n" +
+	"\x05proof\x18\x04 \x01(\fR\x05proof\x12\x10\n" +
+	"\x03key\x18\x05 \x01(\tR\x03key\"*\n" +
+	"\x0eUnlockResponse\x12\x18\n" +
+	"\avolumes\x18\x01 \x03(\tR\avolumes\"Y\n" +
+	"\x03Key\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06volume\x18\x02 \x01(\tR\x06volume\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x16\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\"\x11\n" +
+	"\x0fListKeysRequest\"b\n" +
+	"\x10ListKeysResponse\x12#\n" +
+	"\x04keys\x18\x01 \x03(\v2\x0f.storage.v1.KeyR\x04keys\x12)\n" +
+	"\x10recovery_pending\x18\x02 \x01(\bR\x0frecoveryPending\"\xa9\x01\n" +
+	"\rAddKeyRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1e\n" +
+	"\n" +
+	"passphrase\x18\x02 \x01(\tR\n" +
+	"passphrase\x12\x1c\n" +
+	"\tpartition\x18\x03 \x01(\tR\tpartition\x12\x1a\n" +
+	"\bfirmware\x18\x04 \x01(\tR\bfirmware\x12\x18\n" +
+	"\aaddress\x18\x05 \x01(\tR\aaddress\x12\x10\n" +
+	"\x03pin\x18\x06 \x01(\tR\x03pin\"V\n" +
+	"\x0eAddKeyResponse\x12!\n" +
+	"\x03key\x18\x01 \x01(\v2\x0f.storage.v1.KeyR\x03key\x12!\n" +
+	"\frecovery_key\x18\x02 \x01(\tR\vrecoveryKey\"E\n" +
+	"\x10RemoveKeyRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12!\n" +
+	"\fallow_locked\x18\x02 \x01(\bR\vallowLocked\"\x13\n" +
+	"\x11RemoveKeyResponse\"B\n" +
+	"\x10RotateKeyRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1e\n" +
+	"\n" +
+	"passphrase\x18\x02 \x01(\tR\n" +
+	"passphrase\"Y\n" +
+	"\x11RotateKeyResponse\x12!\n" +
+	"\x03key\x18\x01 \x01(\v2\x0f.storage.v1.KeyR\x03key\x12!\n" +
+	"\frecovery_key\x18\x02 \x01(\tR\vrecoveryKey\"\x17\n" +
+	"\x15GetRecoveryKeyRequest\";\n" +
+	"\x16GetRecoveryKeyResponse\x12!\n" +
+	"\frecovery_key\x18\x01 \x01(\tR\vrecoveryKey\"\x1f\n" +
+	"\x1dAcknowledgeRecoveryKeyRequest\" \n" +
+	"\x1eAcknowledgeRecoveryKeyResponse\")\n" +
+	"\x11RaiseEpochRequest\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\rR\x05epoch\"*\n" +
+	"\x12RaiseEpochResponse\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\rR\x05epoch\"\x12\n" +
 	"\x10GetStatusRequest\"\x14\n" +
-	"\x12WatchStatusRequest\"\xae\x02\n" +
+	"\x12WatchStatusRequest\"\xd1\x02\n" +
 	"\x06Status\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
@@ -602,7 +1790,16 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"partitions\x18\x06 \x03(\v2\x15.storage.v1.PartitionR\n" +
 	"partitions\x12,\n" +
 	"\avolumes\x18\a \x03(\v2\x12.storage.v1.VolumeR\avolumes\x12)\n" +
-	"\x06mounts\x18\b \x03(\v2\x11.storage.v1.MountR\x06mounts\"\xf8\x01\n" +
+	"\x06mounts\x18\b \x03(\v2\x11.storage.v1.MountR\x06mounts\x12!\n" +
+	"\x03tpm\x18\t \x01(\v2\x0f.storage.v1.TpmR\x03tpm\"\xa0\x01\n" +
+	"\x03Tpm\x12\x18\n" +
+	"\apresent\x18\x01 \x01(\bR\apresent\x12\x1a\n" +
+	"\bunusable\x18\x02 \x01(\tR\bunusable\x12\x16\n" +
+	"\x06capped\x18\x03 \x01(\bR\x06capped\x12\x14\n" +
+	"\x05owned\x18\x04 \x01(\bR\x05owned\x12\x14\n" +
+	"\x05epoch\x18\x05 \x01(\rR\x05epoch\x12\x1f\n" +
+	"\vimage_epoch\x18\x06 \x01(\rR\n" +
+	"imageEpoch\"\xf8\x01\n" +
 	"\x04Disk\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1d\n" +
 	"\n" +
@@ -626,7 +1823,7 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\vstart_bytes\x18\a \x01(\x04R\n" +
 	"startBytes\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\b \x01(\x04R\tsizeBytes\"\xe0\x01\n" +
+	"size_bytes\x18\b \x01(\x04R\tsizeBytes\"\x85\x02\n" +
 	"\x06Volume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x16\n" +
@@ -641,7 +1838,8 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"encryption\x18\a \x01(\tR\n" +
 	"encryption\x12\x16\n" +
-	"\x06detail\x18\b \x01(\tR\x06detail\"q\n" +
+	"\x06detail\x18\b \x01(\tR\x06detail\x12#\n" +
+	"\x04keys\x18\t \x03(\v2\x0f.storage.v1.KeyR\x04keys\"q\n" +
 	"\x05Mount\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x12\x16\n" +
 	"\x06target\x18\x02 \x01(\tR\x06target\x12\x1e\n" +
@@ -651,7 +1849,20 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\aoptions\x18\x04 \x01(\tR\aoptions2\xdb\x01\n" +
 	"\aStorage\x12Z\n" +
 	"\tGetStatus\x12\x1c.storage.v1.GetStatusRequest\x1a\x12.storage.v1.Status\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/storage\x90\x02\x01\x12f\n" +
-	"\vWatchStatus\x12\x1e.storage.v1.WatchStatusRequest\x1a\x12.storage.v1.Status\"!\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/storage:watch\x90\x02\x010\x01\x1a\f\xb2\xbb\x18\bstoragedB:Z8github.com/bulkhead-os/bulkhead/api/storage/v1;storagev1b\x06proto3"
+	"\vWatchStatus\x12\x1e.storage.v1.WatchStatusRequest\x1a\x12.storage.v1.Status\"!\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/storage:watch\x90\x02\x010\x01\x1a\f\xb2\xbb\x18\bstoraged2\xaf\x01\n" +
+	"\x06Unlock\x12O\n" +
+	"\tChallenge\x12\x1c.storage.v1.ChallengeRequest\x1a\x1d.storage.v1.ChallengeResponse\"\x05\xaa\xbb\x18\x01\a\x12F\n" +
+	"\x06Unlock\x12\x19.storage.v1.UnlockRequest\x1a\x1a.storage.v1.UnlockResponse\"\x05\xaa\xbb\x18\x01\a\x1a\f\xb2\xbb\x18\bstoraged2\xdf\x04\n" +
+	"\x04Keys\x12g\n" +
+	"\bListKeys\x12\x1b.storage.v1.ListKeysRequest\x1a\x1c.storage.v1.ListKeysResponse\" \xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/storage/keys\x90\x02\x01\x12F\n" +
+	"\x06AddKey\x12\x19.storage.v1.AddKeyRequest\x1a\x1a.storage.v1.AddKeyResponse\"\x05\xaa\xbb\x18\x01\x06\x12l\n" +
+	"\tRemoveKey\x12\x1c.storage.v1.RemoveKeyRequest\x1a\x1d.storage.v1.RemoveKeyResponse\"\"\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x17*\x15/v1/storage/keys/{id}\x12O\n" +
+	"\tRotateKey\x12\x1c.storage.v1.RotateKeyRequest\x1a\x1d.storage.v1.RotateKeyResponse\"\x05\xaa\xbb\x18\x01\x06\x12^\n" +
+	"\x0eGetRecoveryKey\x12!.storage.v1.GetRecoveryKeyRequest\x1a\".storage.v1.GetRecoveryKeyResponse\"\x05\xaa\xbb\x18\x01\x06\x12y\n" +
+	"\x16AcknowledgeRecoveryKey\x12).storage.v1.AcknowledgeRecoveryKeyRequest\x1a*.storage.v1.AcknowledgeRecoveryKeyResponse\"\b\xaa\xbb\x18\x01\x06\x90\x02\x02\x1a\f\xb2\xbb\x18\bstoraged2k\n" +
+	"\x04Boot\x12U\n" +
+	"\n" +
+	"RaiseEpoch\x12\x1d.storage.v1.RaiseEpochRequest\x1a\x1e.storage.v1.RaiseEpochResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02\x1a\f\xb2\xbb\x18\bstoragedB:Z8github.com/bulkhead-os/bulkhead/api/storage/v1;storagev1b\x06proto3"
 
 var (
 	file_storage_v1_storage_proto_rawDescOnce sync.Once
@@ -665,30 +1876,75 @@ func file_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_storage_v1_storage_proto_rawDescData
 }
 
-var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_storage_v1_storage_proto_goTypes = []any{
-	(*GetStatusRequest)(nil),   // 0: storage.v1.GetStatusRequest
-	(*WatchStatusRequest)(nil), // 1: storage.v1.WatchStatusRequest
-	(*Status)(nil),             // 2: storage.v1.Status
-	(*Disk)(nil),               // 3: storage.v1.Disk
-	(*Partition)(nil),          // 4: storage.v1.Partition
-	(*Volume)(nil),             // 5: storage.v1.Volume
-	(*Mount)(nil),              // 6: storage.v1.Mount
+	(*ChallengeRequest)(nil),               // 0: storage.v1.ChallengeRequest
+	(*ChallengeResponse)(nil),              // 1: storage.v1.ChallengeResponse
+	(*Challenge)(nil),                      // 2: storage.v1.Challenge
+	(*UnlockRequest)(nil),                  // 3: storage.v1.UnlockRequest
+	(*UnlockResponse)(nil),                 // 4: storage.v1.UnlockResponse
+	(*Key)(nil),                            // 5: storage.v1.Key
+	(*ListKeysRequest)(nil),                // 6: storage.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),               // 7: storage.v1.ListKeysResponse
+	(*AddKeyRequest)(nil),                  // 8: storage.v1.AddKeyRequest
+	(*AddKeyResponse)(nil),                 // 9: storage.v1.AddKeyResponse
+	(*RemoveKeyRequest)(nil),               // 10: storage.v1.RemoveKeyRequest
+	(*RemoveKeyResponse)(nil),              // 11: storage.v1.RemoveKeyResponse
+	(*RotateKeyRequest)(nil),               // 12: storage.v1.RotateKeyRequest
+	(*RotateKeyResponse)(nil),              // 13: storage.v1.RotateKeyResponse
+	(*GetRecoveryKeyRequest)(nil),          // 14: storage.v1.GetRecoveryKeyRequest
+	(*GetRecoveryKeyResponse)(nil),         // 15: storage.v1.GetRecoveryKeyResponse
+	(*AcknowledgeRecoveryKeyRequest)(nil),  // 16: storage.v1.AcknowledgeRecoveryKeyRequest
+	(*AcknowledgeRecoveryKeyResponse)(nil), // 17: storage.v1.AcknowledgeRecoveryKeyResponse
+	(*RaiseEpochRequest)(nil),              // 18: storage.v1.RaiseEpochRequest
+	(*RaiseEpochResponse)(nil),             // 19: storage.v1.RaiseEpochResponse
+	(*GetStatusRequest)(nil),               // 20: storage.v1.GetStatusRequest
+	(*WatchStatusRequest)(nil),             // 21: storage.v1.WatchStatusRequest
+	(*Status)(nil),                         // 22: storage.v1.Status
+	(*Tpm)(nil),                            // 23: storage.v1.Tpm
+	(*Disk)(nil),                           // 24: storage.v1.Disk
+	(*Partition)(nil),                      // 25: storage.v1.Partition
+	(*Volume)(nil),                         // 26: storage.v1.Volume
+	(*Mount)(nil),                          // 27: storage.v1.Mount
 }
 var file_storage_v1_storage_proto_depIdxs = []int32{
-	3, // 0: storage.v1.Status.disks:type_name -> storage.v1.Disk
-	4, // 1: storage.v1.Status.partitions:type_name -> storage.v1.Partition
-	5, // 2: storage.v1.Status.volumes:type_name -> storage.v1.Volume
-	6, // 3: storage.v1.Status.mounts:type_name -> storage.v1.Mount
-	0, // 4: storage.v1.Storage.GetStatus:input_type -> storage.v1.GetStatusRequest
-	1, // 5: storage.v1.Storage.WatchStatus:input_type -> storage.v1.WatchStatusRequest
-	2, // 6: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
-	2, // 7: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
-	6, // [6:8] is the sub-list for method output_type
-	4, // [4:6] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	2,  // 0: storage.v1.ChallengeResponse.challenges:type_name -> storage.v1.Challenge
+	5,  // 1: storage.v1.ListKeysResponse.keys:type_name -> storage.v1.Key
+	5,  // 2: storage.v1.AddKeyResponse.key:type_name -> storage.v1.Key
+	5,  // 3: storage.v1.RotateKeyResponse.key:type_name -> storage.v1.Key
+	24, // 4: storage.v1.Status.disks:type_name -> storage.v1.Disk
+	25, // 5: storage.v1.Status.partitions:type_name -> storage.v1.Partition
+	26, // 6: storage.v1.Status.volumes:type_name -> storage.v1.Volume
+	27, // 7: storage.v1.Status.mounts:type_name -> storage.v1.Mount
+	23, // 8: storage.v1.Status.tpm:type_name -> storage.v1.Tpm
+	5,  // 9: storage.v1.Volume.keys:type_name -> storage.v1.Key
+	20, // 10: storage.v1.Storage.GetStatus:input_type -> storage.v1.GetStatusRequest
+	21, // 11: storage.v1.Storage.WatchStatus:input_type -> storage.v1.WatchStatusRequest
+	0,  // 12: storage.v1.Unlock.Challenge:input_type -> storage.v1.ChallengeRequest
+	3,  // 13: storage.v1.Unlock.Unlock:input_type -> storage.v1.UnlockRequest
+	6,  // 14: storage.v1.Keys.ListKeys:input_type -> storage.v1.ListKeysRequest
+	8,  // 15: storage.v1.Keys.AddKey:input_type -> storage.v1.AddKeyRequest
+	10, // 16: storage.v1.Keys.RemoveKey:input_type -> storage.v1.RemoveKeyRequest
+	12, // 17: storage.v1.Keys.RotateKey:input_type -> storage.v1.RotateKeyRequest
+	14, // 18: storage.v1.Keys.GetRecoveryKey:input_type -> storage.v1.GetRecoveryKeyRequest
+	16, // 19: storage.v1.Keys.AcknowledgeRecoveryKey:input_type -> storage.v1.AcknowledgeRecoveryKeyRequest
+	18, // 20: storage.v1.Boot.RaiseEpoch:input_type -> storage.v1.RaiseEpochRequest
+	22, // 21: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
+	22, // 22: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
+	1,  // 23: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
+	4,  // 24: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
+	7,  // 25: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
+	9,  // 26: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
+	11, // 27: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
+	13, // 28: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
+	15, // 29: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
+	17, // 30: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
+	19, // 31: storage.v1.Boot.RaiseEpoch:output_type -> storage.v1.RaiseEpochResponse
+	21, // [21:32] is the sub-list for method output_type
+	10, // [10:21] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_storage_v1_storage_proto_init() }
@@ -702,9 +1958,9 @@ func file_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_storage_v1_storage_proto_rawDesc), len(file_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   28,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   4,
 		},
 		GoTypes:           file_storage_v1_storage_proto_goTypes,
 		DependencyIndexes: file_storage_v1_storage_proto_depIdxs,

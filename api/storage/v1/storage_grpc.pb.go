@@ -173,3 +173,587 @@ var Storage_ServiceDesc = grpc.ServiceDesc{
 	},
 	Metadata: "storage/v1/storage.proto",
 }
+
+const (
+	Unlock_Challenge_FullMethodName = "/storage.v1.Unlock/Challenge"
+	Unlock_Unlock_FullMethodName    = "/storage.v1.Unlock/Unlock"
+)
+
+// UnlockClient is the client API for Unlock service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Unlock is all that a node answers while its STATE is encrypted and nothing on the node opens it: who owns the node is written on STATE. Whoever
+// shows the recovery key or the passphrase may open it; the key itself is the proof. Once STATE is open, an administrator may call it to
+// open VAR.
+type UnlockClient interface {
+	// Challenge tells what keys would open the locked volumes, and lets the node show that it is the one that has them: the caller must check a
+	// proof before it sends a key, because nothing else says whose node this is. With ekm = TLS exporter of this connection (RFC 5705, RFC 8446 section 7.5), label
+	// "EXPORTER-bulkhead-unlock", empty context, 32 bytes, and the verifier that key and salt give (package internal/unlock), the node's proof is
+	// HMAC-SHA256(verifier, "node" || ekm). FAILED_PRECONDITION if nothing is locked.
+	Challenge(ctx context.Context, in *ChallengeRequest, opts ...grpc.CallOption) (*ChallengeResponse, error)
+	// Unlock opens what the key opens. Proof is HMAC-SHA256(verifier, "caller" || ekm). A wrong proof is UNAUTHENTICATED and is delayed. The
+	// volumes are mounted soon after it answers.
+	Unlock(ctx context.Context, in *UnlockRequest, opts ...grpc.CallOption) (*UnlockResponse, error)
+}
+
+type unlockClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewUnlockClient(cc grpc.ClientConnInterface) UnlockClient {
+	return &unlockClient{cc}
+}
+
+func (c *unlockClient) Challenge(ctx context.Context, in *ChallengeRequest, opts ...grpc.CallOption) (*ChallengeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ChallengeResponse)
+	err := c.cc.Invoke(ctx, Unlock_Challenge_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *unlockClient) Unlock(ctx context.Context, in *UnlockRequest, opts ...grpc.CallOption) (*UnlockResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UnlockResponse)
+	err := c.cc.Invoke(ctx, Unlock_Unlock_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// UnlockServer is the server API for Unlock service.
+// All implementations must embed UnimplementedUnlockServer
+// for forward compatibility.
+//
+// Unlock is all that a node answers while its STATE is encrypted and nothing on the node opens it: who owns the node is written on STATE. Whoever
+// shows the recovery key or the passphrase may open it; the key itself is the proof. Once STATE is open, an administrator may call it to
+// open VAR.
+type UnlockServer interface {
+	// Challenge tells what keys would open the locked volumes, and lets the node show that it is the one that has them: the caller must check a
+	// proof before it sends a key, because nothing else says whose node this is. With ekm = TLS exporter of this connection (RFC 5705, RFC 8446 section 7.5), label
+	// "EXPORTER-bulkhead-unlock", empty context, 32 bytes, and the verifier that key and salt give (package internal/unlock), the node's proof is
+	// HMAC-SHA256(verifier, "node" || ekm). FAILED_PRECONDITION if nothing is locked.
+	Challenge(context.Context, *ChallengeRequest) (*ChallengeResponse, error)
+	// Unlock opens what the key opens. Proof is HMAC-SHA256(verifier, "caller" || ekm). A wrong proof is UNAUTHENTICATED and is delayed. The
+	// volumes are mounted soon after it answers.
+	Unlock(context.Context, *UnlockRequest) (*UnlockResponse, error)
+	mustEmbedUnimplementedUnlockServer()
+}
+
+// UnimplementedUnlockServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedUnlockServer struct{}
+
+func (UnimplementedUnlockServer) Challenge(context.Context, *ChallengeRequest) (*ChallengeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Challenge not implemented")
+}
+func (UnimplementedUnlockServer) Unlock(context.Context, *UnlockRequest) (*UnlockResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Unlock not implemented")
+}
+func (UnimplementedUnlockServer) mustEmbedUnimplementedUnlockServer() {}
+func (UnimplementedUnlockServer) testEmbeddedByValue()                {}
+
+// UnsafeUnlockServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to UnlockServer will
+// result in compilation errors.
+type UnsafeUnlockServer interface {
+	mustEmbedUnimplementedUnlockServer()
+}
+
+func RegisterUnlockServer(s grpc.ServiceRegistrar, srv UnlockServer) {
+	// If the following call panics, it indicates UnimplementedUnlockServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Unlock_ServiceDesc, srv)
+}
+
+func _Unlock_Challenge_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ChallengeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(UnlockServer).Challenge(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Unlock_Challenge_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(UnlockServer).Challenge(ctx, req.(*ChallengeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Unlock_Unlock_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnlockRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(UnlockServer).Unlock(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Unlock_Unlock_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(UnlockServer).Unlock(ctx, req.(*UnlockRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Unlock_ServiceDesc is the grpc.ServiceDesc for Unlock service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Unlock_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "storage.v1.Unlock",
+	HandlerType: (*UnlockServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Challenge",
+			Handler:    _Unlock_Challenge_Handler,
+		},
+		{
+			MethodName: "Unlock",
+			Handler:    _Unlock_Unlock_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "storage/v1/storage.proto",
+}
+
+const (
+	Keys_ListKeys_FullMethodName               = "/storage.v1.Keys/ListKeys"
+	Keys_AddKey_FullMethodName                 = "/storage.v1.Keys/AddKey"
+	Keys_RemoveKey_FullMethodName              = "/storage.v1.Keys/RemoveKey"
+	Keys_RotateKey_FullMethodName              = "/storage.v1.Keys/RotateKey"
+	Keys_GetRecoveryKey_FullMethodName         = "/storage.v1.Keys/GetRecoveryKey"
+	Keys_AcknowledgeRecoveryKey_FullMethodName = "/storage.v1.Keys/AcknowledgeRecoveryKey"
+)
+
+// KeysClient is the client API for Keys service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Keys is about what opens encrypted volumes. VAR's key lies on STATE, so a key is STATE's, but for the recovery key, which opens both. The volumes
+// must be open. No call that carries a key has a REST form.
+type KeysClient interface {
+	// ListKeys returns the keyslots of both volumes, without anything secret.
+	ListKeys(ctx context.Context, in *ListKeysRequest, opts ...grpc.CallOption) (*ListKeysResponse, error)
+	// AddKey adds one. INVALID_ARGUMENT for what cannot be one; FAILED_PRECONDITION if what it needs is not there (no TPM, no network).
+	AddKey(ctx context.Context, in *AddKeyRequest, opts ...grpc.CallOption) (*AddKeyResponse, error)
+	// RemoveKey removes one for ever. The last one of a volume, and the last that opens STATE without a person (FAILED_PRECONDITION, unless
+	// allow_locked), stay. A key that Storage.keys names comes back.
+	RemoveKey(ctx context.Context, in *RemoveKeyRequest, opts ...grpc.CallOption) (*RemoveKeyResponse, error)
+	// RotateKey replaces one by a new one of the same kind, in one step. A TPM's is sealed anew to the firmware's keys as they are now.
+	RotateKey(ctx context.Context, in *RotateKeyRequest, opts ...grpc.CallOption) (*RotateKeyResponse, error)
+	// GetRecoveryKey returns the recovery key that was made when the volumes were, until it was acknowledged or storaged has restarted: it is
+	// stored nowhere. Afterwards it is NOT_FOUND; RotateKey makes a new one.
+	GetRecoveryKey(ctx context.Context, in *GetRecoveryKeyRequest, opts ...grpc.CallOption) (*GetRecoveryKeyResponse, error)
+	// AcknowledgeRecoveryKey says that somebody has written it down. The node forgets it.
+	AcknowledgeRecoveryKey(ctx context.Context, in *AcknowledgeRecoveryKeyRequest, opts ...grpc.CallOption) (*AcknowledgeRecoveryKeyResponse, error)
+}
+
+type keysClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewKeysClient(cc grpc.ClientConnInterface) KeysClient {
+	return &keysClient{cc}
+}
+
+func (c *keysClient) ListKeys(ctx context.Context, in *ListKeysRequest, opts ...grpc.CallOption) (*ListKeysResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListKeysResponse)
+	err := c.cc.Invoke(ctx, Keys_ListKeys_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keysClient) AddKey(ctx context.Context, in *AddKeyRequest, opts ...grpc.CallOption) (*AddKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AddKeyResponse)
+	err := c.cc.Invoke(ctx, Keys_AddKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keysClient) RemoveKey(ctx context.Context, in *RemoveKeyRequest, opts ...grpc.CallOption) (*RemoveKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RemoveKeyResponse)
+	err := c.cc.Invoke(ctx, Keys_RemoveKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keysClient) RotateKey(ctx context.Context, in *RotateKeyRequest, opts ...grpc.CallOption) (*RotateKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RotateKeyResponse)
+	err := c.cc.Invoke(ctx, Keys_RotateKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keysClient) GetRecoveryKey(ctx context.Context, in *GetRecoveryKeyRequest, opts ...grpc.CallOption) (*GetRecoveryKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetRecoveryKeyResponse)
+	err := c.cc.Invoke(ctx, Keys_GetRecoveryKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *keysClient) AcknowledgeRecoveryKey(ctx context.Context, in *AcknowledgeRecoveryKeyRequest, opts ...grpc.CallOption) (*AcknowledgeRecoveryKeyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AcknowledgeRecoveryKeyResponse)
+	err := c.cc.Invoke(ctx, Keys_AcknowledgeRecoveryKey_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// KeysServer is the server API for Keys service.
+// All implementations must embed UnimplementedKeysServer
+// for forward compatibility.
+//
+// Keys is about what opens encrypted volumes. VAR's key lies on STATE, so a key is STATE's, but for the recovery key, which opens both. The volumes
+// must be open. No call that carries a key has a REST form.
+type KeysServer interface {
+	// ListKeys returns the keyslots of both volumes, without anything secret.
+	ListKeys(context.Context, *ListKeysRequest) (*ListKeysResponse, error)
+	// AddKey adds one. INVALID_ARGUMENT for what cannot be one; FAILED_PRECONDITION if what it needs is not there (no TPM, no network).
+	AddKey(context.Context, *AddKeyRequest) (*AddKeyResponse, error)
+	// RemoveKey removes one for ever. The last one of a volume, and the last that opens STATE without a person (FAILED_PRECONDITION, unless
+	// allow_locked), stay. A key that Storage.keys names comes back.
+	RemoveKey(context.Context, *RemoveKeyRequest) (*RemoveKeyResponse, error)
+	// RotateKey replaces one by a new one of the same kind, in one step. A TPM's is sealed anew to the firmware's keys as they are now.
+	RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error)
+	// GetRecoveryKey returns the recovery key that was made when the volumes were, until it was acknowledged or storaged has restarted: it is
+	// stored nowhere. Afterwards it is NOT_FOUND; RotateKey makes a new one.
+	GetRecoveryKey(context.Context, *GetRecoveryKeyRequest) (*GetRecoveryKeyResponse, error)
+	// AcknowledgeRecoveryKey says that somebody has written it down. The node forgets it.
+	AcknowledgeRecoveryKey(context.Context, *AcknowledgeRecoveryKeyRequest) (*AcknowledgeRecoveryKeyResponse, error)
+	mustEmbedUnimplementedKeysServer()
+}
+
+// UnimplementedKeysServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedKeysServer struct{}
+
+func (UnimplementedKeysServer) ListKeys(context.Context, *ListKeysRequest) (*ListKeysResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListKeys not implemented")
+}
+func (UnimplementedKeysServer) AddKey(context.Context, *AddKeyRequest) (*AddKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AddKey not implemented")
+}
+func (UnimplementedKeysServer) RemoveKey(context.Context, *RemoveKeyRequest) (*RemoveKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveKey not implemented")
+}
+func (UnimplementedKeysServer) RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RotateKey not implemented")
+}
+func (UnimplementedKeysServer) GetRecoveryKey(context.Context, *GetRecoveryKeyRequest) (*GetRecoveryKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetRecoveryKey not implemented")
+}
+func (UnimplementedKeysServer) AcknowledgeRecoveryKey(context.Context, *AcknowledgeRecoveryKeyRequest) (*AcknowledgeRecoveryKeyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AcknowledgeRecoveryKey not implemented")
+}
+func (UnimplementedKeysServer) mustEmbedUnimplementedKeysServer() {}
+func (UnimplementedKeysServer) testEmbeddedByValue()              {}
+
+// UnsafeKeysServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to KeysServer will
+// result in compilation errors.
+type UnsafeKeysServer interface {
+	mustEmbedUnimplementedKeysServer()
+}
+
+func RegisterKeysServer(s grpc.ServiceRegistrar, srv KeysServer) {
+	// If the following call panics, it indicates UnimplementedKeysServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Keys_ServiceDesc, srv)
+}
+
+func _Keys_ListKeys_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListKeysRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeysServer).ListKeys(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Keys_ListKeys_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeysServer).ListKeys(ctx, req.(*ListKeysRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Keys_AddKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AddKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeysServer).AddKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Keys_AddKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeysServer).AddKey(ctx, req.(*AddKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Keys_RemoveKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeysServer).RemoveKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Keys_RemoveKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeysServer).RemoveKey(ctx, req.(*RemoveKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Keys_RotateKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RotateKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeysServer).RotateKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Keys_RotateKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeysServer).RotateKey(ctx, req.(*RotateKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Keys_GetRecoveryKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetRecoveryKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeysServer).GetRecoveryKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Keys_GetRecoveryKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeysServer).GetRecoveryKey(ctx, req.(*GetRecoveryKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Keys_AcknowledgeRecoveryKey_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AcknowledgeRecoveryKeyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(KeysServer).AcknowledgeRecoveryKey(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Keys_AcknowledgeRecoveryKey_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(KeysServer).AcknowledgeRecoveryKey(ctx, req.(*AcknowledgeRecoveryKeyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Keys_ServiceDesc is the grpc.ServiceDesc for Keys service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Keys_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "storage.v1.Keys",
+	HandlerType: (*KeysServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "ListKeys",
+			Handler:    _Keys_ListKeys_Handler,
+		},
+		{
+			MethodName: "AddKey",
+			Handler:    _Keys_AddKey_Handler,
+		},
+		{
+			MethodName: "RemoveKey",
+			Handler:    _Keys_RemoveKey_Handler,
+		},
+		{
+			MethodName: "RotateKey",
+			Handler:    _Keys_RotateKey_Handler,
+		},
+		{
+			MethodName: "GetRecoveryKey",
+			Handler:    _Keys_GetRecoveryKey_Handler,
+		},
+		{
+			MethodName: "AcknowledgeRecoveryKey",
+			Handler:    _Keys_AcknowledgeRecoveryKey_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "storage/v1/storage.proto",
+}
+
+const (
+	Boot_RaiseEpoch_FullMethodName = "/storage.v1.Boot/RaiseEpoch"
+)
+
+// BootClient is the client API for Boot service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Boot is for updated, which knows when an image has proved itself.
+type BootClient interface {
+	// RaiseEpoch makes images of older epochs unable to open this machine's volumes, for ever. An epoch that is not newer changes nothing; without
+	// a TPM neither. It must be the running image's.
+	RaiseEpoch(ctx context.Context, in *RaiseEpochRequest, opts ...grpc.CallOption) (*RaiseEpochResponse, error)
+}
+
+type bootClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewBootClient(cc grpc.ClientConnInterface) BootClient {
+	return &bootClient{cc}
+}
+
+func (c *bootClient) RaiseEpoch(ctx context.Context, in *RaiseEpochRequest, opts ...grpc.CallOption) (*RaiseEpochResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RaiseEpochResponse)
+	err := c.cc.Invoke(ctx, Boot_RaiseEpoch_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// BootServer is the server API for Boot service.
+// All implementations must embed UnimplementedBootServer
+// for forward compatibility.
+//
+// Boot is for updated, which knows when an image has proved itself.
+type BootServer interface {
+	// RaiseEpoch makes images of older epochs unable to open this machine's volumes, for ever. An epoch that is not newer changes nothing; without
+	// a TPM neither. It must be the running image's.
+	RaiseEpoch(context.Context, *RaiseEpochRequest) (*RaiseEpochResponse, error)
+	mustEmbedUnimplementedBootServer()
+}
+
+// UnimplementedBootServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedBootServer struct{}
+
+func (UnimplementedBootServer) RaiseEpoch(context.Context, *RaiseEpochRequest) (*RaiseEpochResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RaiseEpoch not implemented")
+}
+func (UnimplementedBootServer) mustEmbedUnimplementedBootServer() {}
+func (UnimplementedBootServer) testEmbeddedByValue()              {}
+
+// UnsafeBootServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to BootServer will
+// result in compilation errors.
+type UnsafeBootServer interface {
+	mustEmbedUnimplementedBootServer()
+}
+
+func RegisterBootServer(s grpc.ServiceRegistrar, srv BootServer) {
+	// If the following call panics, it indicates UnimplementedBootServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Boot_ServiceDesc, srv)
+}
+
+func _Boot_RaiseEpoch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RaiseEpochRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(BootServer).RaiseEpoch(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Boot_RaiseEpoch_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(BootServer).RaiseEpoch(ctx, req.(*RaiseEpochRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Boot_ServiceDesc is the grpc.ServiceDesc for Boot service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Boot_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "storage.v1.Boot",
+	HandlerType: (*BootServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "RaiseEpoch",
+			Handler:    _Boot_RaiseEpoch_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "storage/v1/storage.proto",
+}

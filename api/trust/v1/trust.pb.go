@@ -742,7 +742,9 @@ type TrustState struct {
 	// Public keys (PKIX, DER) that verify bearer tokens, newest first.
 	TokenKeys []*TokenKey `protobuf:"bytes,7,rep,name=token_keys,json=tokenKeys,proto3" json:"token_keys,omitempty"`
 	// Names from the document that server certificates get. When they change, such certificates are asked for anew.
-	Names         []string `protobuf:"bytes,8,rep,name=names,proto3" json:"names,omitempty"`
+	Names []string `protobuf:"bytes,8,rep,name=names,proto3" json:"names,omitempty"`
+	// STATE is encrypted and locked: whether somebody owns this node is written on it, and not known. All else is empty then.
+	Locked        bool `protobuf:"varint,9,opt,name=locked,proto3" json:"locked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -831,6 +833,13 @@ func (x *TrustState) GetNames() []string {
 		return x.Names
 	}
 	return nil
+}
+
+func (x *TrustState) GetLocked() bool {
+	if x != nil {
+		return x.Locked
+	}
+	return false
 }
 
 type TokenKey struct {
@@ -1055,7 +1064,7 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\x06sha256\x18\a \x01(\tR\x06sha256\x12\x14\n" +
 	"\x05names\x18\b \x03(\tR\x05names\x12\x10\n" +
 	"\x03pem\x18\t \x01(\tR\x03pem\"\x13\n" +
-	"\x11WatchTrustRequest\"\x8c\x02\n" +
+	"\x11WatchTrustRequest\"\xa4\x02\n" +
 	"\n" +
 	"TrustState\x12\x18\n" +
 	"\aclaimed\x18\x01 \x01(\bR\aclaimed\x12\"\n" +
@@ -1066,7 +1075,8 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\x0efront_proxy_ca\x18\x06 \x01(\tR\ffrontProxyCa\x121\n" +
 	"\n" +
 	"token_keys\x18\a \x03(\v2\x12.trust.v1.TokenKeyR\ttokenKeys\x12\x14\n" +
-	"\x05names\x18\b \x03(\tR\x05names\"9\n" +
+	"\x05names\x18\b \x03(\tR\x05names\x12\x16\n" +
+	"\x06locked\x18\t \x01(\bR\x06locked\"9\n" +
 	"\bTokenKey\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
