@@ -253,6 +253,7 @@ var units = []unit.Unit{
 		NotifyReady:    true,
 		StartTimeout:   30000000000,
 		StopTimeout:    10000000000,
+		Runtime:        0755,
 	},
 	{
 		Name:         "trustd",

@@ -31,9 +31,9 @@ func TestMain(m *testing.M) {
 }
 
 func childRound(what string) error {
-	l := newLinux(slog.New(slog.DiscardHandler))
+	l := newLinux(slog.New(slog.DiscardHandler), noVault("/nonexistent"))
 	var name string
-	if _, err := fmt.Sscan(what, &name, &l.root); err != nil {
+	if _, err := fmt.Sscan(what, &name, &l.root, &l.runtime); err != nil {
 		return err
 	}
 	l.include = func(s string) bool { return s == name }
@@ -107,7 +107,7 @@ func (b *bench) as(user uint32, caps uint64) error {
 	defer self.Close()
 	cmd := exec.Command("/proc/self/fd/3") // the program itself lies in a folder that only root may enter
 	cmd.ExtraFiles = []*os.File{self}
-	cmd.Env = []string{childKey + "=" + strings.TrimPrefix(b.loop.Name(), "/dev/") + " " + b.root, "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
+	cmd.Env = []string{childKey + "=" + strings.TrimPrefix(b.loop.Name(), "/dev/") + " " + b.root + " " + b.runtime, "PATH=/usr/sbin:/usr/bin:/sbin:/bin"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
 	for bit := range 64 {
 		if caps&(1<<bit) != 0 {

@@ -17,6 +17,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 // linux is the kernel layer. Its fields are the node's own places, except in tests.
@@ -26,10 +27,12 @@ type linux struct {
 	include        func(name string) bool
 	rootDev        func() string // device number of the root file system, "254:0"
 	log            *slog.Logger
+	runtime        string // folder that lives as long as the machine runs
+	vault          *vault.Vault
 }
 
-func newLinux(log *slog.Logger) *linux {
-	return &linux{sys: "/sys", dev: "/dev", proc: "/proc", include: isDisk, log: log, rootDev: func() string {
+func newLinux(log *slog.Logger, v *vault.Vault) *linux {
+	return &linux{sys: "/sys", dev: "/dev", proc: "/proc", runtime: runtimeFolder, vault: v, include: isDisk, log: log, rootDev: func() string {
 		var st unix.Stat_t
 		if unix.Stat("/", &st) != nil {
 			return ""
@@ -40,9 +43,9 @@ func newLinux(log *slog.Logger) *linux {
 
 func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
 
-// Read looks at everything. It changes nothing and may be called by several goroutines.
+// Read looks at everything. It changes nothing but the word for trustd, and may be called by several goroutines.
 func (l *linux) Read(context.Context) (State, error) {
-	s := State{Volumes: map[VolumeName]Space{}, Entries: map[VolumeName]map[string]found{}}
+	s := State{Volumes: map[VolumeName]Space{}, Entries: map[VolumeName]map[string]found{}, TPM: l.vault.Machine()}
 	var err error
 	if s.Mounts, err = l.mounts(); err != nil {
 		return State{}, err
@@ -56,12 +59,12 @@ func (l *linux) Read(context.Context) (State, error) {
 			if !ok || !s.isMounted(v, p) {
 				continue
 			}
-			if s.Entries[v.name], s.Volumes[v.name], err = l.inspect(v, p.Dev); err != nil {
+			if s.Entries[v.name], s.Volumes[v.name], err = l.inspect(v, p.data().Dev); err != nil {
 				return State{}, err
 			}
 		}
 	}
-	return s, nil
+	return s, l.tellLocked(s)
 }
 
 // Watch wakes the loop when the kernel says that a block device came, went or changed. Events are never more than that: the loop
@@ -111,7 +114,11 @@ func (l *linux) Do(ctx context.Context, s Step) error {
 	case opMkfs:
 		return l.mkfs(ctx, s)
 	case opFsck:
-		return fsck(ctx, s.Device)
+		_, m, err := l.dataOf(s)
+		if err != nil {
+			return err
+		}
+		return fsck(ctx, m.Device)
 	case opMount:
 		return l.mount(ctx, s)
 	case opGrowFS:
@@ -119,7 +126,7 @@ func (l *linux) Do(ctx context.Context, s Step) error {
 	case opEntry:
 		return l.entry(s)
 	}
-	return fmt.Errorf("unknown step %q", s.Op)
+	return l.locks(ctx, s)
 }
 
 // size returns the length in bytes of a block device or, in tests, of a file.

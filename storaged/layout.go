@@ -95,6 +95,7 @@ func (e entry) exact() bool { return e.owner != uid.Root && e.link == "" && !e.m
 var entries = []entry{
 	{volume: StateVolume, path: ".mounted", mode: 0o444, marker: true},
 	{volume: StateVolume, path: "machined", owner: uid.Machined, mode: 0o700},
+	{volume: StateVolume, path: ownFolder, owner: uid.Storaged, mode: 0o700},
 	{volume: StateVolume, path: "trustd", owner: uid.Trustd, mode: 0o700},
 
 	{volume: VarVolume, path: ".mounted", mode: 0o444, marker: true},

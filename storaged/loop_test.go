@@ -19,6 +19,8 @@ import (
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/storaged/tpm"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 // isolate puts the test's thread into mount and network namespaces of its own, from which nothing leaks to the host. The thread
@@ -54,6 +56,14 @@ type bench struct {
 	loop *os.File
 }
 
+// noVault is that of a machine without TPM and device-mapper.
+func noVault(dir string) *vault.Vault {
+	return vault.New(vault.Config{
+		Mapper: func() (vault.Mapper, error) { return nil, os.ErrNotExist }, TPM: func() (*tpm.TPM, error) { return nil, os.ErrNotExist },
+		Boot: dir, Key: dir + "/none", Cmdline: "/proc/cmdline", Runtime: dir, Firmware: dir, Blocks: dir, Dev: dir,
+	})
+}
+
 // newBench attaches a disk of size bytes that carries the image's partitions, as the image was before the disk grew.
 func newBench(t *testing.T, size int64, table bool) *bench {
 	t.Helper()
@@ -79,7 +89,8 @@ func newBench(t *testing.T, size int64, table bool) *bench {
 		t.Fatal(err)
 	}
 	root := t.TempDir()
-	b.linux = newLinux(slog.New(slog.DiscardHandler))
+	b.linux = newLinux(slog.New(slog.DiscardHandler), noVault(t.TempDir()))
+	b.runtime = t.TempDir()
 	b.root = root
 	for _, v := range volumes {
 		if err := os.Mkdir(root+v.target, 0o755); err != nil {

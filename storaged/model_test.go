@@ -2,16 +2,19 @@ package storaged
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 // model is a machine made of a State: it does steps as linux does, and keeps account of what is lost.
 type model struct {
 	State
-	lost []string // what steps destroyed
+	lost   []string                    // what steps destroyed
+	inside map[VolumeName]probe.Result // of encrypted volumes that are locked
 }
 
 func (m *model) disk(device string) *Disk {
@@ -40,6 +43,10 @@ func (m *model) do(s Step) error {
 			return fmt.Errorf("%s is not mounted", s.Volume)
 		}
 		seen[s.Entry.path] = good
+		return nil
+	}
+	if s.Op == opCap {
+		m.TPM.Capped = true
 		return nil
 	}
 	d := m.disk(s.Disk)
@@ -96,26 +103,101 @@ func (m *model) doPartition(d *Disk, s Step) error {
 	case opTell:
 		p.Device, p.Dev = s.Device, s.Device
 		p.KernelStart, p.KernelSize = p.Start(), p.Size()
+	case opMkfs, opFsck, opMount, opGrowFS:
+		if s.Encrypted && p.Map.Device == "" {
+			return fmt.Errorf("%s is locked", s.Volume)
+		}
+		return m.doFS(p, s)
+	default:
+		return m.doLUKS(p, s)
+	}
+	return nil
+}
+
+// doFS changes a file system, on the partition or on the open device over it.
+func (m *model) doFS(p *Partition, s Step) error {
+	v := volumeNamed(s.Volume)
+	at := Map{p.Device, p.Dev, p.KernelSize, p.Content}
+	if s.Encrypted {
+		at = p.Map
+	}
+	switch c := &at.Content; s.Op {
 	case opMkfs:
-		if p.Attributes&unformatted == 0 || p.Device == "" || p.KernelSize != p.Size() || p.Busy {
+		if p.Attributes&unformatted == 0 || at.Device == "" || p.KernelSize != p.Size() || p.Busy && !s.Encrypted {
 			return fmt.Errorf("%s must not be formatted", p.describe())
 		}
-		p.Content = probe.Result{Kind: probe.Ext4, Label: v.label, Size: p.Size() - 3*mib}
+		*c = probe.Result{Kind: probe.Ext4, Label: v.label, Size: at.Size - 3*mib}
 		p.Attributes &^= unformatted
 	case opFsck:
-		p.Content.Dirty = false
+		c.Dirty = false
 	case opMount:
-		if p.Attributes&unformatted != 0 || p.Device == "" || p.Content.Kind != probe.Ext4 || p.Content.Label != v.label || p.Content.Dirty {
+		if s.Encrypted {
+			c.Dirty = false // linux looks once more
+		}
+		if p.Attributes&unformatted != 0 || at.Device == "" || c.Kind != probe.Ext4 || c.Label != v.label || c.Dirty {
 			return fmt.Errorf("%s must not be mounted", p.describe())
 		}
+		if m.TPM.TPM && !m.TPM.Capped {
+			return fmt.Errorf("%s is mounted while the TPM is not capped", s.Volume)
+		}
 		p.Busy = true
-		m.Mounts = append(m.Mounts, Mount{Source: p.Device, Target: v.target, Dev: p.Dev})
+		m.Mounts = append(m.Mounts, Mount{Source: at.Device, Target: v.target, Dev: at.Dev})
 		m.Entries[v.name] = map[string]found{}
 	case opGrowFS:
 		if !p.Busy {
 			return fmt.Errorf("%s is not mounted", s.Volume)
 		}
-		p.Content.Size = p.KernelSize - 3*mib
+		c.Size = at.Size - 3*mib
+	}
+	if s.Encrypted {
+		p.Map = at
+	} else {
+		p.Content = at.Content
+	}
+	if !p.encrypted() {
+		p.LUKS = vault.Header{}
+	}
+	return nil
+}
+
+// doLUKS does what concerns encryption. What a locked volume holds is in m.inside.
+func (m *model) doLUKS(p *Partition, s Step) error {
+	open := func(content probe.Result) {
+		p.Map = Map{"/dev/mapper/" + vault.MapName(string(s.Volume)), "dm:" + string(s.Volume), p.KernelSize - p.LUKS.Offset, content}
+		p.Busy = true
+	}
+	switch s.Op {
+	case opLUKS:
+		if p.Attributes&unformatted == 0 || p.Device == "" || p.KernelSize != p.Size() || p.Busy {
+			return fmt.Errorf("%s must not be formatted", p.describe())
+		}
+		p.Content, p.LUKS = probe.Result{Kind: probe.LUKS}, vault.Header{UUID: "u", Offset: 16 * mib}
+		for i, k := range s.Keys {
+			if _, ok := m.mounted("/state"); k == vault.State && !ok {
+				return fmt.Errorf("STATE is not mounted")
+			}
+			p.LUKS.Keys = append(p.LUKS.Keys, vault.Key{Slot: i, Kind: k})
+		}
+		open(probe.Result{Kind: "unknown"})
+	case opOpen:
+		if p.Map.Device != "" || p.LUKS.Has(vault.TPM) && m.TPM.Capped && len(p.LUKS.Keys) == 2 {
+			return fmt.Errorf("%s cannot be opened", s.Volume)
+		}
+		open(m.inside[s.Volume])
+	case opClose:
+		p.Map, p.Busy = Map{}, false
+	case opHeader:
+		p.LUKS.Repair = ""
+	case opGrowMap:
+		p.Map.Size = p.KernelSize - p.LUKS.Offset
+	case opOwner:
+		m.TPM.Owned = true
+	case opKey:
+		k := vault.Key{Slot: len(p.LUKS.Keys), Kind: s.Wish.Kind, Detail: "partition " + s.Wish.Partition}
+		if s.Wish.Kind == vault.Service {
+			k.Detail = s.Wish.Address
+		}
+		p.LUKS.Keys = append(slices.Clone(p.LUKS.Keys), k)
 	default:
 		return fmt.Errorf("unknown step %v", s)
 	}
@@ -125,10 +207,19 @@ func (m *model) doPartition(d *Disk, s Step) error {
 // boot forgets what a restart of the machine forgets; the kernel reads the tables anew.
 func (m *model) boot() {
 	m.Mounts, m.Entries = nil, map[VolumeName]map[string]found{}
+	m.TPM.Capped = false
+	if m.inside == nil {
+		m.inside = map[VolumeName]probe.Result{}
+	}
 	for i := range m.Disks {
 		d := &m.Disks[i]
 		for j := range d.Partitions {
 			p := &d.Partitions[j]
+			if p.Map.Device != "" {
+				m.inside[VolumeName(p.Name)], p.Map = p.Map.Content, Map{}
+			} else if i := volumeOf(p.Partition); i >= 0 && p.encrypted() && m.inside[volumes[i].name].Kind == "" {
+				m.inside[volumes[i].name] = probe.Result{Kind: probe.Ext4, Label: volumes[i].label, Size: p.Size() - 19*mib}
+			}
 			if d.HasTable {
 				p.Device = node(d.Device, p.Number)
 				p.Dev, p.KernelStart, p.KernelSize = p.Device, p.Start(), p.Size()
@@ -142,7 +233,7 @@ func (m *model) boot() {
 
 // clone copies everything that steps change.
 func (m *model) clone() *model {
-	c := &model{State: m.State, lost: slices.Clone(m.lost)}
+	c := &model{State: m.State, lost: slices.Clone(m.lost), inside: maps.Clone(m.inside)}
 	c.Disks = slices.Clone(m.Disks)
 	for i := range c.Disks {
 		c.Disks[i].Partitions = slices.Clone(c.Disks[i].Partitions)

@@ -12,86 +12,6 @@ import (
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 )
 
-// Op is what a step does.
-type Op string
-
-// The steps there are. Each leaves the disk such that the next look sees how far things got.
-const (
-	opCreate Op = "gpt create" // writes an empty table
-	opRemove Op = "gpt remove" // takes a foreign partition out
-	opRepair Op = "gpt repair" // writes both copies anew, the backup at the end of the disk
-	opAdd    Op = "gpt add"    // adds a volume, marked as unformatted
-	opGrow   Op = "gpt grow"   // moves a volume's end
-	opTell   Op = "partition"  // tells the kernel where a partition is
-	opMkfs   Op = "mkfs"       // and takes the mark away
-	opFsck   Op = "fsck"
-	opMount  Op = "mount"
-	opGrowFS Op = "grow" // makes a mounted file system as large as its partition
-	opEntry  Op = "entry"
-)
-
-// A Step is one change. Fields that its Op does not need are zero.
-type Step struct {
-	Op          Op
-	Volume      VolumeName
-	Disk        string // "/dev/vda"
-	Device      string // "/dev/vda5"
-	Number      int
-	Start, Size int64  // of the partition, in bytes
-	Over        string // what is lost; "" if nothing that plan knows of
-	Wipe        bool   // foreign data may be lost
-	Entry       entry
-}
-
-// String is the form for people; the same in tests, logs and status.
-func (s Step) String() string {
-	over := ""
-	if s.Over != "" {
-		over = " over " + s.Over
-	}
-	switch s.Op {
-	case opCreate:
-		return fmt.Sprintf("gpt create on %s%s", s.Disk, over)
-	case opRemove:
-		return fmt.Sprintf("gpt remove %s on %s", s.Over, s.Disk)
-	case opRepair:
-		return fmt.Sprintf("gpt repair on %s", s.Disk)
-	case opAdd:
-		return fmt.Sprintf("gpt add %s %s on %s%s", s.Volume, sizeText(s.Size), s.Disk, over)
-	case opGrow:
-		return fmt.Sprintf("gpt grow %s to %s on %s", s.Volume, sizeText(s.Size), s.Disk)
-	case opTell:
-		return fmt.Sprintf("partition %s at %s size %s", s.Device, sizeText(s.Start), sizeText(s.Size))
-	case opEntry:
-		return s.Entry.String()
-	}
-	v := volumeNamed(s.Volume)
-	switch s.Op {
-	case opMkfs:
-		return fmt.Sprintf("mkfs ext4 %s label %s", s.Device, v.label)
-	case opMount:
-		return fmt.Sprintf("mount %s on %s %s", s.Device, v.target, v.options)
-	case opGrowFS:
-		return fmt.Sprintf("grow %s to the end of %s", v.name, s.Device)
-	}
-	return fmt.Sprintf("%s %s", s.Op, s.Device)
-}
-
-func (e entry) String() string {
-	at := volumeNamed(e.volume).target + "/" + e.path
-	switch {
-	case e.link != "":
-		return fmt.Sprintf("link %s to %s", at, e.link)
-	case e.marker:
-		return "mark " + at
-	}
-	mode := uint32(e.mode.Perm())
-	if e.mode != e.mode.Perm() {
-		mode |= 0o1000
-	}
-	return fmt.Sprintf("folder %s owner %s mode %04o", at, e.owner.Name(), mode)
-}
-
 // planBare returns the steps before there is a spec: volumes that are there already are mounted, because machined's
 // configuration lies on one of them. Nothing is written to a partition table and nothing is formatted.
 func planBare(have State) ([]Step, error) {
@@ -218,6 +138,11 @@ type planner struct {
 	disk   Disk
 	steps  []Step
 	errors []error
+	spec   bool // there is a spec: more than mounting may be done
+	capped bool // a step for it is among them
+	state  bool // STATE is, or will be, mounted
+	crypt  bool // STATE is, or will be, encrypted
+	sealed bool // and has, or will have, a key in the TPM
 }
 
 func (p *planner) add(s Step) { p.steps = append(p.steps, s) }
@@ -253,6 +178,11 @@ func (p *planner) make() error {
 		return errs.New(errs.Precondition, "%s is read-only; STATE and VAR must be written: name another disk in Storage.disk, or make it writable", d)
 	case d.SectorSize != gpt.SectorSize:
 		return errs.New(errs.Precondition, "%s has sectors of %d bytes, only %d can be used; name another disk in Storage.disk", d, d.SectorSize, gpt.SectorSize)
+	}
+	if _, ok := d.volume(volumeNamed(StateVolume)); !ok {
+		if _, err := p.stateKeys(); err != nil { // before anything is written
+			return err
+		}
 	}
 	steps, err := p.clear()
 	if err != nil {
@@ -378,29 +308,42 @@ func nextNumber(all []Partition) int {
 	return n + 1
 }
 
-// use mounts the volumes and makes their entries; with a spec it formats and grows them too.
+// use opens and mounts the volumes and makes their entries; with a spec it formats and grows them too, and adds keys.
 func (p *planner) use(spec bool) {
+	p.spec = spec
+	if _, ok := p.disk.volume(volumeNamed(StateVolume)); !ok && spec {
+		p.cap()
+	}
 	for _, v := range volumes {
 		q, ok := p.disk.volume(v)
-		if !ok || (q.Attributes&unformatted != 0 && !spec) || !p.volume(v, q) {
+		if !ok || (q.Attributes&unformatted != 0 && !spec) || !p.volume(v, &q) {
 			continue
 		}
 		p.entries(v, q)
 		if spec && v.name == VarVolume {
 			p.grow(v, q)
 		}
+		if v.name == StateVolume {
+			p.state = true
+		}
+	}
+	if q, ok := p.disk.volume(volumeNamed(StateVolume)); ok && spec && p.state {
+		p.keys(q)
 	}
 }
 
 // step returns a step for a volume's partition as it is now.
 func (p *planner) step(op Op, v volume, q Partition) Step {
-	return Step{Op: op, Volume: v.name, Disk: p.disk.Device, Device: node(p.disk.Device, q.Number), Number: q.Number, Start: q.Start(), Size: q.Size()}
+	return Step{
+		Op: op, Volume: v.name, Disk: p.disk.Device, Device: node(p.disk.Device, q.Number), Number: q.Number, Start: q.Start(), Size: q.Size(),
+		Encrypted: q.encrypted() && q.Attributes&unformatted == 0,
+	}
 }
 
-// volume brings one volume up to being mounted, and reports whether there is a way.
-func (p *planner) volume(v volume, q Partition) bool {
+// volume brings one volume up to being mounted, and reports whether there is a way. One that is formatted anew changes q.
+func (p *planner) volume(v volume, q *Partition) bool {
 	d := &p.disk
-	do := func(op Op) { p.add(p.step(op, v, q)) }
+	do := func(op Op) { p.add(p.step(op, v, *q)) }
 	if q.Device != "" && q.KernelStart != q.Start() {
 		p.fail(errs.Precondition, "%s of %s: the partition table says that it starts at byte %d, the kernel has %d; restart the machine", v.name, d, q.Start(), q.KernelStart)
 		return false
@@ -412,22 +355,19 @@ func (p *planner) volume(v volume, q Partition) bool {
 	if q.Device == "" || q.KernelSize < q.Size() {
 		do(opTell)
 	}
-	// A mapping for encryption is to be opened here; its node takes the partition's place from here on.
-	mounted := p.have.isMounted(v, q)
+	mounted := p.have.isMounted(v, *q)
 	if q.Attributes&unformatted != 0 {
-		if mounted || q.Busy {
+		if mounted || q.Busy && q.Map.Device == "" {
 			p.fail(errs.Internal, "%s on %s of %s is in use but marked as unformatted; restart the machine", v.name, q.Device, d)
 			return false
 		}
-		do(opMkfs)
-		do(opMount)
-		return true
+		return p.format(v, q)
 	}
-	if !p.readable(v, q) {
+	if !p.unlocked(v, *q) || !p.readable(v, *q) {
 		return false
 	}
 	if !mounted {
-		if q.Content.Dirty {
+		if q.data().Content.Dirty {
 			do(opFsck)
 		}
 		do(opMount)
@@ -445,7 +385,16 @@ func (p *planner) grow(v volume, q Partition) {
 		step.Op = opTell
 		p.add(step)
 	}
-	if size > 0 || (q.Content.Size > 0 && step.Size-q.Content.Size >= slack) {
+	data := q.data()
+	have := step.Size // that the file system could have
+	if q.encrypted() {
+		have -= q.LUKS.Offset
+		if size > 0 || data.Device != "" && have > data.Size { // it is opened, if it is locked, before the partition grows
+			step.Op = opGrowMap
+			p.add(step)
+		}
+	}
+	if size > 0 || (data.Content.Size > 0 && have-data.Content.Size >= slack) {
 		step.Op = opGrowFS
 		p.add(step)
 	}
@@ -453,7 +402,7 @@ func (p *planner) grow(v volume, q Partition) {
 
 // readable checks that a formatted volume carries what we once made on it. What does not is for a person: it is never formatted.
 func (p *planner) readable(v volume, q Partition) bool {
-	c := q.Content
+	c := q.data().Content // locked: unread
 	if c.Kind == probe.Unread || (c.Kind == probe.Ext4 && c.Label == v.label) {
 		return true
 	}

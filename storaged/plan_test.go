@@ -12,6 +12,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 var update = flag.Bool("update", false, "write testdata anew")
@@ -99,6 +100,25 @@ func TestPlan(t *testing.T) {
 	}
 	vda := func(f func(*Disk)) func(*model) { return func(m *model) { f(&m.Disks[0]) } }
 	reboot := func(m *model) { m.boot() }
+	withTPM := func(m *model) *model {
+		m.TPM = vault.Machine{TPM: true, ImageEpoch: 1}
+		return m
+	}
+	crypt := func(want config.Storage, then func(*model)) *model {
+		m := withTPM(machine(imageDisk("/dev/vda", 20*gib)))
+		if err := m.run(t, &want); err != nil {
+			t.Fatal(err)
+		}
+		if then != nil {
+			then(m)
+		}
+		return m
+	}
+	luks2 := config.EncryptionLUKS2
+	service := config.StorageKey{Kind: config.KeyService, Address: "10.0.0.9:4050", Pin: "sha256:00"}
+	file := config.StorageKey{Kind: config.KeyFile, Partition: "KEY"}
+	keys := func(k ...config.StorageKey) *config.Storage { return &config.Storage{Encryption: luks2, Keys: k} }
+	auto := config.Storage{}
 	tests := []struct {
 		name string
 		want *config.Storage // nil: before there is a spec
@@ -168,6 +188,63 @@ func TestPlan(t *testing.T) {
 			m.boot()
 		})},
 		{"an unknown file system wanted", &config.Storage{Filesystem: "xfs"}, machine(imageDisk("/dev/vda", 20*gib))},
+
+		{"with a TPM, before the configuration", nil, withTPM(machine(imageDisk("/dev/vda", 20*gib)))},
+		{"with a TPM", &auto, withTPM(machine(imageDisk("/dev/vda", 20*gib)))},
+		{"with a TPM, encryption none", &config.Storage{Encryption: config.EncryptionNone}, withTPM(machine(imageDisk("/dev/vda", 20*gib)))},
+		{"with a TPM, but not a signed image", &auto, func() *model {
+			m := withTPM(machine(imageDisk("/dev/vda", 20*gib)))
+			m.TPM.Unusable = "there is no signed PCR policy"
+			return m
+		}()},
+		{"luks2 without a TPM", &config.Storage{Encryption: luks2}, machine(imageDisk("/dev/vda", 20*gib))},
+		{"luks2, keys", keys(file, service, config.StorageKey{Kind: config.KeyPassphrase}), machine(imageDisk("/dev/vda", 20*gib))},
+		{"luks2, keys and the TPM", keys(config.StorageKey{Kind: config.KeyTPM}, service), withTPM(machine(imageDisk("/dev/vda", 20*gib)))},
+		{"luks2, wants a TPM that is not there", keys(config.StorageKey{Kind: config.KeyTPM}), machine(imageDisk("/dev/vda", 20*gib))},
+		{"encrypted, nothing to do", &auto, crypt(auto, nil)},
+		{"encrypted, after a boot", nil, crypt(auto, reboot)},
+		{"the same, with the configuration", &auto, crypt(auto, reboot)},
+		{"encrypted, power cut before mkfs", &auto, crypt(auto, func(m *model) { m.boot(); p := m.Disks[0].part(5); p.Attributes = unformatted })},
+		{"encrypted, storaged restarted before mkfs of VAR", &auto, crypt(auto, func(m *model) {
+			m.Mounts = m.Mounts[:1]
+			m.Disks[0].part(6).Attributes = unformatted
+		})},
+		{"encrypted, the TPM did not open it", nil, crypt(auto, func(m *model) {
+			m.boot()
+			m.TPM.Capped = true
+			m.Disks[0].part(5).Why = "tpm: Secure Boot is not as it was: dbx was changed"
+		})},
+		{"the same, with the configuration, and a disk that grew", &auto, crypt(auto, func(m *model) {
+			m.boot()
+			m.TPM.Capped = true
+			m.Disks[0].part(5).Why = "tpm: Secure Boot is not as it was: dbx was changed"
+			m.Disks[0].Size = 40 * gib
+		})},
+		{"encrypted, the TPM is gone", nil, crypt(auto, func(m *model) { m.boot(); m.TPM = vault.Machine{} })},
+		{"encrypted, by a server, capped", nil, crypt(*keys(service), func(m *model) { m.boot(); m.TPM.Capped = true })},
+		{"encrypted, unlocked by a person", &auto, crypt(auto, func(m *model) {
+			m.boot()
+			m.TPM.Capped = true
+			if err := m.do(Step{Op: opOpen, Disk: "/dev/vda", Volume: StateVolume, Number: 5}); err == nil {
+				t.Fatal("the model opens it")
+			}
+			m.Disks[0].part(5).Map = Map{"/dev/dm-1", "253:1", 240 * mib, probe.Result{Kind: probe.Ext4, Label: "BULKHEAD-STATE", Size: 240 * mib}}
+		})},
+		{"encrypted, the disk grew", &auto, crypt(auto, vda(func(d *Disk) { d.Size = 40 * gib; d.Repair = "grew" }))},
+		{"encrypted, one copy of a header is damaged", &auto, crypt(auto, vda(func(d *Disk) { d.part(5).LUKS.Repair = "first copy: the checksum is wrong" }))},
+		{"the same, before the configuration", nil, crypt(auto, func(m *model) { m.boot(); m.Disks[0].part(5).LUKS.Repair = "first copy: the checksum is wrong" })},
+		{"encrypted, the header is damaged", nil, crypt(auto, func(m *model) { m.boot(); m.Disks[0].part(5).LUKS.Unusable = "both checksums are wrong" })},
+		{"STATE is encrypted, somebody's VAR is not", nil, crypt(auto, func(m *model) {
+			m.boot()
+			p := m.Disks[0].part(6)
+			p.Content, p.LUKS = probe.Result{Kind: probe.Ext4, Label: "BULKHEAD-VAR"}, vault.Header{}
+		})},
+		{"STATE is encrypted, VAR opens by something else", nil, crypt(auto, func(m *model) { m.boot(); m.Disks[0].part(6).LUKS.Keys = []vault.Key{{Kind: vault.KeyFile}} })},
+		{"encrypted, none wanted", &config.Storage{Encryption: config.EncryptionNone}, crypt(auto, nil)},
+		{"not encrypted, luks2 wanted", &config.Storage{Encryption: luks2}, done(20*gib, nil)},
+		{"not encrypted, in a machine that has a TPM now", nil, done(20*gib, func(m *model) { m.boot(); withTPM(m) })},
+		{"encrypted, another key wanted", keys(service, file), crypt(*keys(service), nil)},
+		{"not encrypted, keys wanted", keys(service), done(20*gib, nil)},
 	}
 	var out strings.Builder
 	for _, tt := range tests {
@@ -254,6 +331,15 @@ func FuzzPlan(f *testing.F) {
 		g := &gen{data}
 		m := g.machine()
 		want := config.Storage{Wipe: wipe, StateSize: config.Size(64+g.n(200)) * mib, Disk: g.pick("system", "/dev/vda", "/dev/vdb", "/dev/sdz")}
+		want.Encryption = config.Encryption(g.pick("auto", "none", "luks2", "auto"))
+		if want.Encryption == config.EncryptionLUKS2 && g.n(2) == 1 {
+			want.Keys = []config.StorageKey{{Kind: config.KeyTPM}}
+			if g.n(2) == 1 {
+				want.Keys = []config.StorageKey{{Kind: config.KeyFile, Partition: "KEY"}}
+			}
+		}
+		m.TPM.TPM, m.TPM.Owned = g.n(2) == 1, g.n(4) == 1
+		m.TPM.Unusable = g.pick("", "", "no policy")
 		check := func(m *model, before State, what string) {
 			t.Helper()
 			have := ownContent(m.State)
@@ -277,6 +363,10 @@ func FuzzPlan(f *testing.F) {
 		through := m.clone()
 		err := through.run(t, &want)
 		check(through, start.State, "at once")
+		if slices.ContainsFunc(start.Disks, func(d Disk) bool { return slices.ContainsFunc(d.Partitions, Partition.encrypted) }) {
+			err = through.run(t, &want) // what was locked is seen only now
+			check(through, start.State, "at once")
+		}
 		rest, again := plan(want, through.State)
 		if len(rest) > 0 || fmt.Sprint(again) != fmt.Sprint(err) {
 			t.Fatalf("does not converge: left %v, error %v, at first %v", rest, again, err)
@@ -329,6 +419,15 @@ func (g *gen) content() probe.Result {
 	return r
 }
 
+// header is that of an encrypted partition.
+func (g *gen) header(v VolumeName) vault.Header {
+	h := vault.Header{UUID: "u", Offset: 16 * mib, Keys: []vault.Key{{Kind: vault.Recovery}}, Repair: g.pick("", "", "first copy"), Unusable: g.pick("", "", "", "damaged")}
+	if k := vault.Kind(g.pick("tpm", "keyFile", "state", "passphrase")); g.n(4) != 3 {
+		h.Keys = append(h.Keys, vault.Key{Slot: 1, Kind: k})
+	}
+	return h
+}
+
 func (g *gen) machine() *model {
 	disks := []Disk{g.disk("/dev/vda")}
 	disks[0].System = g.n(4) != 3 && disks[0].HasTable
@@ -374,6 +473,9 @@ func (g *gen) disk(device string) Disk {
 			if g.n(2) == 0 {
 				p.Content = probe.Result{Kind: probe.Ext4, Label: v.label, Size: size - 3*mib}
 			}
+		}
+		if p.encrypted() {
+			p.Content.Label, p.LUKS = "", g.header(v.name)
 		}
 		if _, twice := d.volume(v); twice && v.owns(p.Partition) {
 			continue

@@ -7,6 +7,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 // State is what one look found. It is data only: plan needs nothing else.
@@ -16,6 +17,7 @@ type State struct {
 	Volumes map[VolumeName]Space
 	// Entries has, for every mounted volume, what is in the place of each of its entries; see found.
 	Entries map[VolumeName]map[string]found
+	TPM     vault.Machine
 }
 
 // Disk is one whole disk.
@@ -54,6 +56,31 @@ type Partition struct {
 	KernelStart, KernelSize int64
 	Busy                    bool // mounted or part of another device
 	Content                 probe.Result
+
+	// LUKS is what the header of an encrypted partition says, and Why why it did not open when that was tried last.
+	LUKS vault.Header
+	Why  string
+	// Map is the open device over it; its Device is "" while there is none.
+	Map Map
+}
+
+// Map is the open device of an encrypted volume.
+type Map struct {
+	Device  string // "/dev/dm-1"
+	Dev     string // "253:1"
+	Size    int64  // bytes
+	Content probe.Result
+}
+
+// encrypted reports whether a partition holds LUKS, open or locked.
+func (p Partition) encrypted() bool { return p.Content.Kind == probe.LUKS }
+
+// data is where the file system of a volume is: on the partition, or on the open device over it. All is zero while that is locked.
+func (p Partition) data() Map {
+	if p.encrypted() {
+		return p.Map
+	}
+	return Map{p.Device, p.Dev, p.KernelSize, p.Content}
 }
 
 // Mount is a mounted file system that lies on a block device.
@@ -102,10 +129,11 @@ func (s State) mounted(target string) (Mount, bool) {
 	return Mount{}, false
 }
 
-// isMounted reports whether a volume's partition is mounted where it belongs.
+// isMounted reports whether a volume's partition, or the open device over it, is mounted where it belongs.
 func (s State) isMounted(v volume, p Partition) bool {
 	m, ok := s.mounted(v.target)
-	return ok && p.Dev != "" && m.Dev == p.Dev
+	dev := p.data().Dev
+	return ok && dev != "" && m.Dev == dev
 }
 
 // free is the space behind the last partition, in bytes: aligned, and before the backup copy of the table.

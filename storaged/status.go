@@ -11,6 +11,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 // maxMounts bounds the mounts in a status.
@@ -54,6 +55,8 @@ func status(have State, loop *controlv1.State) *storagev1.Status {
 	for _, m := range have.Mounts[:min(len(have.Mounts), maxMounts)] {
 		st.Mounts = append(st.Mounts, &storagev1.Mount{Source: m.Source, Target: m.Target, Filesystem: m.Filesystem, Options: m.Options})
 	}
+	t := have.TPM
+	st.Tpm = &storagev1.Tpm{Present: t.TPM, Unusable: t.Useless(), Capped: t.Capped, Owned: t.Owned, Epoch: uint32(t.Epoch), ImageEpoch: uint32(t.ImageEpoch)}
 	slices.SortStableFunc(st.Mounts, func(a, b *storagev1.Mount) int { return cmp.Compare(a.Target, b.Target) })
 	return st
 }
@@ -72,29 +75,56 @@ func volumeStatus(have State, v volume) *storagev1.Volume {
 	if !ok {
 		return out
 	}
-	out.Device, out.SizeBytes, out.Encryption = node(home.Device, p.Number), uint64(p.Size()), "none"
-	switch whole := p.Content.Kind == probe.Ext4 && p.Content.Label == v.label; {
+	out.Device, out.SizeBytes = node(home.Device, p.Number), uint64(p.Size())
+	if p.Attributes&unformatted != 0 {
+		out.Detail = "has a partition, which is not formatted yet"
+		return out
+	}
+	out.Encryption = "none"
+	if p.encrypted() {
+		out.Encryption, out.Keys = "luks2", keyStatus(v, p.LUKS)
+	}
+	data := p.data()
+	switch whole := data.Content.Kind == probe.Ext4 && data.Content.Label == v.label; {
 	case have.isMounted(v, p):
 		s := have.Volumes[v.name]
 		out.State, out.Filesystem = "mounted", "ext4"
 		out.SizeBytes, out.FreeBytes = uint64(s.Size), uint64(s.Free/mib*mib) // the newest few KiB are no change worth telling
-		if p.Content.Dirty {
+		switch {
+		case data.Content.Dirty:
 			out.Detail = "the file system has recorded errors; it is checked at the next boot"
+		case p.encrypted() && p.Why != "":
+			out.Detail = "it was unlocked by a person, because it did not open by itself: " + p.Why
 		}
-	case p.Attributes&unformatted != 0:
-		out.Detail = "has a partition, which is not formatted yet"
+	case p.encrypted() && p.LUKS.Unusable != "":
+		out.State, out.Detail = "error", p.LUKS.Unusable
+	case p.encrypted() && data.Device == "":
+		out.State, out.Detail = "locked", have.why(p)
 	case whole:
 		out.State, out.Filesystem = "formatted", "ext4"
 	default:
-		out.State, out.Detail = "error", "found "+p.Content.String()+" where the file system ext4 must be"
+		out.State, out.Detail = "error", "found "+data.Content.String()+" where the file system ext4 must be"
 	}
 	return out
+}
+
+// keyStatus lists what opens a volume.
+func keyStatus(v volume, h vault.Header) (out []*storagev1.Key) {
+	for _, k := range h.Keys {
+		out = append(out, keyOf(string(v.name), k))
+	}
+	return out
+}
+
+func keyOf(volume string, k vault.Key) *storagev1.Key {
+	return &storagev1.Key{Id: vault.ID(volume, k.Slot), Volume: volume, Kind: string(k.Kind), Detail: k.Detail}
 }
 
 // meters are the figures for Prometheus.
 type meters struct {
 	desired, observed, converged  *metrics.Vec
 	disks, volumeSize, volumeFree *metrics.Vec
+	locked, refused               *metrics.Vec
 }
 
 func newMeters(s *metrics.Set) meters {
@@ -104,6 +134,8 @@ func newMeters(s *metrics.Set) meters {
 		converged:  s.Gauge("bulkhead_storaged_converged", "1 if the last round found nothing left to do."),
 		disks:      s.Gauge("bulkhead_storaged_disks", "Disks that are seen."),
 		volumeSize: s.Gauge("bulkhead_storaged_volume_size_bytes", "Size of a mounted volume's file system.", "volume"),
+		locked:     s.Gauge("bulkhead_storaged_volume_locked", "1 if an encrypted volume is not open.", "volume"),
+		refused:    s.Counter("bulkhead_storaged_unlocks_refused_total", "Wrong keys that were shown to open a volume."),
 		volumeFree: s.Gauge("bulkhead_storaged_volume_free_bytes", "What programs other than root may still write to a mounted volume.", "volume"),
 	}
 }
@@ -119,7 +151,11 @@ func (m meters) set(st *storagev1.Status, desired uint64) {
 	m.disks.Set(float64(len(st.Disks)))
 	m.volumeSize.Reset()
 	m.volumeFree.Reset()
+	m.locked.Reset()
 	for _, v := range st.Volumes {
+		if v.Encryption == "luks2" {
+			m.locked.Set(map[bool]float64{true: 1}[v.State == "locked"], v.Name)
+		}
 		if v.State == "mounted" {
 			m.volumeSize.Set(float64(v.SizeBytes), v.Name)
 			m.volumeFree.Set(float64(v.FreeBytes), v.Name)

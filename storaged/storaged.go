@@ -1,5 +1,5 @@
-// Package storaged is the daemon for disks: it sees them all, makes STATE and VAR on one of them, grows VAR, and is the only daemon
-// that mounts.
+// Package storaged is the daemon for disks: it sees them all, makes STATE and VAR on one of them, encrypted if that is wanted, opens and grows
+// them, and is the only daemon that mounts.
 //
 // It may write to any disk, so everything that decides is pure (plan.go) and everything that acts looks once more (kernel.go,
 // volume.go). Two rules stand above what a user asks for: what holds data is never formatted unless Storage.wipe allows it, and
@@ -21,7 +21,10 @@ import (
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 // Config is fixed for the life of the process.
@@ -46,6 +49,9 @@ type Daemon struct {
 	loop   *reconcile.Loop[config.Storage, State, Step]
 	status latest.Cell[*storagev1.Status]
 	meters meters
+	vault  *vault.Vault
+	folder folderOf
+	slow   chan struct{} // slots for answers to wrong keys
 }
 
 // Run is storaged as cmd/bulkheadd calls it.
@@ -62,11 +68,15 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Env.Listen == nil || cfg.Env.Log == nil || cfg.Env.Metrics == nil {
 		return nil, errors.New("storaged: Env.Listen, Env.Log and Env.Metrics are required")
 	}
-	return newDaemon(cfg, newLinux(cfg.Env.Log)), nil
+	v := nodeVault(nil)
+	l := newLinux(cfg.Env.Log, v)
+	return newDaemon(cfg, l, v, l.folder), nil
 }
 
-func newDaemon(cfg Config, k kernel) *Daemon {
-	d := &Daemon{env: cfg.Env, log: cfg.Env.Log, kernel: k, meters: newMeters(cfg.Env.Metrics)}
+func newDaemon(cfg Config, k kernel, v *vault.Vault, folder folderOf) *Daemon {
+	d := &Daemon{
+		env: cfg.Env, log: cfg.Env.Log, kernel: k, meters: newMeters(cfg.Env.Metrics), vault: v, folder: folder, slow: make(chan struct{}, wrongProofs),
+	}
 	d.status.Set(&storagev1.Status{})
 	d.loop = reconcile.New(reconcile.System[config.Storage, State, Step]{
 		Parse: parse, Observe: k.Read, Plan: plan, Bare: planBare, Apply: k.Do, Report: d.report,
@@ -94,8 +104,12 @@ func (d *Daemon) Run(ctx context.Context) error {
 }
 
 func (d *Daemon) serve(ctx context.Context) error {
-	return daemon.Serve(ctx, d.env, nil, func(s *grpc.Server) {
+	list := peer.List{storagev1.Boot_ServiceDesc.ServiceName: {uid.Updated}}
+	return daemon.Serve(ctx, d.env, list, func(s *grpc.Server) {
 		storagev1.RegisterStorageServer(s, &server{d: d})
+		storagev1.RegisterUnlockServer(s, unlockServer{d: d})
+		storagev1.RegisterKeysServer(s, keyServer{d: d})
+		storagev1.RegisterBootServer(s, bootServer{d: d})
 		controlv1.RegisterControlServer(s, &reconcile.Control[config.Storage, State, Step]{Loop: d.loop, Metrics: d.env.Metrics})
 	})
 }

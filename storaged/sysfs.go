@@ -116,6 +116,7 @@ func (l *linux) disk(name string, used map[string]bool) Disk {
 	}
 	for i := range d.Partitions {
 		l.probe(&d.Partitions[i])
+		l.crypt(&d.Partitions[i])
 	}
 	return d
 }

@@ -80,7 +80,7 @@ const sysTree = `
 `
 
 func TestDisks(t *testing.T) {
-	l := newLinux(slog.New(slog.DiscardHandler))
+	l := newLinux(slog.New(slog.DiscardHandler), noVault(t.TempDir()))
 	l.sys, l.dev, l.proc = fakeSys(t, sysTree), t.TempDir(), t.TempDir()
 	for _, dev := range []string{"253:0", "254:1", "254:0", "0:27", "9:9", ""} {
 		l.rootDev = func() string { return dev }
@@ -114,7 +114,7 @@ func TestDisks(t *testing.T) {
 // Without a root on a block device, the kernel's command line tells.
 func TestSystemByGUID(t *testing.T) {
 	hash := "00112233445566778899aabbccddeeff" + strings.Repeat("0", 32)
-	l := newLinux(slog.New(slog.DiscardHandler))
+	l := newLinux(slog.New(slog.DiscardHandler), noVault(t.TempDir()))
 	l.sys, l.proc = t.TempDir(), t.TempDir()
 	l.rootDev = func() string { return "0:27" }
 	d := imageDisk("/dev/vdb", 4*gib)

@@ -76,7 +76,7 @@ func erase(f *os.File, size int64) error {
 // mkfs formats a volume that the table marks as unformatted, and only such a one, and then takes the mark away. Until the last
 // moment a power cut leaves the mark, and everything is done again.
 func (l *linux) mkfs(ctx context.Context, s Step) error {
-	p, _, err := l.inKernel(s)
+	p, m, err := l.dataOf(s)
 	if err != nil {
 		return err
 	}
@@ -84,20 +84,20 @@ func (l *linux) mkfs(ctx context.Context, s Step) error {
 	if p.Attributes&unformatted == 0 {
 		return nil // done
 	}
-	f, err := os.OpenFile(s.Device, os.O_RDWR|unix.O_EXCL, 0) // refused if it is in use
+	f, err := os.OpenFile(m.Device, os.O_RDWR|unix.O_EXCL, 0) // refused if it is in use
 	if err != nil {
 		return err
 	}
-	err = errors.Join(erase(f, s.Size), f.Close())
+	err = errors.Join(erase(f, m.Size), f.Close())
 	if err != nil {
 		return err
 	}
 	if _, err := run(ctx, mkfsTime, "mkfs.ext4", "-F", "-q", "-L", v.label, "-b", fmt.Sprint(blockSize), "-i", fmt.Sprint(bytesInode),
 		"-m", fmt.Sprint(v.reserved), "-e", "remount-ro", "-O", "metadata_csum,64bit",
-		"-E", "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1", s.Device); err != nil {
+		"-E", "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1", m.Device); err != nil {
 		return err
 	}
-	if r, err := flushAndProbe(s.Device, s.Size); err != nil || r.Kind != probe.Ext4 || r.Label != v.label {
+	if r, err := flushAndProbe(m.Device, m.Size); err != nil || r.Kind != probe.Ext4 || r.Label != v.label {
 		return errors.Join(fmt.Errorf("found %s afterwards", r), err)
 	}
 	return l.table(s.Disk, func(_ *os.File, t *gpt.Table) error {
@@ -134,33 +134,52 @@ func fsck(ctx context.Context, device string) error {
 // mount mounts a volume that is whole. The journal is the kernel's business; only if the kernel says that the file system is damaged
 // is it checked first.
 func (l *linux) mount(ctx context.Context, s Step) error {
-	p, k, err := l.inKernel(s)
+	p, m, err := l.dataOf(s)
 	if err != nil {
 		return err
 	}
 	v := volumeNamed(s.Volume)
 	if p.Attributes&unformatted != 0 {
-		return fmt.Errorf("%w (%s has no file system)", reconcile.ErrSkipped, s.Device)
+		return fmt.Errorf("%w (%s has no file system)", reconcile.ErrSkipped, s.on())
 	}
-	if fd, err := l.openVolume(v, k.Dev); err == nil {
+	if fd, err := l.openVolume(v, m.Dev); err == nil {
 		return unix.Close(fd) // done
 	}
-	if l.probe(&k); k.Content.Kind != probe.Ext4 || k.Content.Label != v.label {
-		return fmt.Errorf("found %s where the file system ext4 %q must be", k.Content, v.label)
+	content, err := probeDevice(m)
+	if err != nil {
+		return err
+	}
+	if content.Kind != probe.Ext4 || content.Label != v.label {
+		return fmt.Errorf("found %s where the file system ext4 %q must be", content, v.label)
+	}
+	if content.Dirty { // what was locked until now could not be seen when this was planned
+		if err := fsck(ctx, m.Device); err != nil {
+			return err
+		}
 	}
 	flags := uintptr(0)
 	for _, o := range strings.Split(v.options, ",") {
 		flags |= map[string]uintptr{"nosuid": unix.MS_NOSUID, "nodev": unix.MS_NODEV, "noexec": unix.MS_NOEXEC}[o]
 	}
 	target := filepath.Join(l.root, v.target)
-	err = unix.Mount(s.Device, target, "ext4", flags, "")
+	err = unix.Mount(m.Device, target, "ext4", flags, "")
 	if errors.Is(err, unix.EUCLEAN) || errors.Is(err, unix.EFSBADCRC) {
-		if err := fsck(ctx, s.Device); err != nil {
+		if err := fsck(ctx, m.Device); err != nil {
 			return err
 		}
-		err = unix.Mount(s.Device, target, "ext4", flags, "")
+		err = unix.Mount(m.Device, target, "ext4", flags, "")
 	}
 	return err
+}
+
+// probeDevice looks at what lies on a device.
+func probeDevice(m Map) (probe.Result, error) {
+	f, err := os.Open(m.Device)
+	if err != nil {
+		return probe.Result{}, err
+	}
+	defer f.Close()
+	return probe.Read(f, m.Size)
 }
 
 // openVolume opens a volume's top folder, if that device and no other is mounted there. The caller closes it at once: an open file
@@ -180,16 +199,16 @@ func (l *linux) openVolume(v volume, dev string) (int, error) {
 
 // growFS makes a mounted file system as large as its partition.
 func (l *linux) growFS(s Step) error {
-	_, k, err := l.inKernel(s)
+	_, m, err := l.dataOf(s)
 	if err != nil {
 		return err
 	}
-	fd, err := l.openVolume(volumeNamed(s.Volume), k.Dev)
+	fd, err := l.openVolume(volumeNamed(s.Volume), m.Dev)
 	if err != nil {
 		return fmt.Errorf("%w (%w)", reconcile.ErrSkipped, err)
 	}
 	defer unix.Close(fd)
-	return resizeExt4(fd, uint64(k.KernelSize/blockSize))
+	return resizeExt4(fd, uint64(m.Size/blockSize))
 }
 
 // openBeneath opens a folder below another one, and never goes over a symbolic link or a mount: whoever is root in a pod can put
@@ -204,11 +223,11 @@ func openBeneath(root int, rel string) (int, error) {
 // entry makes one entry, or gives a folder its owner and mode back.
 func (l *linux) entry(s Step) error {
 	e := s.Entry
-	_, k, err := l.inKernel(s)
+	_, m, err := l.dataOf(s)
 	if err != nil {
 		return err
 	}
-	root, err := l.openVolume(volumeNamed(e.volume), k.Dev)
+	root, err := l.openVolume(volumeNamed(e.volume), m.Dev)
 	if err != nil {
 		return fmt.Errorf("%w (%w)", reconcile.ErrSkipped, err)
 	}

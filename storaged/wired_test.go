@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -20,6 +21,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 var probeEmpty = probe.Result{Kind: probe.Empty}
@@ -49,6 +51,11 @@ func (f *fake) Watch(ctx context.Context, _ func()) error {
 
 // serve runs a storaged on a model; callers are whom who says.
 func serve(t *testing.T, m *model, who uid.ID) *grpc.ClientConn {
+	return serveKernel(t, &fake{m: m}, noVault(t.TempDir()), t.TempDir(), func(net.Conn) (uid.ID, error) { return who, nil })
+}
+
+// serveKernel runs a storaged on a kernel with a vault of its own; folder is storaged's on STATE.
+func serveKernel(t *testing.T, k kernel, v *vault.Vault, folder string, who func(net.Conn) (uid.ID, error)) *grpc.ClientConn {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", path)
@@ -57,8 +64,8 @@ func serve(t *testing.T, m *model, who uid.ID) *grpc.ClientConn {
 	}
 	d := newDaemon(Config{Env: daemon.Env{
 		Name: "storaged", Log: slog.New(slog.DiscardHandler), Listen: l, Ready: func() {}, Metrics: metrics.New("storaged"),
-		Who: func(net.Conn) (uid.ID, error) { return who, nil },
-	}}, &fake{m: m})
+		Who: who,
+	}}, k, v, func(State) (*os.Root, error) { return os.OpenRoot(folder) })
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- d.Run(ctx) }()

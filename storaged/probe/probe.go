@@ -24,6 +24,7 @@ const (
 	GPT     Kind = "gpt"
 	MBR     Kind = "mbr"
 	Ext4    Kind = "ext4"
+	LUKS    Kind = "luks"
 )
 
 // Result is what was found. The zero value says that nobody looked.
@@ -67,8 +68,9 @@ type magic struct {
 
 // magics is in the order of trust: a container's before what may have been left behind under it.
 var magics = []magic{
-	{kind: "luks", at: 0, want: "LUKS\xba\xbe"},
-	{kind: "luks", at: 0x4000, want: "SKUL\xba\xbe"}, // LUKS2's second header, for the smallest size of the first
+	{kind: LUKS, at: 0, want: "LUKS\xba\xbe"},
+	{kind: LUKS, at: 0x4000, want: "SKUL\xba\xbe"}, // LUKS2's second header, for the smallest size of the first,
+	{kind: LUKS, at: 0x8000, want: "SKUL\xba\xbe"}, // and for ours
 	{kind: "bitlocker", at: 3, want: "-FVE-FS-"},
 	{kind: "lvm", at: 512 + 24, want: "LVM2 001"},
 	{kind: "lvm", at: 24, want: "LVM2 001"},

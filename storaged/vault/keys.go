@@ -21,6 +21,17 @@ type Wish struct {
 	Address, Pin        string // Service
 }
 
+// String is for people.
+func (w Wish) String() string {
+	switch w.Kind {
+	case KeyFile:
+		return fmt.Sprintf("%s (%s)", w.Kind, tokenFile{w.Partition, w.Firmware})
+	case Service:
+		return fmt.Sprintf("%s (%s)", w.Kind, w.Address)
+	}
+	return string(w.Kind)
+}
+
 // Is reports whether a key is what the wish is for, as far as one can see.
 func (w Wish) Is(k Key) bool {
 	if k.Kind != w.Kind {

@@ -18,11 +18,19 @@ import (
 // Machine is what was seen of the TPM and of the image that runs.
 type Machine struct {
 	TPM        bool   // there is one
-	Unusable   string // why no key can be sealed to it; "" if one can
+	Unusable   string // why no key can be sealed to it; see Useless
 	Capped     bool   // PCR 11 was capped by us
 	Owned      bool   // the owner's authorisation is set
 	Epoch      int    // of the TPM; 0: none yet
 	ImageEpoch int    // of the image; 0: it has none
+}
+
+// Useless says why no key can be sealed to the TPM; "" if one can.
+func (m Machine) Useless() string {
+	if !m.TPM {
+		return "the machine has no TPM 2.0"
+	}
+	return m.Unusable
 }
 
 // Names of files. The first two are PID 1's, from /.extra; nothing else of that is looked at.
@@ -125,7 +133,6 @@ func (v *Vault) Machine() Machine {
 	m := Machine{Unusable: v.noPCR, ImageEpoch: v.image.Epoch}
 	t, err := v.cfg.TPM()
 	if errors.Is(err, fs.ErrNotExist) {
-		m.Unusable = "the machine has no TPM 2.0"
 		return m
 	}
 	m.TPM = true

@@ -19,8 +19,9 @@ var ErrProof = errors.New("the key is wrong")
 // tpmTries is how often the TPM is asked: another program may use it, or it may be busy. A refusal is not repeated.
 const tpmTries = 3
 
-// Open opens a volume by whatever opens it without a person. folder is storaged's own on STATE; nil while STATE is not mounted.
-// If nothing does, the error has a reason for each, and Why keeps it.
+// Open opens a volume by what opens it without a person: STATE by TPM, file or server, others by the key on STATE and by nothing else, for who
+// can write to the disk can give them a header of his own. folder is storaged's own on STATE; nil while that is not mounted. If nothing
+// opens it, the error has a reason for each, and Why keeps it.
 func (v *Vault) Open(ctx context.Context, t Target, folder *os.Root) error {
 	f, h, err := header(t)
 	if err != nil {
@@ -28,7 +29,11 @@ func (v *Vault) Open(ctx context.Context, t Target, folder *os.Root) error {
 	}
 	defer f.Close()
 	var reasons []string
-	for _, k := range []Kind{TPM, State, KeyFile, Service} { // from quick to slow
+	kinds := []Kind{TPM, KeyFile, Service} // from quick to slow
+	if t.Name != "STATE" {
+		kinds = []Kind{State}
+	}
+	for _, k := range kinds {
 		for _, token := range tokens(h, k) {
 			key, err := v.fetch(ctx, token, folder)
 			if err == nil {

@@ -56,8 +56,8 @@ type Header struct {
 }
 
 // Has reports whether there is a key of this kind.
-func (h *Header) Has(k Kind) bool {
-	return h != nil && slices.ContainsFunc(h.Keys, func(x Key) bool { return x.Kind == k })
+func (h Header) Has(k Kind) bool {
+	return slices.ContainsFunc(h.Keys, func(x Key) bool { return x.Kind == k })
 }
 
 // Target is an encrypted partition, or one that is to be.
@@ -171,11 +171,15 @@ func ParseID(id string) (volume string, slot int, err error) {
 	return volume, slot, nil
 }
 
-// Why says why a volume did not open when it was last tried; "" if it was not, or did.
+// Why says why a volume did not open when it was last tried; "" if it was not, or did. Of STATE it is known over restarts of the process.
 func (v *Vault) Why(volume string) string {
 	v.mu.Lock()
-	defer v.mu.Unlock()
-	return v.why[volume]
+	why := v.why[volume]
+	v.mu.Unlock()
+	if why == "" && volume == "STATE" {
+		return v.lastWhy()
+	}
+	return why
 }
 
 func (v *Vault) setWhy(volume, text string) {
