@@ -37,7 +37,7 @@ const (
 
 // roleNames are the roles as credentials write them.
 var roleNames = map[authv1.Role]string{
-	authv1.Role_ADMIN: "admin", authv1.Role_OPERATOR: "operator", authv1.Role_READER: "reader", authv1.Role_ETCD_BACKUP: "etcd-backup",
+	authv1.Role_ADMIN: "admin", authv1.Role_OPERATOR: "operator", authv1.Role_READER: "reader", authv1.Role_ETCD_BACKUP: "etcd-backup", authv1.Role_UNLOCK: "admin",
 }
 
 // holders lists, for a role that a method needs, who holds it. What is not in it is held by nobody.
@@ -46,6 +46,7 @@ var holders = map[authv1.Role][]string{
 	authv1.Role_OPERATOR:    {"operator", "admin"},
 	authv1.Role_ADMIN:       {"admin"},
 	authv1.Role_ETCD_BACKUP: {"etcd-backup"},
+	authv1.Role_UNLOCK:      {"admin"}, // while the owner is known
 }
 
 // holds reports whether one of the caller's roles is among those that a method needs.
@@ -63,16 +64,28 @@ func holds(roles []string, need []authv1.Role) bool {
 // errStranger is the only thing that callers without credentials learn.
 var errStranger = errs.New(errs.Unauthenticated, "no valid credentials: call with a client certificate or a bearer token of this cluster")
 
+// errLocked is what everybody learns while STATE is locked.
+var errLocked = errs.New(errs.Precondition, "the node's volume STATE is locked, so it is not known who may call; unlock it with its recovery key: bhctl unlock")
+
 // errNoMethod is what callers with credentials get for methods that are not there, or for daemons only.
 var errNoMethod = status.Error(codes.Unimplemented, "there is no such method for callers from outside of the node")
 
 // allow decides about one call. r is nil for methods without a route. It is pure.
-func allow(r *route, who identity, authErr error, claimed bool) error {
+func allow(r *route, who identity, authErr error, trust *trustv1.TrustState) error {
 	if r != nil && slices.Contains(r.need, authv1.Role_CLAIM) {
-		if claimed {
+		switch {
+		case trust.GetClaimed():
 			return errs.New(errs.Precondition, "this node has an owner already; ask them for credentials")
+		case trust.GetLocked():
+			return errs.New(errs.Precondition, "the node's volume STATE is locked, so its owner is not known; unlock it with its recovery key: bhctl unlock")
 		}
 		return nil
+	}
+	if trust.GetLocked() { // nobody can be recognised, but who has the key
+		if r != nil && slices.Contains(r.need, authv1.Role_UNLOCK) {
+			return nil
+		}
+		return errLocked
 	}
 	if authErr != nil {
 		return authErr

@@ -58,6 +58,7 @@ func TestAllow(t *testing.T) {
 	read := &route{service: "s", method: "Get", need: []authv1.Role{authv1.Role_READER}}
 	change := &route{service: "s", method: "Set", need: []authv1.Role{authv1.Role_OPERATOR, authv1.Role_ADMIN}}
 	claim := &route{service: "trust.v1.Claim", method: "Claim", need: []authv1.Role{authv1.Role_CLAIM}}
+	unlock := &route{service: "storage.v1.Unlock", method: "Unlock", need: []authv1.Role{authv1.Role_UNLOCK}}
 	for _, c := range []struct {
 		name    string
 		route   *route
@@ -67,6 +68,10 @@ func TestAllow(t *testing.T) {
 		kind    errs.Kind
 		text    string // "": allowed
 	}{
+		{"unlock before the claim", unlock, nil, errStranger, false, errs.Unauthenticated, errStranger.Error()},
+		{"unlock by a stranger", unlock, nil, errStranger, true, errs.Unauthenticated, errStranger.Error()},
+		{"unlock by an operator", unlock, []string{"operator"}, nil, true, errs.Denied, `/storage.v1.Unlock/Unlock needs role admin; "ann" has operator, no other`},
+		{"unlock by an administrator", unlock, []string{"admin"}, nil, true, 0, ""},
 		{"reader reads", read, []string{"reader"}, nil, true, 0, ""},
 		{"reader changes", change, []string{"reader"}, nil, true, errs.Denied, `/s/Set needs role operator or admin; "ann" has reader, no other`},
 		{"nobody reads", read, nil, errStranger, true, errs.Unauthenticated, errStranger.Error()},
@@ -76,9 +81,15 @@ func TestAllow(t *testing.T) {
 		{"claim of an owned node", claim, nil, errStranger, true, errs.Precondition, "this node has an owner already; ask them for credentials"},
 		{"read before the claim", read, nil, errStranger, false, errs.Unauthenticated, errStranger.Error()},
 	} {
-		err := allow(c.route, identity{name: "ann", roles: c.roles}, c.auth, c.claimed)
+		err := allow(c.route, identity{name: "ann", roles: c.roles}, c.auth, &trustv1.TrustState{Claimed: c.claimed})
 		if c.text == "" && err != nil || c.text != "" && (errs.Text(err) != c.text || errs.Of(err) != c.kind) {
 			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	locked := &trustv1.TrustState{Locked: true}
+	for r, allowed := range map[*route]bool{unlock: true, claim: false, read: false, change: false, nil: false} {
+		if err := allow(r, identity{}, errStranger, locked); (err == nil) != allowed || err != nil && !strings.Contains(err.Error(), "bhctl unlock") {
+			t.Errorf("while STATE is locked, %v: %v", r, err)
 		}
 	}
 }

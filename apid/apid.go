@@ -2,7 +2,7 @@
 // writes the audit log and passes the call on, byte by byte, to the daemon that serves it.
 //
 // It has no capability, no network but the listener that PID 1 hands it, and no state but what trustd tells it. It must not
-// know what is in a message, but for trust.v1.Claim, into which it puts what ties the claim to its connection.
+// know what is in a message, but for trust.v1.Claim and storage.v1.Unlock, into which it puts what ties them to their connection.
 package apid
 
 import (

@@ -1,6 +1,7 @@
 package apid
 
 import (
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/tls"
@@ -25,10 +26,13 @@ import (
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/internal/unlock"
 )
 
 func getVersion(ctx context.Context, conn *grpc.ClientConn, opts ...grpc.CallOption) error {
@@ -97,6 +101,82 @@ func TestClaimBindingIsApids(t *testing.T) {
 	wantCode(t, "claim with a binding of one's own", err, codes.Unauthenticated)
 	_, err = trustv1.NewClaimClient(n.as(uid.Gateway)).Claim(n.ctx(), &trustv1.ClaimRequest{})
 	wantCode(t, "claim through gateway", err, codes.Unauthenticated)
+}
+
+// fakeStoraged is locked, and knows one recovery key.
+type fakeStoraged struct {
+	storagev1.UnimplementedUnlockServer
+	verifier []byte
+	bindings [][]byte
+}
+
+func (f *fakeStoraged) Challenge(_ context.Context, r *storagev1.ChallengeRequest) (*storagev1.ChallengeResponse, error) {
+	f.bindings = append(f.bindings, r.GetChannelBinding())
+	return &storagev1.ChallengeResponse{
+		Challenges: []*storagev1.Challenge{{Kind: unlock.Recovery, Proof: unlock.NodeProof(f.verifier, r.GetChannelBinding())}}, Reasons: []string{"STATE: tpm: cleared"},
+	}, nil
+}
+
+func (f *fakeStoraged) Unlock(_ context.Context, r *storagev1.UnlockRequest) (*storagev1.UnlockResponse, error) {
+	if !unlock.Equal(r.GetProof(), unlock.CallerProof(f.verifier, r.GetChannelBinding())) {
+		return nil, errs.New(errs.Unauthenticated, "the key is wrong")
+	}
+	return &storagev1.UnlockResponse{Volumes: []string{"STATE", "VAR"}}, nil
+}
+
+// waitTrust waits until apid has heard of something from trustd.
+func (n *node) waitTrust(is func(*trustv1.TrustState) bool) {
+	n.t.Helper()
+	for ctx := n.ctx(); ; {
+		r, changed := n.daemon.trust.Roots()
+		if is(r.State) {
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			n.t.Fatal("trust does not arrive")
+		}
+	}
+}
+
+// While STATE is locked, whoever has its key opens it, and nobody else can do anything.
+func TestUnlock(t *testing.T) {
+	n := newNode(t, false)
+	n.trustd.state.Set(&trustv1.TrustState{Locked: true})
+	key := string(unlock.NewRecoveryKey())
+	f := &fakeStoraged{verifier: unlock.Verifier(unlock.Recovery, []byte(key), nil)}
+	n.serve(n.bind("storaged"), func(s *grpc.Server) { storagev1.RegisterUnlockServer(s, f) })
+	ctx := n.ctx()
+	n.waitTrust((*trustv1.TrustState).GetLocked)
+	wantCode(t, "anything else", getVersion(ctx, n.strangerConn()), codes.FailedPrecondition)
+	_, err := client.Claim(ctx, n.address, claimCode, "")
+	wantCode(t, "claim", err, codes.FailedPrecondition)
+	_, err = client.Unlock(ctx, n.address, unlock.Recovery, string(unlock.NewRecoveryKey()), client.Credentials{})
+	if err == nil || !strings.Contains(err.Error(), "was not sent") || !strings.Contains(err.Error(), "tpm: cleared") {
+		t.Errorf("a wrong key: %v", err)
+	}
+	if got, err := client.Unlock(ctx, n.address, unlock.Recovery, strings.ToLower(key), client.Credentials{}); err != nil || len(got) != 2 {
+		t.Errorf("got %v, %v", got, err)
+	}
+	// What a client says about its binding does not count, and there is no way without one.
+	mine := make([]byte, unlock.BindingSize)
+	_, err = storagev1.NewUnlockClient(n.strangerConn()).Unlock(ctx, &storagev1.UnlockRequest{ChannelBinding: mine, Kind: unlock.Recovery, Proof: unlock.CallerProof(f.verifier, mine)})
+	wantCode(t, "a binding of one's own", err, codes.Unauthenticated)
+	_, err = storagev1.NewUnlockClient(n.as(uid.Gateway)).Challenge(ctx, &storagev1.ChallengeRequest{})
+	wantCode(t, "through gateway", err, codes.Unauthenticated)
+	if bytes.Equal(f.bindings[0], f.bindings[1]) || len(f.bindings[0]) != unlock.BindingSize {
+		t.Errorf("bindings %x", f.bindings)
+	}
+
+	n.trustd.own()
+	n.waitTrust((*trustv1.TrustState).GetClaimed)
+	_, err = client.Unlock(ctx, n.address, unlock.Recovery, key, client.Credentials{})
+	wantCode(t, "once the owner is known, by a stranger", err, codes.Unauthenticated)
+	admin := n.trustd.certificate(n.trustd.ca, "ann", "admin", -time.Minute, time.Hour)
+	if got, err := client.Unlock(ctx, n.address, unlock.Recovery, key, admin); err != nil || len(got) != 2 {
+		t.Errorf("by an administrator: %v, %v", got, err)
+	}
 }
 
 func TestCredentials(t *testing.T) {

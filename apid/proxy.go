@@ -16,11 +16,13 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/unlock"
 )
 
 const (
@@ -31,7 +33,7 @@ const (
 	// backendWindow is how much a daemon may send ahead of a slow client, per call and per daemon.
 	backendWindow     = 128 << 10
 	backendConnWindow = 1 << 20
-	maxClaims         = 64 // calls without an identity, at once
+	maxClaims         = 64 // calls that need no identity, at once
 )
 
 // backendOptions are those of connections to daemons.
@@ -45,7 +47,7 @@ func backendOptions() []grpc.DialOption {
 // frame is one message as it came from the wire. It is sent exactly once, which passes its buffers on.
 type frame struct{ data mem.BufferSlice }
 
-// raw is a codec that leaves frames alone and knows protobuf for all else (health, reflection, claim).
+// raw is a codec that leaves frames alone and knows protobuf for all else (health, reflection, claim, unlock).
 type raw struct{ proto encoding.CodecV2 }
 
 func newRaw() raw { return raw{encoding.GetCodecV2("proto")} }
@@ -77,8 +79,8 @@ func (d *Daemon) forward(stop context.Context, in grpc.ServerStream) error {
 	}
 	ctx, cancel := context.WithCancel(in.Context())
 	defer cancel()
-	if c.claim {
-		return d.forwardClaim(ctx, in, c)
+	if c.bound {
+		return d.forwardBound(ctx, in, c)
 	}
 	if !c.route.stream.ServerStreams && !c.route.stream.ClientStreams {
 		return d.forwardUnary(ctx, in, c)
@@ -173,8 +175,8 @@ func both(in grpc.ServerStream, out grpc.ClientStream, cancel context.CancelFunc
 	return answers(in, out)
 }
 
-// forwardClaim puts the binding of the caller's TLS connection into the request: that, and not what a caller sends, counts.
-func (d *Daemon) forwardClaim(ctx context.Context, in grpc.ServerStream, c *call) error {
+// forwardBound puts the binding of the caller's TLS connection into a claim or an unlocking: that, and not what a caller sends, counts.
+func (d *Daemon) forwardBound(ctx context.Context, in grpc.ServerStream, c *call) error {
 	if c.conn == nil {
 		return errStranger
 	}
@@ -182,22 +184,50 @@ func (d *Daemon) forwardClaim(ctx context.Context, in grpc.ServerStream, c *call
 	case d.claims <- struct{}{}:
 		defer func() { <-d.claims }()
 	default:
-		return errs.New(errs.Exhausted, "too many claims at once; try again")
+		return errs.New(errs.Exhausted, "too many calls without an identity at once; try again")
 	}
-	req := &trustv1.ClaimRequest{}
-	if err := in.RecvMsg(req); err != nil {
+	bind := unlock.Binding
+	if c.route.service == trustv1.Claim_ServiceDesc.ServiceName {
+		bind = claim.Binding
+	}
+	binding, err := bind(c.conn.state)
+	if err != nil {
+		return fmt.Errorf("%s: %w", c.route.name(), err)
+	}
+	daemon := d.conns[c.route.daemon]
+	switch c.route.name() {
+	case trustv1.Claim_Claim_FullMethodName:
+		r := &trustv1.ClaimRequest{}
+		return exchange(in, r, func() (proto.Message, error) {
+			r.ChannelBinding = binding
+			return trustv1.NewClaimClient(daemon).Claim(ctx, r)
+		})
+	case storagev1.Unlock_Challenge_FullMethodName:
+		r := &storagev1.ChallengeRequest{}
+		return exchange(in, r, func() (proto.Message, error) {
+			r.ChannelBinding = binding
+			return storagev1.NewUnlockClient(daemon).Challenge(ctx, r)
+		})
+	case storagev1.Unlock_Unlock_FullMethodName:
+		r := &storagev1.UnlockRequest{}
+		return exchange(in, r, func() (proto.Message, error) {
+			r.ChannelBinding = binding
+			return storagev1.NewUnlockClient(daemon).Unlock(ctx, r)
+		})
+	}
+	return errNoMethod
+}
+
+// exchange receives the request, makes the call, and sends the answer.
+func exchange(in grpc.ServerStream, request proto.Message, do func() (proto.Message, error)) error {
+	if err := in.RecvMsg(request); err != nil {
 		return err
 	}
-	binding, err := claim.Binding(c.conn.state)
-	if err != nil {
-		return fmt.Errorf("claim: %w", err)
-	}
-	req.ChannelBinding = binding
-	resp, err := trustv1.NewClaimClient(d.conns[c.route.daemon]).Claim(ctx, req)
+	answer, err := do()
 	if err != nil {
 		return err
 	}
-	return in.SendMsg(proto.Message(resp))
+	return in.SendMsg(answer)
 }
 
 // codeOf returns the status code under which an outcome is counted and logged.

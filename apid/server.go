@@ -49,7 +49,7 @@ type call struct {
 	conn   *tlsConn // nil: over the Unix socket
 	peer   string   // address, or "gateway"
 	start  time.Time
-	claim  bool
+	bound  bool // the request gets what ties it to its connection
 }
 
 type callKey struct{}
@@ -165,10 +165,10 @@ func (d *Daemon) enter(ctx context.Context, c *call) error {
 	if authErr == nil && c.conn != nil && c.conn.conn != nil {
 		c.conn.conn.Know()
 	}
-	if err := allow(c.route, c.who, authErr, roots.State.GetClaimed()); err != nil {
+	if err := allow(c.route, c.who, authErr, roots.State); err != nil {
 		return err
 	}
-	c.claim = slices.Contains(c.route.need, authv1.Role_CLAIM)
+	c.bound = slices.Contains(c.route.need, authv1.Role_CLAIM) || slices.Contains(c.route.need, authv1.Role_UNLOCK)
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < leastTime {
 		return status.Error(codes.DeadlineExceeded, "less than "+leastTime.String()+" were left when the call arrived")
 	}

@@ -98,7 +98,7 @@ func (p *planner) unlocked(v volume, q Partition) bool {
 	}
 	switch {
 	case q.Map.Device != "":
-	case p.opens(v, q.LUKS):
+	case v.name == VarVolume && p.state && q.LUKS.Has(vault.State), v.name == StateVolume && p.have.opens(q.LUKS):
 		p.add(p.step(opOpen, v, q))
 	case v.name == VarVolume && !p.state:
 		return false // the error is STATE's
@@ -122,12 +122,9 @@ func (s State) why(q Partition) string {
 	return "it has only keys that people have"
 }
 
-// opens reports whether there is something that may open a volume without a person.
-func (p *planner) opens(v volume, h vault.Header) bool {
-	if v.name == VarVolume {
-		return p.state && h.Has(vault.State)
-	}
-	return h.Has(vault.KeyFile) || h.Has(vault.Service) || h.Has(vault.TPM) && p.have.TPM.TPM && !p.have.TPM.Capped
+// opens reports whether there is something that may open STATE without a person.
+func (s State) opens(h vault.Header) bool {
+	return h.Has(vault.KeyFile) || h.Has(vault.Service) || h.Has(vault.TPM) && s.TPM.TPM && !s.TPM.Capped
 }
 
 // plain looks at a volume that is not encrypted and was formatted.

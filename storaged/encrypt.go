@@ -229,11 +229,13 @@ func (s State) targets(open bool) (out []vault.Target) {
 	return out
 }
 
-// tell writes, for trustd, whether STATE is locked.
+// tellLocked writes, for trustd, whether STATE is locked: after what opens it without a person was tried.
 func (l *linux) tellLocked(have State) error {
 	locked := false
 	for _, t := range have.targets(false) {
-		locked = locked || t.Name == string(StateVolume)
+		if p, ok := have.partition(StateVolume); ok && t.Name == string(StateVolume) {
+			locked = p.Why != "" || !have.opens(p.LUKS)
+		}
 	}
 	path := filepath.Join(l.runtime, lockedFile)
 	if !locked {

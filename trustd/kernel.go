@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 )
 
@@ -41,6 +42,7 @@ const (
 //
 //	STATE has keys           they are the node's; copies in the runtime folder are wiped
 //	STATE, none on it        keys in the runtime folder are moved there, if any; else nobody owns the node
+//	STATE is locked          wait for who has its key, however long: its keys are the node's
 //	STATE is coming          wait: its keys are the node's; after stateWait take it for another system's
 //	no STATE                 keys in the runtime folder, if any; else nobody owns the node
 func (d *Daemon) settle() error {
@@ -70,14 +72,34 @@ func (d *Daemon) settleLocked() error {
 	if d.where == durable { // never look for another owner because a volume went away
 		return fmt.Errorf("%s: it is gone; keys stay in memory until trustd ends", d.cfg.StateDir)
 	}
+	if d.setLocked() {
+		return nil
+	}
 	_, err := os.Lstat(filepath.Join(d.cfg.Runtime, identityFile))
 	if errors.Is(err, fs.ErrNotExist) && d.where == unknown && stateOnDisk(d.cfg.Blocks) {
-		if d.cfg.Now().Sub(d.start) < stateWait {
+		if d.cfg.Now().Sub(d.since) < stateWait {
 			return nil
 		}
 		d.log.Error("volume STATE is there but was not mounted; the node can be claimed by whoever sees its console", "dur", stateWait.String())
 	}
 	return d.load(d.cfg.Runtime, volatile)
+}
+
+// setLocked looks whether STATE is locked, and says so once. A node that was claimed before, or could be, is not locked for that: its STATE
+// is another disk's that came later. The caller holds d.mu.
+func (d *Daemon) setLocked() bool {
+	_, err := os.Lstat(d.cfg.Locked)
+	locked := err == nil && d.where == unknown
+	if locked == d.locked {
+		return locked
+	}
+	d.since = d.cfg.Now() // between being unlocked and being mounted there is a moment
+	if d.locked = locked; locked {
+		d.log.Warn("volume STATE is locked; nobody can be let in until somebody unlocks it")
+		d.show(lockedBanner)
+		d.trust.Set(&trustv1.TrustState{Locked: true})
+	}
+	return locked
 }
 
 // settled reports whether there is nothing to look for any more.

@@ -40,6 +40,8 @@ type Config struct {
 	ClaimKey string
 	// Blocks is the kernel's folder of block devices; there one sees whether a STATE volume is on its way.
 	Blocks string
+	// Locked is a file that is there while STATE is encrypted and nothing has opened it yet; storaged makes it.
+	Locked string
 	// Console is where the claim code is shown; nil: nowhere.
 	Console io.Writer
 	// Now and Random are the clock and the randomness; nil: the real ones.
@@ -57,6 +59,8 @@ type Daemon struct {
 	mu      sync.Mutex // serialises changes of keys and of where they lie
 	code    string     // guarded by mu; normalized claim code; "" once claimed or while it is not known whether it is
 	where   place      // guarded by mu
+	locked  bool       // guarded by mu; STATE is locked
+	since   time.Time  // guarded by mu; from when on a STATE that is there has stateWait to be mounted
 	problem string     // guarded by mu; of the last look at the folders
 
 	keys  latest.Cell[*keyring]            // never nil
@@ -72,7 +76,7 @@ type Daemon struct {
 func Run(ctx context.Context, env daemon.Env) error {
 	cfg := Config{
 		Env: env, Runtime: filepath.Join(unit.RunDir, env.Name), StateDir: filepath.Join(unit.StateDir, env.Name),
-		ClaimKey: filepath.Join(unit.RunDir, "claim-key"), Blocks: "/sys/class/block",
+		ClaimKey: filepath.Join(unit.RunDir, "claim-key"), Blocks: "/sys/class/block", Locked: filepath.Join(unit.RunDir, "storaged/locked"),
 	}
 	if env.Console != nil {
 		cfg.Console = env.Console
@@ -95,7 +99,7 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Random == nil {
 		cfg.Random = rand.Reader
 	}
-	d := &Daemon{cfg: cfg, log: cfg.Env.Log, start: cfg.Now(), slow: make(chan struct{}, wrongProofs), count: newFigures(cfg.Env.Metrics)}
+	d := &Daemon{cfg: cfg, log: cfg.Env.Log, start: cfg.Now(), since: cfg.Now(), slow: make(chan struct{}, wrongProofs), count: newFigures(cfg.Env.Metrics)}
 	d.keys.Set(&keyring{})
 	d.spec.Set(&spec{})
 	d.report()
@@ -170,6 +174,9 @@ func banner(code string) string {
 	}
 	return fmt.Sprintf("\n%s\n  Nobody owns this node yet.  Claim code:  %s\n  On your own machine:  bhctl claim ADDRESS\n%s\n\n", line, code, line)
 }
+
+// lockedBanner is shown while STATE is locked.
+const lockedBanner = "\n  The volume STATE is locked, and nothing on this machine opens it.\n  On your own machine, with its recovery key:  bhctl unlock ADDRESS\n\n"
 
 func (d *Daemon) show(text string) {
 	if d.cfg.Console == nil {

@@ -45,7 +45,7 @@ func newMachine(t testing.TB) *machine {
 	m := &machine{t: t, console: &bytes.Buffer{}, log: &bytes.Buffer{}}
 	m.cfg = Config{
 		Runtime: filepath.Join(dir, "run"), StateDir: filepath.Join(dir, "state"), ClaimKey: filepath.Join(dir, "claim-key"),
-		Blocks: filepath.Join(dir, "block"), Console: m.console,
+		Blocks: filepath.Join(dir, "block"), Console: m.console, Locked: filepath.Join(dir, "locked"),
 		Env: daemon.Env{Name: "trustd", Log: slog.New(slog.NewTextHandler(m.log, nil)), Metrics: metrics.New("trustd"), Ready: func() {}},
 	}
 	for _, d := range []string{m.cfg.Runtime, m.cfg.Blocks} {
@@ -479,3 +479,43 @@ func (m *machine) serve() (*Daemon, func(uid.ID) *grpc.ClientConn) {
 type grpcAs struct{ as func(uid.ID) *grpc.ClientConn }
 
 func (g *grpcAs) conn(id uid.ID) *grpc.ClientConn { return g.as(id) }
+
+// While STATE is locked nobody can claim the node, however long that takes; once it is open its keys are the node's.
+func TestLockedState(t *testing.T) {
+	m := newMachine(t)
+	now := time.Unix(1e9, 0)
+	m.cfg.Now = func() time.Time { return now }
+	m.mountState()
+	old := m.start()
+	_, csr := request(t, x509.CertificateRequest{})
+	if _, err := old.claim(&trustv1.ClaimRequest{Csr: csr, ChannelBinding: binding, Proof: claim.ClientProof(m.code(), binding, csr)}); err != nil {
+		t.Fatal(err)
+	}
+	away := m.cfg.StateDir + "-away"
+	m.must(os.Rename(m.cfg.StateDir, away))
+	m.reboot()
+	m.partition("STATE")
+	m.must(os.WriteFile(m.cfg.Locked, nil, 0o444))
+	d := m.start()
+	if s, _ := d.trust.Get(); !s.GetLocked() || s.GetClaimed() {
+		t.Errorf("trust is %v", s)
+	}
+	now = now.Add(time.Hour)
+	m.must(d.settle())
+	if out := m.console.String(); strings.Contains(out, "Claim code") || strings.Count(out, "bhctl unlock") != 1 {
+		t.Errorf("the console says %s", out)
+	}
+	if _, err := d.claim(&trustv1.ClaimRequest{Csr: csr, ChannelBinding: binding}); !errs.Is(err, errs.Unavailable) {
+		t.Errorf("claimed: %v", err)
+	}
+	m.must(os.Remove(m.cfg.Locked)) // open, but not mounted yet
+	m.must(d.settle())
+	if out := m.console.String(); strings.Contains(out, "Claim code") {
+		t.Errorf("the console says %s", out)
+	}
+	m.must(os.Rename(away, m.cfg.StateDir))
+	m.must(d.settle())
+	if s, _ := d.trust.Get(); s.GetLocked() || !s.GetClaimed() {
+		t.Errorf("in the end trust is %v", s)
+	}
+}

@@ -41,7 +41,7 @@ func Claim(ctx context.Context, endpoint, code, name string) (Credentials, error
 	if err != nil {
 		return Credentials{}, err
 	}
-	conn, binding, err := dialUnknown(ctx, address)
+	conn, binding, err := dialUnknown(ctx, address, claim.Binding, nil)
 	if err != nil {
 		return Credentials{}, fmt.Errorf("claim %s: %w", address, err)
 	}
@@ -56,17 +56,18 @@ func Claim(ctx context.Context, endpoint, code, name string) (Credentials, error
 	return credentialsOf(key, resp)
 }
 
-// dialUnknown opens one TLS connection to a node without knowing its authority, and returns what binds a proof to it.
-func dialUnknown(ctx context.Context, address string) (*grpc.ClientConn, []byte, error) {
+// dialUnknown opens one TLS connection to a node without knowing its authority, and returns what binds a proof to it. own may be the caller's
+// certificate.
+func dialUnknown(ctx context.Context, address string, bind func(tls.ConnectionState) ([]byte, error), own []tls.Certificate) (*grpc.ClientConn, []byte, error) {
 	d := tls.Dialer{NetDialer: &net.Dialer{Timeout: 20 * time.Second}, Config: &tls.Config{
-		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, ServerName: ServerName,
-		InsecureSkipVerify: true, // the claim code proves who it is, not the certificate
+		MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, ServerName: ServerName, Certificates: own,
+		InsecureSkipVerify: true, // the code or key proves who it is, not the certificate
 	}}
 	raw, err := d.DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, nil, err
 	}
-	binding, err := claim.Binding(raw.(*tls.Conn).ConnectionState())
+	binding, err := bind(raw.(*tls.Conn).ConnectionState())
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w (and %v)", err, raw.Close())
 	}
