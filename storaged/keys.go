@@ -230,8 +230,28 @@ func (s keyServer) RotateKey(ctx context.Context, r *storagev1.RotateKeyRequest)
 	return &storagev1.RotateKeyResponse{Key: keyOf(string(StateVolume), k), RecoveryKey: recovery}, nil
 }
 
-func (s keyServer) GetRecoveryKey(context.Context, *storagev1.GetRecoveryKeyRequest) (*storagev1.GetRecoveryKeyResponse, error) {
+// settled wants both volumes to be made, if one is: until then the recovery key may still be replaced.
+func (s keyServer) settled(ctx context.Context) (State, error) {
+	have, err := s.d.kernel.Read(ctx)
+	if err != nil {
+		return have, err
+	}
+	for _, v := range volumes {
+		if p, ok := have.partition(v.name); !ok && v.name == VarVolume || ok && p.Attributes&unformatted != 0 {
+			return have, errs.New(errs.Unavailable, "%s is still being made; try again", v.name)
+		}
+	}
+	return have, nil
+}
+
+func (s keyServer) GetRecoveryKey(ctx context.Context, _ *storagev1.GetRecoveryKeyRequest) (*storagev1.GetRecoveryKeyResponse, error) {
 	key, ok := s.d.vault.RecoveryKey()
+	if ok {
+		if _, err := s.settled(ctx); err != nil {
+			key.Wipe()
+			return nil, err
+		}
+	}
 	if !ok {
 		return nil, errs.New(errs.NotFound, "there is no recovery key to show: it was acknowledged, storaged has restarted since it was made, or nothing is encrypted; rotating it makes a new one")
 	}
@@ -241,7 +261,7 @@ func (s keyServer) GetRecoveryKey(context.Context, *storagev1.GetRecoveryKeyRequ
 }
 
 func (s keyServer) AcknowledgeRecoveryKey(ctx context.Context, _ *storagev1.AcknowledgeRecoveryKeyRequest) (*storagev1.AcknowledgeRecoveryKeyResponse, error) {
-	have, err := s.d.kernel.Read(ctx)
+	have, err := s.settled(ctx)
 	if err != nil {
 		return nil, err
 	}

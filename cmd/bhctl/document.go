@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc"
 
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
+	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
@@ -60,7 +61,11 @@ func (a *app) applyCmd() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return a.printApply(r, dry)
+				if err := a.printApply(r, dry); err != nil || dry {
+					return err
+				}
+				_, err = a.showRecovery(ctx, storagev1.NewKeysClient(conn)) // of volumes that this has made
+				return err
 			})
 		}}
 	c.Flags().StringArrayVarP(&files, "file", "f", nil, "file with documents; - is standard input; may be given more than once")

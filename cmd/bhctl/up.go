@@ -14,6 +14,7 @@ import (
 
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/deploy/qemu"
 	"github.com/bulkhead-os/bulkhead/internal/client"
@@ -187,7 +188,10 @@ func (a *app) applyLocal(ctx context.Context, f upFlags) error {
 				return err
 			}
 		}
-		_, err := cc.Apply(ctx, &configv1.ApplyRequest{Documents: text, Name: name})
+		if _, err := cc.Apply(ctx, &configv1.ApplyRequest{Documents: text, Name: name}); err != nil {
+			return err
+		}
+		_, err := a.showRecovery(ctx, storagev1.NewKeysClient(conn)) // of volumes that this has made
 		return err
 	})
 }

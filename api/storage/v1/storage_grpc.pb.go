@@ -360,7 +360,7 @@ type KeysClient interface {
 	// RotateKey replaces one by a new one of the same kind, in one step. A TPM's is sealed anew to the firmware's keys as they are now.
 	RotateKey(ctx context.Context, in *RotateKeyRequest, opts ...grpc.CallOption) (*RotateKeyResponse, error)
 	// GetRecoveryKey returns the recovery key that was made when the volumes were, until it was acknowledged or storaged has restarted: it is
-	// stored nowhere. Afterwards it is NOT_FOUND; RotateKey makes a new one.
+	// stored nowhere. Afterwards it is NOT_FOUND; RotateKey makes a new one. UNAVAILABLE while volumes are still being made.
 	GetRecoveryKey(ctx context.Context, in *GetRecoveryKeyRequest, opts ...grpc.CallOption) (*GetRecoveryKeyResponse, error)
 	// AcknowledgeRecoveryKey says that somebody has written it down. The node forgets it.
 	AcknowledgeRecoveryKey(ctx context.Context, in *AcknowledgeRecoveryKeyRequest, opts ...grpc.CallOption) (*AcknowledgeRecoveryKeyResponse, error)
@@ -451,7 +451,7 @@ type KeysServer interface {
 	// RotateKey replaces one by a new one of the same kind, in one step. A TPM's is sealed anew to the firmware's keys as they are now.
 	RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error)
 	// GetRecoveryKey returns the recovery key that was made when the volumes were, until it was acknowledged or storaged has restarted: it is
-	// stored nowhere. Afterwards it is NOT_FOUND; RotateKey makes a new one.
+	// stored nowhere. Afterwards it is NOT_FOUND; RotateKey makes a new one. UNAVAILABLE while volumes are still being made.
 	GetRecoveryKey(context.Context, *GetRecoveryKeyRequest) (*GetRecoveryKeyResponse, error)
 	// AcknowledgeRecoveryKey says that somebody has written it down. The node forgets it.
 	AcknowledgeRecoveryKey(context.Context, *AcknowledgeRecoveryKeyRequest) (*AcknowledgeRecoveryKeyResponse, error)
