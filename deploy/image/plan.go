@@ -17,7 +17,7 @@ import (
 var packages = []string{
 	"ca-certificates", "e2fsprogs", "iptables", "libblkid1", "libbsd0", "libc6", "libcom-err2", "libedit2", "libext2fs2t64", "libgmp10",
 	"libjansson4", "libmd0", "libmnl0", "libmount1", "libnftables1", "libnftnl11", "libpcre2-8-0", "libselinux1", "libtinfo6", "libuuid1",
-	"libxtables12", "linux-image-cloud-amd64", "mount", "nftables",
+	"libxtables12", "linux-image-cloud-amd64", "mount", "nftables", "systemd-boot-efi",
 }
 
 const suite = "trixie"
