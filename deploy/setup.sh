@@ -20,6 +20,8 @@ need openssl openssl
 need iptables iptables
 need mkfs.ext4 e2fsprogs
 need veritysetup cryptsetup-bin
+need swtpm swtpm
+need tpm2_pcrread tpm2-tools
 need sgdisk gdisk
 need cpio cpio
 [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"
