@@ -7,8 +7,8 @@ import (
 	"io"
 	"os"
 
-	"github.com/bulkhead-os/bulkhead/deploy/image/verity"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/verity"
 )
 
 const (

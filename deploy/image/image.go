@@ -27,7 +27,7 @@ import (
 	_ "embed"
 
 	"github.com/bulkhead-os/bulkhead/deploy/image/debian"
-	"github.com/bulkhead-os/bulkhead/deploy/image/verity"
+	"github.com/bulkhead-os/bulkhead/internal/verity"
 )
 
 //go:embed debian.lock
