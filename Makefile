@@ -4,12 +4,15 @@ VERSION    ?= 0.1.0-dev
 KUBERNETES ?= out/kubernetes# or "none": an image without Kubernetes, built in seconds
 LEVEL      ?= 9# of zstd for the root; 3 packs in half the time and is 8 % larger, 15 takes three times as long and is 7 % smaller
 FUZZTIME   ?= 20s
+KEYS       ?= out/keys# to sign the image with: a folder of "mkimage keys"; development keys are made if this one is not there
+EPOCH      ?= 1# 1 to 63: raise it when no node may go back behind this image
 IMAGE      := out/image
 CACHE       = $(or $(BULKHEAD_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulkhead)
 KERNEL_DEB  = $(CACHE)/debian/$(shell awk '/^linux-image-[0-9]/ { print $$4 }' deploy/image/debian.lock).deb
 
 export CGO_ENABLED ?= 0
 GOBUILD = go build -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION)"
+IMAGEFLAGS = --version $(VERSION) --level $(LEVEL) --keys $(KEYS) --epoch $(EPOCH)
 NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
@@ -43,14 +46,15 @@ ifeq ($(KUBERNETES),out/kubernetes)
 endif
 
 image: build kubernetes ## the bootable image, into out/image
-	@out/bin/mkimage build --bin out/bin --kubernetes $(KUBERNETES) --out $(IMAGE) --version $(VERSION) --level $(LEVEL)
+	@test "$(KEYS)" != out/keys || test -d out/keys || out/bin/mkimage keys --out out/keys
+	@out/bin/mkimage build --bin out/bin --kubernetes $(KUBERNETES) --out $(IMAGE) $(IMAGEFLAGS)
 
 reproducible: image ## build the image a second time, elsewhere and from nothing, and compare
 	@rm -rf out/again && mkdir -p out/again/bin
 	@GOCACHE=$(abspath out/again/gocache) $(GOBUILD) -o out/again/bin/ $(NODE) $(HOST)
-	@out/again/bin/mkimage build --bin out/again/bin --kubernetes $(KUBERNETES) --out out/again/image --version $(VERSION) --level $(LEVEL)
+	@out/again/bin/mkimage build --bin out/again/bin --kubernetes $(KUBERNETES) --out out/again/image $(IMAGEFLAGS)
 	@cmp $(IMAGE)/manifest.json out/again/image/manifest.json
-	@for f in root.squashfs root.verity initramfs.cpio disk.raw vmlinuz cmdline; do cmp $(IMAGE)/$$f out/again/image/$$f || exit 1; done
+	@for f in $(IMAGE)/*; do test -d $$f || cmp $$f out/again/image/$${f##*/} || exit 1; done
 	@rm -rf out/again; echo "reproducible: two builds are the same, bit for bit"
 
 test: export CGO_ENABLED = 1
