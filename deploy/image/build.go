@@ -78,11 +78,22 @@ func build(ctx context.Context, cfg Config, src sources, dir string) (Manifest, 
 	for name, c := range cfg.Keys.Certificates {
 		small[name+".crt"] = certificatePEM(c)
 	}
+	made, err := programs(root)
+	if err != nil {
+		return m, err
+	}
 	cfg.Log.Info("pack the root", "entries", len(root))
 	if err := writeFiles(dir, small); err != nil {
 		return m, err
 	}
-	err = assemble(ctx, cfg, dir, root, boot, &m)
+	hash, err := assemble(ctx, cfg, dir, root, boot, &m)
+	if err != nil {
+		return m, err
+	}
+	if err := writeSBOM(filepath.Join(dir, sbomFile), sbom(cfg.Version, hash, made, src.lock)); err != nil {
+		return m, err
+	}
+	err = finish(dir, &m)
 	return m, err
 }
 
@@ -96,43 +107,40 @@ func makeInitramfs(init string, k kernel) ([]byte, error) {
 	return cpio.Bytes(), err
 }
 
-// assemble packs the root, makes the kernel image that knows its hash, and from both the disk and the update.
-func assemble(ctx context.Context, cfg Config, dir string, root Tree, boot bootSet, m *Manifest) error {
+// assemble packs the root, makes the kernel image that knows its hash, and from both the disk and the update. It returns the hash.
+func assemble(ctx context.Context, cfg Config, dir string, root Tree, boot bootSet, m *Manifest) (hash [32]byte, err error) {
 	squashfs := filepath.Join(dir, rootFile)
 	if err := makeSquashfs(ctx, root, squashfs, cfg.Level); err != nil {
-		return err
+		return hash, err
 	}
 	tree, err := hashRoot(squashfs)
 	if err != nil {
-		return err
+		return hash, err
 	}
 	m.RootHash = hex.EncodeToString(tree.Root[:])
 	m.Cmdline = cmdline(m.RootHash, cfg.Epoch)
 	kernel, err := boot.kernel(m.RootHash)
 	if err != nil {
-		return err
+		return hash, err
 	}
 	m.Boot = boot.describe(kernel)
 	var hashes bytes.Buffer
 	if _, err := tree.WriteTo(&hashes); err != nil {
-		return err
+		return hash, err
 	}
 	if err := writeFiles(dir, map[string][]byte{"cmdline": []byte(m.Cmdline + "\n"), kernelFile: kernel.image, treeFile: hashes.Bytes()}); err != nil {
-		return err
+		return hash, err
 	}
 	esp := filepath.Join(dir, "esp.img")
 	defer os.Remove(esp) // it is part of the disk
 	serial := binary.BigEndian.Uint32(tree.Root[:])
 	if err := makeESP(ctx, esp, espSize, serial, boot.files(kernel)); err != nil {
-		return err
+		return hash, err
 	}
 	if err := writeDisk(filepath.Join(dir, diskFile), esp, squashfs, tree); err != nil {
-		return err
+		return hash, err
 	}
-	if err := writeUpdate(cfg, dir, tree.Root); err != nil {
-		return err
-	}
-	return finish(dir, m)
+	return tree.Root, writeUpdate(cfg, dir, tree.Root)
 }
 
 // hashRoot returns the hash tree of a packed root, having checked that both fit their partitions.
@@ -187,7 +195,7 @@ func writeFiles(dir string, files map[string][]byte) error {
 // outputs are all files of an image but the manifest, which describes them.
 var outputs = []string{
 	"vmlinuz", "initramfs.cpio", "cmdline", kernelFile, rootFile, treeFile, diskFile, updateFile,
-	"root.txt", "PK.crt", "KEK.crt", "db.crt",
+	"root.txt", sbomFile, "PK.crt", "KEK.crt", "db.crt",
 }
 
 // finish writes the manifest.
