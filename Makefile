@@ -17,7 +17,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image reproducible test test-vm bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image dist reproducible test test-vm bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -49,10 +49,15 @@ image: build kubernetes ## the bootable image, into out/image
 	@test "$(KEYS)" != out/keys || test -d out/keys || out/bin/mkimage keys --out out/keys
 	@out/bin/mkimage build --bin out/bin --kubernetes $(KUBERNETES) --out $(IMAGE) $(IMAGEFLAGS)
 
-reproducible: image ## build the image a second time, elsewhere and from nothing, and compare
+dist: image ## other forms of the image, beside it: qcow2 for clouds, an ISO to install from
+	@out/bin/mkimage convert qcow2 $(IMAGE)
+	@out/bin/mkimage convert iso $(IMAGE)
+
+reproducible: dist ## build the image a second time, elsewhere and from nothing, and compare
 	@rm -rf out/again && mkdir -p out/again/bin
 	@GOCACHE=$(abspath out/again/gocache) $(GOBUILD) -o out/again/bin/ $(NODE) $(HOST)
 	@out/again/bin/mkimage build --bin out/again/bin --kubernetes $(KUBERNETES) --out out/again/image $(IMAGEFLAGS)
+	@for f in qcow2 iso; do out/again/bin/mkimage convert $$f out/again/image || exit 1; done
 	@cmp $(IMAGE)/manifest.json out/again/image/manifest.json
 	@for f in $(IMAGE)/*; do test -d $$f || cmp $$f out/again/image/$${f##*/} || exit 1; done
 	@rm -rf out/again; echo "reproducible: two builds are the same, bit for bit"

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -20,6 +21,8 @@ import (
 const usage = `usage:
   mkimage build [flags]   make the image, if anything that it is made of changed
   mkimage keys --out DIR  make a folder with new keys, to sign images with
+  mkimage convert qcow2|iso [DIR]
+                          make another form of the image in DIR (default out/image), beside the others
   mkimage fetch           fetch the Debian packages of the lock into the cache
   mkimage lock [FILE]     write a lock of the newest packages (default deploy/image/debian.lock)
   mkimage show [DIR]      print what the image in DIR (default out/image) consists of
@@ -57,6 +60,17 @@ func run(ctx context.Context, args []string) error {
 		return build(ctx, rest, cache, log)
 	case "keys":
 		return keys(rest)
+	case "convert":
+		if len(rest) == 0 {
+			return fmt.Errorf("want mkimage convert %s", strings.Join(image.Formats(), "|"))
+		}
+		format := rest[0]
+		rest = rest[1:]
+		o, err := image.Convert(ctx, filepath.Clean(arg("out/image")), format)
+		if err == nil {
+			fmt.Printf("%-46s %9.2f MiB  %s\n", o.Name, float64(o.Size)/(1<<20), o.SHA256[:16])
+		}
+		return err
 	case "fetch":
 		l, err := image.Lock()
 		if err != nil {
@@ -77,7 +91,7 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	fmt.Fprint(os.Stderr, usage)
-	return errors.New("want build, keys, fetch, lock or show")
+	return errors.New("want build, keys, convert, fetch, lock or show")
 }
 
 // keys makes a set of keys. They are worth what the place is worth where they are kept.

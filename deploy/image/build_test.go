@@ -73,6 +73,7 @@ func TestBuild(t *testing.T) {
 	}
 	look(t, first, out)
 	lookAtBoot(t, first, out, keys)
+	lookAtForms(t, first, out)
 	cfg.AllowMissing = false
 	if _, _, err := Build(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "bulkheadd") || !strings.Contains(err.Error(), "--allow-missing") {
 		t.Errorf("missing binaries: %v", err)

@@ -125,38 +125,39 @@ func makeESP(ctx context.Context, out string, size int64, serial uint32, files [
 	if size < espSize {
 		cluster = 1 // or there would be too few for FAT32
 	}
-	if err := tool(ctx, nil, "dosfstools", "mkfs.vfat", "-F", "32", "-s", fmt.Sprint(cluster), "-R", fmt.Sprint(fatReserved),
+	if _, err := tool(ctx, nil, "dosfstools", "mkfs.vfat", "-F", "32", "-s", fmt.Sprint(cluster), "-R", fmt.Sprint(fatReserved),
 		"-n", "ESP", "--invariant", "-i", fmt.Sprintf("%08x", serial), out); err != nil {
 		return err
 	}
 	for _, d := range folders(files) {
-		if err := tool(ctx, nil, "mtools", "mmd", "-i", out, "::/"+d); err != nil {
+		if _, err := tool(ctx, nil, "mtools", "mmd", "-i", out, "::/"+d); err != nil {
 			return err
 		}
 	}
 	for _, file := range files {
-		if err := tool(ctx, file.data, "mtools", "mcopy", "-i", out, "-", "::/"+file.name); err != nil {
+		if _, err := tool(ctx, file.data, "mtools", "mcopy", "-i", out, "-", "::/"+file.name); err != nil {
 			return fmt.Errorf("%s: %w", file.name, err)
 		}
 	}
 	return nil
 }
 
-// tool runs a program of the host with everything fixed that could make its output differ from one run to the next.
-func tool(ctx context.Context, stdin []byte, pkg, name string, args ...string) error {
+// tool runs a program of the host, of a Debian package, with everything fixed that could make its output differ from one run to the
+// next, and returns what it prints.
+func tool(ctx context.Context, stdin []byte, pkg, name string, args ...string) ([]byte, error) {
 	program, err := exec.LookPath(name)
 	if err != nil { // Debian has some tools where only root's shell looks
 		if program, err = exec.LookPath("/usr/sbin/" + name); err != nil {
-			return fmt.Errorf("%s is missing: install the package %s", name, pkg)
+			return nil, fmt.Errorf("%s is missing: install the package %s", name, pkg)
 		}
 	}
 	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Env = append(os.Environ(), fmt.Sprintf("SOURCE_DATE_EPOCH=%d", epoch.Unix()), "TZ=UTC", "LC_ALL=C", "MTOOLSRC=/dev/null")
 	cmd.Stdin = bytes.NewReader(stdin)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("%s: %w: %s", name, err, bytes.TrimSpace(out.Bytes()))
+		return nil, fmt.Errorf("%s: %w: %s", name, err, bytes.TrimSpace(errs.Bytes()))
 	}
-	return nil
+	return out.Bytes(), nil
 }

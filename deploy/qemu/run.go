@@ -93,7 +93,7 @@ func (m *Machine) Start(ctx context.Context, log func(string)) error {
 		if tpm != nil {
 			tpm.Close()
 		}
-		return errors.Join(fmt.Errorf("%s: %w: %s", program, err, lastLine(out.String())), m.stopTPM(ctx))
+		return errors.Join(fmt.Errorf("%s: %w: %s", program, err, lastLine(out.String())), m.stopTPM(ctx, 0)) // it has no machine that could leave it
 	}
 	return nil
 }
@@ -157,5 +157,5 @@ func (m Machine) off(ctx context.Context, p *os.Process, limit time.Duration) er
 	if err := waitExit(ctx, p.Pid, limit); err != nil {
 		return err
 	}
-	return m.stopTPM(ctx)
+	return m.stopTPM(ctx, tpmLimit)
 }

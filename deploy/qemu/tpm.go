@@ -45,7 +45,7 @@ func (m Machine) startTPM(ctx context.Context) (_ *os.File, err error) {
 	if !m.TPM {
 		return nil, nil
 	}
-	if err := m.stopTPM(ctx); err != nil { // of the last time: two would share one state
+	if err := m.stopTPM(ctx, tpmLimit); err != nil { // of the last time: two would share one state
 		return nil, err
 	}
 	state := filepath.Join(m.Dir, TPMFolder)
@@ -71,13 +71,13 @@ func (m Machine) startTPM(ctx context.Context) (_ *os.File, err error) {
 	return ours, nil
 }
 
-// stopTPM returns when the machine's TPM has ended; QEMU must have. One that does not see it is told.
-func (m Machine) stopTPM(ctx context.Context) error {
+// stopTPM returns when the machine's TPM has ended; QEMU must have. One that does not see it within grace is told.
+func (m Machine) stopTPM(ctx context.Context, grace time.Duration) error {
 	p := m.process(tpmPidFile, tpmProgram)
 	if p == nil {
 		return nil
 	}
-	if err := waitExit(ctx, p.Pid, tpmLimit); err == nil || ctx.Err() != nil {
+	if err := waitExit(ctx, p.Pid, grace); err == nil || ctx.Err() != nil {
 		return err
 	}
 	if err := p.Signal(unix.SIGTERM); err != nil {

@@ -43,27 +43,28 @@ func TestFirmware(t *testing.T) {
 	esp := newESP(t, n, m)
 	esp.judge(t)
 	t.Run("refused", func(t *testing.T) { refused(t, esp) })
+	t.Run("iso", func(t *testing.T) { isoBoots(t, esp) })
 	t.Run("enrolled by systemd-boot", func(t *testing.T) { enrolled(t, esp) })
 }
 
-// An esp is the EFI partition of a machine that is off.
-type esp struct {
+// A machineESP is the EFI partition of a machine that is off.
+type machineESP struct {
 	n      *node
 	m      qemu.Machine
 	kernel string // name of the kernel image
 	mtools string // how mtools names the partition
 }
 
-func newESP(t *testing.T, n *node, m qemu.Machine) *esp {
+func newESP(t *testing.T, n *node, m qemu.Machine) *machineESP {
 	t.Helper()
 	manifest, err := image.ReadManifest(filepath.Join(n.root, "out/image"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &esp{n: n, m: m, kernel: manifest.Boot.Name, mtools: filepath.Join(m.Dir, "disk.raw") + "@@1M"}
+	return &machineESP{n: n, m: m, kernel: manifest.Boot.Name, mtools: filepath.Join(m.Dir, "disk.raw") + "@@1M"}
 }
 
-func (e *esp) tool(t *testing.T, name string, args ...string) string {
+func (e *machineESP) tool(t *testing.T, name string, args ...string) string {
 	t.Helper()
 	out, err := e.n.shell(t, "", name, args...)
 	if err != nil {
@@ -72,7 +73,7 @@ func (e *esp) tool(t *testing.T, name string, args ...string) string {
 	return out
 }
 
-func (e *esp) get(t *testing.T, name string) (file string, data []byte) {
+func (e *machineESP) get(t *testing.T, name string) (file string, data []byte) {
 	t.Helper()
 	file = filepath.Join(t.TempDir(), filepath.Base(name))
 	e.tool(t, "mcopy", "-n", "-i", e.mtools, "::/"+name, file)
@@ -83,7 +84,7 @@ func (e *esp) get(t *testing.T, name string) (file string, data []byte) {
 	return file, data
 }
 
-func (e *esp) put(t *testing.T, name string, data []byte) {
+func (e *machineESP) put(t *testing.T, name string, data []byte) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "new")
 	if err := os.WriteFile(file, data, 0o600); err != nil {
@@ -93,7 +94,7 @@ func (e *esp) put(t *testing.T, name string, data []byte) {
 }
 
 // judge asks sbverify, fsck.vfat and sgdisk about the disk as the node left it.
-func (e *esp) judge(t *testing.T) {
+func (e *machineESP) judge(t *testing.T) {
 	t.Helper()
 	for _, name := range []string{"EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-bootx64.efi", e.kernel} {
 		file, _ := e.get(t, name)
@@ -111,7 +112,7 @@ func (e *esp) judge(t *testing.T) {
 }
 
 // console waits until the machine's console shows a pattern, and returns what it showed so far. The machine must not show the other.
-func (e *esp) console(t *testing.T, limit time.Duration, want, never string) string {
+func (e *machineESP) console(t *testing.T, limit time.Duration, want, never string) string {
 	t.Helper()
 	start := time.Now()
 	yes, no := regexp.MustCompile(want), regexp.MustCompile(never)
@@ -131,7 +132,7 @@ func (e *esp) console(t *testing.T, limit time.Duration, want, never string) str
 }
 
 // once starts the machine, waits for what the console shows, and cuts the power.
-func (e *esp) once(t *testing.T, want, never string) string {
+func (e *machineESP) once(t *testing.T, want, never string) string {
 	t.Helper()
 	if err := e.m.Start(t.Context(), nil); err != nil {
 		t.Fatal(err)
@@ -150,7 +151,7 @@ const (
 )
 
 // refused changes one byte at a time of what the firmware starts. Nothing of it may run.
-func refused(t *testing.T, e *esp) {
+func refused(t *testing.T, e *machineESP) {
 	_, kernel := e.get(t, e.kernel)
 	at := bytes.Index(kernel, []byte("bulkhead.verity="))
 	if at < 0 {
@@ -158,8 +159,12 @@ func refused(t *testing.T, e *esp) {
 	}
 	changed := bytes.Clone(kernel)
 	changed[at+len("bulkhead.verity=")] ^= 1 // still a digit
-	e.put(t, e.kernel, changed)
-	e.once(t, denied, reached)
+	unsigned, foreign := resigned(t, e, kernel)
+	for name, image := range map[string][]byte{"a changed command line": changed, "no signature": unsigned, "somebody else's signature": foreign} {
+		t.Log(name)
+		e.put(t, e.kernel, image)
+		e.once(t, denied, reached)
+	}
 	e.put(t, e.kernel, kernel)
 
 	const loader = "EFI/BOOT/BOOTX64.EFI"
@@ -173,8 +178,56 @@ func refused(t *testing.T, e *esp) {
 	e.once(t, reached, denied)
 }
 
+// resigned returns the image without a signature, and with one of a key that nobody has enrolled.
+func resigned(t *testing.T, e *machineESP, image []byte) (unsigned, foreign []byte) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(file, image, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e.tool(t, "sbattach", "--remove", file)
+	unsigned, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, cert := file+".key", file+".crt"
+	e.tool(t, "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=Bulkhead boot signing key", "-keyout", key, "-out", cert)
+	e.tool(t, "sbsign", "--key", key, "--cert", cert, "--output", file, file)
+	if foreign, err = os.ReadFile(file); err != nil {
+		t.Fatal(err)
+	}
+	return unsigned, foreign
+}
+
+// isoBoots starts the machine from the ISO, as a disk that cannot be written, beside a disk with nothing on it.
+func isoBoots(t *testing.T, e *machineESP) {
+	e.n.run(t, filepath.Join(e.n.root, "out/bin/mkimage"), "convert", "iso", filepath.Join(e.n.root, "out/image"))
+	m, err := qemu.New("iso")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Memory, m.Firmware, m.SecureBoot, m.TPM = 1024, qemu.UEFI, true, true
+	m.Extra = []string{"-drive", "if=none,id=iso,format=raw,readonly=on,file=" + filepath.Join(e.n.root, "out/image/bulkhead.iso"), "-device", "virtio-blk-pci,drive=iso,bootindex=1"}
+	if err := m.Create(filepath.Join(e.n.root, "out/image"), nil); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := m.Remove(); err != nil {
+			t.Error(err)
+		}
+	}()
+	disk := filepath.Join(m.Dir, "disk.raw")
+	for _, size := range []int64{0, m.DiskSize} {
+		if err := os.Truncate(disk, size); err != nil {
+			t.Fatal(err)
+		}
+	}
+	iso := &machineESP{n: e.n, m: m}
+	iso.once(t, `root verified \(dm-verity, /dev/vdb2\)`, denied)
+}
+
 // enrolled boots with a firmware that has no keys: systemd-boot enrols ours from the EFI partition, and restarts into Secure Boot.
-func enrolled(t *testing.T, e *esp) {
+func enrolled(t *testing.T, e *machineESP) {
 	empty, err := os.ReadFile("/usr/share/OVMF/OVMF_VARS_4M.fd")
 	if err != nil {
 		t.Fatal(err)
