@@ -75,8 +75,8 @@ func programsOfImages(e Entry) (out []program, err error) {
 		if err != nil {
 			return err
 		}
-		if bytes.HasPrefix(blob, []byte("\x1f\x8b")) {
-			return fmt.Errorf("%s is compressed: its programs would be missing in the SBOM", h.Name)
+		if bytes.HasPrefix(blob, []byte("{")) { // a manifest
+			return nil
 		}
 		err = eachFile(bytes.NewReader(blob), func(h *tar.Header, r io.Reader) error {
 			data, err := io.ReadAll(r)
@@ -88,8 +88,8 @@ func programsOfImages(e Entry) (out []program, err error) {
 			}
 			return nil
 		})
-		if errors.Is(err, tar.ErrHeader) { // a manifest
-			err = nil
+		if err != nil {
+			err = fmt.Errorf("%s is no plain tar, so its programs would be missing in the SBOM: %w", h.Name, err)
 		}
 		return err
 	})

@@ -14,15 +14,17 @@ import (
 	"github.com/bulkhead-os/bulkhead/deploy/image/debian"
 )
 
-func aTar(t *testing.T, name string, data []byte) []byte {
+func aTar(t *testing.T, name string, files ...[]byte) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	if err := w.WriteHeader(&tar.Header{Name: name, Size: int64(len(data)), Mode: 0o755, Typeflag: tar.TypeReg}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.Write(data); err != nil {
-		t.Fatal(err)
+	for _, data := range files {
+		if err := w.WriteHeader(&tar.Header{Name: name, Size: int64(len(data)), Mode: 0o755, Typeflag: tar.TypeReg}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(data); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
@@ -52,7 +54,7 @@ func TestPrograms(t *testing.T) {
 		{Path: "/usr/bin/tool", Mode: 0o755, Host: self},
 		{Path: "/usr/share/text", Mode: 0o644, Host: self},
 		{Path: "/usr/bin/c", Mode: 0o755, Host: write("c", fakeELF("", nil, nil))},
-		{Path: "/usr/share/images.tar", Mode: 0o644, Host: write("images.tar", aTar(t, "blobs/sha256/1", aTar(t, "inner", data)))},
+		{Path: "/usr/share/images.tar", Mode: 0o644, Host: write("images.tar", aTar(t, "blobs/sha256/1", []byte("{}"), aTar(t, "inner", data)))},
 	}
 	got, err := programs(root)
 	if err != nil {
