@@ -11,26 +11,31 @@ import (
 )
 
 // A light daemon starts fast and is small afterwards: at first it collects no garbage before it has 4 MiB, as Go programs do; then it
-// lets its heap grow by a quarter only, gives back once what it took for starting, and keeps no more of the program mapped than it
-// has needed lately.
+// lets its heap grow by a quarter only. While it is idle it gives back what it took for a moment, and keeps no more of the program
+// mapped than it has needed lately.
 const (
 	settleAfter = 20 * time.Second
 	unmapEvery  = 10 * time.Second
+	freeEvery   = 6  // times unmapEvery
 	idleGC      = 25 // percent
-	// idleShare is the share of one processor up to which a daemon counts as idle, in percent. A busy one keeps its program mapped.
+	// idleShare is the share of one processor up to which a daemon counts as idle, in percent. A busy one keeps what it has.
 	idleShare = 5
 )
 
 func staySmall() {
 	time.Sleep(settleAfter)
 	debug.SetGCPercent(idleGC)
-	debug.FreeOSMemory()
 	program := textOf()
-	for used := processorTime(); ; time.Sleep(unmapEvery) {
+	used := processorTime()
+	for n := 0; ; n++ {
 		before := used
 		if used = processorTime(); used-before <= unmapEvery*idleShare/100 {
+			if n%freeEvery == 0 {
+				debug.FreeOSMemory()
+			}
 			unmap(program)
 		}
+		time.Sleep(unmapEvery)
 	}
 }
 
