@@ -49,6 +49,9 @@ func health(generation uint64, units []initctl.Status, unitsErr error, reports m
 			check = a
 		}
 		add(check+".converged", r.converged, remark(generation, r))
+		for _, c := range r.state.GetConditions() {
+			add(check+"."+c.GetName(), c.GetTrouble() == "", c.GetTrouble())
+		}
 	}
 	sort.Slice(out.Checks, func(i, j int) bool { return out.Checks[i].Name < out.Checks[j].Name })
 	return out

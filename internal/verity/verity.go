@@ -1,4 +1,4 @@
-// Package verity builds dm-verity hash trees: format 1, SHA-256, blocks of 4096 bytes, as veritysetup(8) does.
+// Package verity builds and checks dm-verity hash trees: format 1, SHA-256, blocks of 4096 bytes, as veritysetup(8) does.
 // It is pure: it reads from the reader it is given and holds the tree, not the data, in memory (1/128 of the data).
 package verity
 
