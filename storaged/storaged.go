@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	keysv1 "github.com/bulkhead-os/bulkhead/api/keys/v1"
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
@@ -32,6 +33,8 @@ type Config struct {
 	Env daemon.Env // Listen, Log and Metrics are required
 	// Resync is the longest time between two looks; 0 means one minute.
 	Resync time.Duration
+	// Relay reaches key services; nil: they cannot be reached.
+	Relay vault.Relay
 }
 
 // A kernel is the part of Linux that storaged reads and changes.
@@ -56,7 +59,12 @@ type Daemon struct {
 
 // Run is storaged as cmd/bulkheadd calls it.
 func Run(ctx context.Context, env daemon.Env) error {
-	d, err := New(Config{Env: env})
+	updated, err := peer.Dial(peer.Socket("updated"))
+	if err != nil {
+		return err
+	}
+	defer updated.Close()
+	d, err := New(Config{Env: env, Relay: relay{keysv1.NewRelayClient(updated)}})
 	if err != nil {
 		return err
 	}
@@ -68,7 +76,7 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Env.Listen == nil || cfg.Env.Log == nil || cfg.Env.Metrics == nil {
 		return nil, errors.New("storaged: Env.Listen, Env.Log and Env.Metrics are required")
 	}
-	v := nodeVault(nil)
+	v := nodeVault(cfg.Relay)
 	l := newLinux(cfg.Env.Log, v)
 	return newDaemon(cfg, l, v, l.folder), nil
 }
