@@ -164,6 +164,13 @@ func (w world) events() map[string]world {
 		}
 		return out
 	}
+	for _, v := range w.state().View() {
+		if i := int(v.Label[0] - 'A'); v.Running && v.Status == Good && w.content[1-i] != "" {
+			rot := w.clone()
+			rot.content[1-i] = "?"
+			out["slot "+Label(1-i)+" rots"] = rot // or its version cannot read any more what the newer one wrote to STATE
+		}
+	}
 	if steps, err := planMarkGood(w.state(), false); err == nil && len(steps) > 0 && images[w.running].healthy {
 		n := w.clone()
 		n.plan = steps
