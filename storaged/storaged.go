@@ -17,11 +17,13 @@ import (
 	"google.golang.org/grpc"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
+	"github.com/bulkhead-os/bulkhead/storaged/slots"
 )
 
 // Config is fixed for the life of the process.
@@ -46,6 +48,7 @@ type Daemon struct {
 	loop   *reconcile.Loop[config.Storage, State, Step]
 	status latest.Cell[*storagev1.Status]
 	meters meters
+	slots  *slots.Server // nil with a model of the kernel
 }
 
 // Run is storaged as cmd/bulkheadd calls it.
@@ -62,7 +65,10 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Env.Listen == nil || cfg.Env.Log == nil || cfg.Env.Metrics == nil {
 		return nil, errors.New("storaged: Env.Listen, Env.Log and Env.Metrics are required")
 	}
-	return newDaemon(cfg, newLinux(cfg.Env.Log)), nil
+	l := newLinux(cfg.Env.Log)
+	d := newDaemon(cfg, l)
+	d.slots = newSlots(l, cfg.Env.Log)
+	return d, nil
 }
 
 func newDaemon(cfg Config, k kernel) *Daemon {
@@ -94,8 +100,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 }
 
 func (d *Daemon) serve(ctx context.Context) error {
-	return daemon.Serve(ctx, d.env, nil, func(s *grpc.Server) {
+	return daemon.Serve(ctx, d.env, slotCallers, func(s *grpc.Server) {
 		storagev1.RegisterStorageServer(s, &server{d: d})
+		if d.slots != nil {
+			slotv1.RegisterSlotsServer(s, d.slots)
+		}
 		controlv1.RegisterControlServer(s, &reconcile.Control[config.Storage, State, Step]{Loop: d.loop, Metrics: d.env.Metrics})
 	})
 }
