@@ -24,11 +24,13 @@ type Linux struct {
 	sys, dev, proc string // "/sys", "/dev", "/proc", but for tests
 	// edit changes the partition table of a disk in the order that survives a power cut.
 	edit func(disk string, change func(*gpt.Table) error) error
+	// notMedia are the names of devices that never hold a bundle: made by others out of disks.
+	notMedia []string
 }
 
 // NewLinux returns the machine's disk. edit must be the one way in which the partition table is written.
 func NewLinux(edit func(disk string, change func(*gpt.Table) error) error) *Linux {
-	return &Linux{"/sys", "/dev", "/proc", edit}
+	return &Linux{"/sys", "/dev", "/proc", edit, []string{"loop", "ram", "zram", "dm-", "md", "mtdblock"}}
 }
 
 // kernel reads what the running kernel was told.
@@ -306,8 +308,6 @@ func attr(path string) int64 {
 // sectors reads a number of sectors, which have 512 bytes in /sys whatever the disk says, and returns bytes.
 func sectors(path string) int64 { return attr(path) * gpt.SectorSize }
 
-var notMedia = []string{"loop", "ram", "zram", "dm-", "md", "mtdblock"}
-
 // media returns the names of block devices that may hold a bundle: disks and partitions of disks other than the system's, not in use.
 func (l *Linux) media() ([]string, error) {
 	k, err := l.kernel()
@@ -327,7 +327,7 @@ func (l *Linux) media() ([]string, error) {
 		name := e.Name()
 		path, err := filepath.EvalSymlinks(filepath.Join(l.sys, "class/block", name))
 		if err != nil || name == system || filepath.Base(filepath.Dir(path)) == system ||
-			slices.ContainsFunc(notMedia, func(p string) bool { return strings.HasPrefix(name, p) }) {
+			slices.ContainsFunc(l.notMedia, func(p string) bool { return strings.HasPrefix(name, p) }) {
 			continue
 		}
 		if l.isBundle(name) == nil {
