@@ -158,7 +158,6 @@ func (d *Daemon) work(ctx context.Context, g *errgroup.Group) {
 var callers = peer.List{
 	machinev1.Machine_GetHealth_FullMethodName:       {uid.Apid, uid.Updated}, // what a version on trial has proved
 	machinev1.Machine_StreamKernelLog_FullMethodName: {uid.Apid, uid.Updated}, // what is to be read if it fails
-	machinev1.Machine_Reboot_FullMethodName:          {uid.Apid, uid.Updated}, // the next try
 	machinev1.Machine_TellEvent_FullMethodName:       {uid.Updated},
 }
 

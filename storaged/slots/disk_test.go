@@ -243,7 +243,7 @@ func install(t testing.TB, v version) (*testDisk, *powercut.Disk) {
 // testEpochs is a TPM.
 type testEpochs struct{ floor int }
 
-func (e *testEpochs) Floor(context.Context) (int, error) { return e.floor, nil }
+func (e *testEpochs) Floor(context.Context) (int, bool, error) { return e.floor, true, nil }
 func (e *testEpochs) Raise(_ context.Context, n int) error {
 	e.floor = max(e.floor, n)
 	return nil

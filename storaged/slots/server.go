@@ -39,7 +39,7 @@ func (s *Server) Get(ctx context.Context, _ *slotv1.GetRequest) (*slotv1.GetResp
 }
 
 func response(r Report) *slotv1.GetResponse {
-	out := &slotv1.GetResponse{Epoch: uint32(r.Epoch), EpochFloor: uint32(r.Floor)}
+	out := &slotv1.GetResponse{Epoch: uint32(r.Epoch), EpochFloor: uint32(r.Floor), EpochKept: r.Kept}
 	for _, v := range r.Slots {
 		n := v.Entry.Name
 		out.Slots = append(out.Slots, &slotv1.Slot{

@@ -78,7 +78,7 @@ func (s *Store) Begin(ctx context.Context, raw, signature []byte, report func(Pr
 	if err != nil {
 		return 0, nil, err
 	}
-	floor, err := s.cfg.Epochs.Floor(ctx)
+	floor, _, err := s.cfg.Epochs.Floor(ctx)
 	if err != nil {
 		return 0, nil, err
 	}

@@ -64,8 +64,8 @@ type Disk interface {
 
 // Epochs is where the lowest epoch is kept that still gets the disk's keys: the TPM.
 type Epochs interface {
-	// Floor returns it; 0 if there is no TPM or nothing was raised yet.
-	Floor(context.Context) (int, error)
+	// Floor returns it, 0 if nothing was raised yet. kept is false if there is no TPM: then there is no floor.
+	Floor(context.Context) (floor int, kept bool, err error)
 	// Raise makes it at least that epoch. It cannot be lowered again. Without a TPM it does nothing.
 	Raise(ctx context.Context, epoch int) error
 }
@@ -73,8 +73,8 @@ type Epochs interface {
 // NoEpochs is a machine without a TPM.
 type NoEpochs struct{}
 
-// Floor returns 0.
-func (NoEpochs) Floor(context.Context) (int, error) { return 0, nil }
+// Floor returns that there is none.
+func (NoEpochs) Floor(context.Context) (int, bool, error) { return 0, false, nil }
 
 // Raise does nothing.
 func (NoEpochs) Raise(context.Context, int) error { return nil }
@@ -105,20 +105,26 @@ func New(cfg Config) *Store { return &Store{cfg: cfg} }
 // Report is what Get returns.
 type Report struct {
 	Slots [2]View
-	// Epoch is that of the running image, Floor the lowest that is still accepted; 0 where there is none.
+	// Epoch is that of the running image, Floor the lowest that is still accepted; 0 where there is none. Kept says that a TPM keeps the floor.
 	Epoch, Floor int
+	Kept         bool
 }
 
 // Get looks at the disk.
 func (s *Store) Get(ctx context.Context) (Report, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.report(ctx)
+}
+
+// report looks at the disk. mu is held.
+func (s *Store) report(ctx context.Context) (Report, error) {
 	state, layout, err := s.look(ctx)
 	if err != nil {
 		return Report{}, err
 	}
-	floor, err := s.cfg.Epochs.Floor(ctx)
-	return Report{state.View(), layout.Epoch, floor}, err
+	floor, kept, err := s.cfg.Epochs.Floor(ctx)
+	return Report{state.View(), layout.Epoch, floor, kept}, err
 }
 
 // look reads the whole state. mu is held.
@@ -221,12 +227,7 @@ func (s *Store) MarkGood(ctx context.Context, override bool) (Report, error) {
 			return Report{}, fmt.Errorf("raise the epoch to %d: %w", layout.Epoch, err)
 		}
 	}
-	state, _, err = s.look(ctx)
-	if err != nil {
-		return Report{}, err
-	}
-	floor, err := s.cfg.Epochs.Floor(ctx)
-	return Report{state.View(), layout.Epoch, floor}, err
+	return s.report(ctx)
 }
 
 // Rollback makes the next boot start the other version, or cancels an upgrade that was not started yet. It returns the version that the
@@ -239,7 +240,7 @@ func (s *Store) Rollback(ctx context.Context) (version string, restart bool, err
 	if err != nil {
 		return "", false, err
 	}
-	floor, err := s.cfg.Epochs.Floor(ctx)
+	floor, _, err := s.cfg.Epochs.Floor(ctx)
 	if err != nil {
 		return "", false, err
 	}

@@ -68,7 +68,9 @@ type GetResponse struct {
 	// Of the running image; 0 if it names none.
 	Epoch uint32 `protobuf:"varint,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	// The lowest that is still accepted; 0 if there is none.
-	EpochFloor    uint32 `protobuf:"varint,3,opt,name=epoch_floor,json=epochFloor,proto3" json:"epoch_floor,omitempty"`
+	EpochFloor uint32 `protobuf:"varint,3,opt,name=epoch_floor,json=epochFloor,proto3" json:"epoch_floor,omitempty"`
+	// Whether a TPM keeps it.
+	EpochKept     bool `protobuf:"varint,4,opt,name=epoch_kept,json=epochKept,proto3" json:"epoch_kept,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -122,6 +124,13 @@ func (x *GetResponse) GetEpochFloor() uint32 {
 		return x.EpochFloor
 	}
 	return 0
+}
+
+func (x *GetResponse) GetEpochKept() bool {
+	if x != nil {
+		return x.EpochKept
+	}
+	return false
 }
 
 type Slot struct {
@@ -1320,12 +1329,14 @@ const file_slot_v1_slot_proto_rawDesc = "" +
 	"\n" +
 	"\x12slot/v1/slot.proto\x12\aslot.v1\x1a\x12auth/v1/auth.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\f\n" +
 	"\n" +
-	"GetRequest\"i\n" +
+	"GetRequest\"\x88\x01\n" +
 	"\vGetResponse\x12#\n" +
 	"\x05slots\x18\x01 \x03(\v2\r.slot.v1.SlotR\x05slots\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\rR\x05epoch\x12\x1f\n" +
 	"\vepoch_floor\x18\x03 \x01(\rR\n" +
-	"epochFloor\"\x9b\x02\n" +
+	"epochFloor\x12\x1d\n" +
+	"\n" +
+	"epoch_kept\x18\x04 \x01(\bR\tepochKept\"\x9b\x02\n" +
 	"\x04Slot\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\troot_hash\x18\x02 \x01(\tR\brootHash\x12\x16\n" +
