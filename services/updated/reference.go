@@ -29,15 +29,13 @@ func parseReference(s string) (reference, error) {
 	text := strings.TrimPrefix(s, "oci://")
 	host, rest, ok := strings.Cut(text, "/")
 	rest, digest, hasDigest := strings.Cut(rest, "@")
-	name, tag := rest, ""
-	if i := strings.LastIndexByte(rest, ':'); i >= 0 {
-		name, tag = rest[:i], rest[i+1:]
-	} else if !hasDigest {
+	name, tag, hasTag := strings.Cut(rest, ":")
+	if !hasTag && !hasDigest {
 		tag = "latest"
 	}
 	r := reference{host: host, name: name, tag: tag, digest: digest}
 	if !ok || len(s) > 512 || !hostName.MatchString(host) || !strings.ContainsAny(host, ".:") && host != "localhost" || !repositoryName.MatchString(name) ||
-		tag != "" && !tagName.MatchString(tag) || hasDigest && !digestText.MatchString(digest) {
+		(hasTag || tag != "") && !tagName.MatchString(tag) || hasDigest && !digestText.MatchString(digest) {
 		return reference{}, errs.New(errs.Invalid, "%.200q is no reference like registry.example.org/bulkhead:1.2.3 (HOST[:PORT]/NAME[:TAG][@sha256:DIGEST])", s)
 	}
 	return r, nil

@@ -77,7 +77,11 @@ func (s *server) upgrade(ctx context.Context, src source, send func(*updatev1.Up
 	d := s.d
 	select {
 	case d.busy <- struct{}{}:
-		defer func() { <-d.busy }()
+		defer func() { // in this order: who sees no upgrade can begin one
+			<-d.busy
+			d.progress.Set(nil)
+			d.publish()
+		}()
 	default:
 		return errs.New(errs.Conflict, "an upgrade runs already")
 	}
@@ -103,10 +107,8 @@ func (s *server) upgrade(ctx context.Context, src source, send func(*updatev1.Up
 	cancel() // if the caller is gone, the job ends
 	<-done
 	last, _ := d.progress.Get()
-	d.progress.Set(nil)
 	d.finish(src, by, version, err)
 	if err == nil && sendErr == nil {
-		last.Version = version
 		sendErr = send(last)
 	}
 	if err != nil {

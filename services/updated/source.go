@@ -85,7 +85,10 @@ func (r *resumer) Read(p []byte) (int, error) {
 		}
 		err = r.watch.cause(err)
 		r.close()
-		if err := r.again(errs.New(errs.Unavailable, "%w", err)); err != nil {
+		if errs.Of(err) == errs.Internal { // nobody said what it is: the line is bad
+			err = errs.New(errs.Unavailable, "%w", err)
+		}
+		if err := r.again(err); err != nil {
 			return 0, err
 		}
 	}
