@@ -97,6 +97,13 @@ func (a *app) upgrade(ctx context.Context, f upgradeFlags) error {
 	if err != nil {
 		return err
 	}
+	var img *localImage
+	if req == nil {
+		if img, err = openImage(f.image); err != nil {
+			return err
+		}
+		defer img.Close()
+	}
 	v := a.upgradeView()
 	err = a.stream(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
 		if req != nil {
@@ -106,11 +113,6 @@ func (a *app) upgrade(ctx context.Context, f upgradeFlags) error {
 			}
 			return receive(s, v.show)
 		}
-		img, err := openImage(f.image)
-		if err != nil {
-			return err
-		}
-		defer img.Close()
 		return upload(ctx, conn, img, v.show)
 	})
 	v.end()
