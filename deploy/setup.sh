@@ -14,13 +14,23 @@ need mksquashfs squashfs-tools
 need xz xz-utils
 need gcc gcc
 need git git
+need mkfs.vfat dosfstools
+need mcopy mtools
+need qemu-img qemu-utils
+need xorriso xorriso
+need swtpm swtpm
+[ -e /usr/share/OVMF/OVMF_CODE_4M.secboot.fd ] || missing="$missing ovmf"
 # to test: the programs that judge ours
 need curl curl
 need openssl openssl
 need iptables iptables
 need mkfs.ext4 e2fsprogs
 need veritysetup cryptsetup-bin
+need swtpm swtpm
+need tpm2_pcrread tpm2-tools
 need sgdisk gdisk
+need sbverify sbsigntool
+need tpm2_pcrread tpm2-tools
 need cpio cpio
 [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"
 [ -n "$missing" ] || exit 0

@@ -8,7 +8,7 @@ var units = []unit.Unit{
 	{
 		Name:         "apid",
 		Exec:         []string{"/usr/lib/bulkhead/bulkheadd"},
-		Env:          []string{"GOMAXPROCS=1", "GOMEMLIMIT=48MiB"},
+		Env:          []string{"GODEBUG=memprofilerate=0", "GOMAXPROCS=1", "GOMEMLIMIT=48MiB"},
 		UID:          102,
 		Network:      "none",
 		Hide:         []string{"/state", "/var"},
@@ -66,7 +66,7 @@ var units = []unit.Unit{
 	{
 		Name:         "gateway",
 		Exec:         []string{"/usr/lib/bulkhead/bulkheadd"},
-		Env:          []string{"GOMAXPROCS=1", "GOMEMLIMIT=24MiB"},
+		Env:          []string{"GODEBUG=memprofilerate=0", "GOMAXPROCS=1", "GOMEMLIMIT=24MiB"},
 		UID:          103,
 		Network:      "none",
 		Hide:         []string{"/state", "/var"},
@@ -196,7 +196,7 @@ var units = []unit.Unit{
 	{
 		Name:         "machined",
 		Exec:         []string{"/usr/lib/bulkhead/bulkheadd"},
-		Env:          []string{"GOMAXPROCS=1", "GOMEMLIMIT=24MiB"},
+		Env:          []string{"GODEBUG=memprofilerate=0", "GOMAXPROCS=1", "GOMEMLIMIT=24MiB"},
 		UID:          101,
 		Capabilities: 0x400000000,
 		Network:      "none",
@@ -217,7 +217,7 @@ var units = []unit.Unit{
 	{
 		Name:         "networkd",
 		Exec:         []string{"/usr/lib/bulkhead/bulkheadd"},
-		Env:          []string{"GOMAXPROCS=1", "GOMEMLIMIT=16MiB"},
+		Env:          []string{"GODEBUG=memprofilerate=0", "GOMAXPROCS=1", "GOMEMLIMIT=16MiB"},
 		UID:          104,
 		Capabilities: 0x3400,
 		Network:      "host",
@@ -238,7 +238,7 @@ var units = []unit.Unit{
 	{
 		Name:           "storaged",
 		Exec:           []string{"/usr/lib/bulkhead/bulkheadd"},
-		Env:            []string{"GOMAXPROCS=1", "GOMEMLIMIT=16MiB"},
+		Env:            []string{"GODEBUG=memprofilerate=0", "GOMAXPROCS=1", "GOMEMLIMIT=16MiB"},
 		UID:            106,
 		Capabilities:   0x1200003,
 		Network:        "none",
@@ -257,7 +257,7 @@ var units = []unit.Unit{
 	{
 		Name:         "trustd",
 		Exec:         []string{"/usr/lib/bulkhead/bulkheadd"},
-		Env:          []string{"GOMAXPROCS=1", "GOMEMLIMIT=32MiB"},
+		Env:          []string{"GODEBUG=memprofilerate=0", "GOMAXPROCS=1", "GOMEMLIMIT=32MiB"},
 		UID:          105,
 		Network:      "none",
 		Listen:       []string{"unix"},

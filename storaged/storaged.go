@@ -75,7 +75,7 @@ func newDaemon(cfg Config, k kernel) *Daemon {
 	d := &Daemon{env: cfg.Env, log: cfg.Env.Log, kernel: k, meters: newMeters(cfg.Env.Metrics)}
 	d.status.Set(&storagev1.Status{})
 	d.loop = reconcile.New(reconcile.System[config.Storage, State, Step]{
-		Parse: parse, Observe: k.Read, Plan: plan, Bare: planBare, Apply: k.Do, Report: d.report,
+		Parse: parse, Observe: k.Read, Plan: plan, Bare: planBare, Apply: k.Do, Conditions: conditions, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)
 	return d
 }

@@ -17,11 +17,17 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 )
 
-// openMachine returns the machine of that name, made if there is none. The flags of an existing machine must not differ
-// from what it was made with, but its ports are its own.
+// openMachine returns the machine of that name, made if there is none. One that is there keeps what it was made with; to ask for another
+// firmware than it has is an error, because nothing would tell.
 func openMachine(f upFlags) (*qemu.Machine, error) {
+	if f.secureBoot && f.firmware != qemu.UEFI {
+		return nil, fmt.Errorf("--secure-boot needs --firmware %s: it is the firmware that refuses", qemu.UEFI)
+	}
 	m, err := qemu.Load(f.name)
 	if err == nil {
+		if f.firmware != "" && f.firmware != m.Firmware || f.secureBoot && !m.SecureBoot || f.tpm && !m.TPM {
+			return nil, fmt.Errorf("machine %s was made with another firmware or without a TPM: bhctl down --name %s removes it, with all that is on it", m.Name, m.Name)
+		}
 		return &m, nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -31,6 +37,7 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 		return nil, err
 	}
 	m.Memory, m.CPUs, m.DiskSize = f.memoryMiB, f.cpus, int64(f.diskGiB)<<30
+	m.Firmware, m.SecureBoot, m.TPM = f.firmware, f.secureBoot, f.tpm
 	m.Forwards = []qemu.Forward{
 		{Name: "api", Host: f.apiPort, Guest: 50000, Flag: "--api-port"},
 		{Name: "gateway", Host: f.gatewayPort, Guest: 50001, Flag: "--gateway-port"},
@@ -43,7 +50,7 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 		}
 		m.Forwards = append(m.Forwards, fw)
 	}
-	if err := m.Check(); err != nil {
+	if err := errors.Join(m.Validate(), m.Check()); err != nil {
 		return nil, err
 	}
 	key, err := claim.NewCode(rand.Reader)

@@ -22,7 +22,8 @@ import (
 
 // upFlags are what a user may choose about a local machine.
 type upFlags struct {
-	name, image                          string
+	name, image, firmware                string
+	secureBoot, tpm                      bool
 	files, forwards                      []string
 	apiPort, gatewayPort, kubernetesPort int
 	memoryMiB, cpus, diskGiB             int
@@ -45,6 +46,9 @@ func (a *app) upCmd() *cobra.Command {
 	fl.IntVar(&f.memoryMiB, "memory", 4096, "memory in MiB")
 	fl.IntVar(&f.cpus, "cpus", 2, "processors")
 	fl.IntVar(&f.diskGiB, "disk", 10, "disk in GiB; it takes only what is used")
+	fl.StringVar(&f.firmware, "firmware", "", "uefi boots the disk as a real machine does; without it QEMU starts the image's kernel, which is quicker")
+	fl.BoolVar(&f.secureBoot, "secure-boot", false, "with --firmware uefi: start nothing that the image's keys have not signed")
+	fl.BoolVar(&f.tpm, "tpm", false, "a TPM 2.0 in software, which is kept with the machine")
 	fl.BoolVar(&f.noBootstrap, "no-bootstrap", false, "stop after the configuration: no cluster, no Kubernetes")
 	return c
 }

@@ -11,33 +11,57 @@ import (
 )
 
 // A light daemon starts fast and is small afterwards: at first it collects no garbage before it has 4 MiB, as Go programs do; then it
-// lets its heap grow by a quarter only, and gives back what it took for a moment, first of all for starting.
+// lets its heap grow by a quarter only. While it is idle it gives back what it took for a moment, and keeps no more of the program
+// mapped than it has needed lately.
 const (
 	settleAfter = 20 * time.Second
-	settleEvery = time.Minute
+	unmapEvery  = 10 * time.Second
+	freeEvery   = 6  // times unmapEvery
 	idleGC      = 25 // percent
+	// idleShare is the share of one processor up to which a daemon counts as idle, in percent. A busy one keeps what it has.
+	idleShare = 5
 )
 
 func staySmall() {
 	time.Sleep(settleAfter)
-	for ; ; time.Sleep(settleEvery) {
-		settle()
+	debug.SetGCPercent(idleGC)
+	program := textOf()
+	used := processorTime()
+	for n := 0; ; n++ {
+		before := used
+		if used = processorTime(); used-before <= unmapEvery*idleShare/100 {
+			if n%freeEvery == 0 {
+				debug.FreeOSMemory()
+			}
+			unmap(program)
+		}
+		time.Sleep(unmapEvery)
 	}
 }
 
-func settle() {
-	debug.SetGCPercent(idleGC)
-	debug.FreeOSMemory()
-	self, err := os.Readlink("/proc/self/exe")
-	maps, err2 := os.ReadFile("/proc/self/maps")
-	if err != nil || err2 != nil {
-		return
-	}
-	for _, r := range readOnly(string(maps), self) {
-		// Nothing is lost: what is still needed of the program comes back from the page cache at the next touch, and the rest is the
-		// kernel's to drop when memory gets short.
+// processorTime is what the process has used so far.
+func processorTime() time.Duration {
+	var u unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_SELF, &u)
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// unmap takes mappings of a file out of this process. Nothing is lost: what is still needed comes back from the page cache at the next
+// touch, and the rest is the kernel's to drop when memory gets short.
+func unmap(regions [][2]uintptr) {
+	for _, r := range regions {
 		_, _, _ = unix.Syscall(unix.SYS_MADVISE, r[0], r[1]-r[0], unix.MADV_DONTNEED)
 	}
+}
+
+// textOf returns where this program's text and constants are mapped; nil if that cannot be told.
+func textOf() [][2]uintptr {
+	self, err := os.Readlink("/proc/self/exe")
+	text, err2 := os.ReadFile("/proc/self/maps")
+	if err != nil || err2 != nil {
+		return nil
+	}
+	return readOnly(string(text), self)
 }
 
 // readOnly returns where a program's text and constants are mapped, begin and end, from the content of /proc/self/maps.

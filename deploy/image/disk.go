@@ -30,13 +30,18 @@ func layout(root [32]byte) (gpt.Table, int64) {
 		id   gpt.GUID
 		size int64
 	}{
+		{"ESP", gpt.EFISystem, derived("ESP", root), espSize},
 		{"ROOT-A", gpt.Root, gpt.GUID(root[:16]), slotSize},
 		{"VERITY-A", gpt.RootVerity, gpt.GUID(root[16:]), treeSize},
 		{"ROOT-B", gpt.Root, derived("ROOT-B", root), slotSize},
 		{"VERITY-B", gpt.RootVerity, derived("VERITY-B", root), treeSize},
 	} {
+		attributes := gpt.AttrReadOnly | gpt.AttrNoAutoMount
+		if p.typ == gpt.EFISystem {
+			attributes = gpt.AttrNoAutoMount
+		}
 		t.Partitions = append(t.Partitions, gpt.Partition{
-			Number: i + 1, Type: p.typ, GUID: p.id, Name: p.name, Attributes: gpt.AttrReadOnly | gpt.AttrNoAutoMount,
+			Number: i + 1, Type: p.typ, GUID: p.id, Name: p.name, Attributes: attributes,
 			First: uint64(next / gpt.SectorSize), Last: uint64((next+p.size)/gpt.SectorSize) - 1,
 		})
 		next += p.size
@@ -52,8 +57,8 @@ func derived(what string, root [32]byte) gpt.GUID {
 	return g
 }
 
-// writeDisk writes the image's disk as a sparse file: the root's file system and its hash tree in slot A.
-func writeDisk(out, squashfs string, tree *verity.Tree) error {
+// writeDisk writes the image's disk as a sparse file: the EFI partition, the root's file system and its hash tree in slot A.
+func writeDisk(out, esp, squashfs string, tree *verity.Tree) error {
 	table, size := layout(tree.Root)
 	f, err := os.OpenFile(out, os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o644)
 	if err != nil {
@@ -63,15 +68,12 @@ func writeDisk(out, squashfs string, tree *verity.Tree) error {
 	if err := f.Truncate(size); err != nil {
 		return err
 	}
-	root, err := os.Open(squashfs)
-	if err != nil {
-		return err
+	for i, file := range []string{esp, squashfs} {
+		if err := copyTo(f, table.Partitions[i].Start(), file); err != nil {
+			return err
+		}
 	}
-	defer root.Close()
-	if _, err := io.Copy(&sparseWriter{f: f, off: table.Partitions[0].Start()}, root); err != nil {
-		return err
-	}
-	if _, err := tree.WriteTo(&sparseWriter{f: f, off: table.Partitions[1].Start()}); err != nil {
+	if _, err := tree.WriteTo(&sparseWriter{f: f, off: table.Partitions[2].Start()}); err != nil {
 		return err
 	}
 	chunks, err := table.Encode(size)
@@ -84,6 +86,17 @@ func writeDisk(out, squashfs string, tree *verity.Tree) error {
 		}
 	}
 	return f.Close()
+}
+
+// copyTo copies a file to an offset of another, without its blocks of zeros.
+func copyTo(f *os.File, offset int64, file string) error {
+	in, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	_, err = io.CopyBuffer(struct{ io.Writer }{&sparseWriter{f: f, off: offset}}, struct{ io.Reader }{in}, make([]byte, 1<<20))
+	return err
 }
 
 // fits says by how much something is too large for its place.

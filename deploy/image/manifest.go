@@ -15,7 +15,9 @@ import (
 type Manifest struct {
 	Version  string            `json:"version"`
 	Kernel   string            `json:"kernel"`
+	Epoch    int               `json:"epoch"`
 	RootHash string            `json:"root_hash"` // of dm-verity, in hex
+	Boot     BootImage         `json:"boot"`
 	Cmdline  string            `json:"cmdline"`
 	Files    []Output          `json:"files"`
 	Content  []Part            `json:"content"`
@@ -53,7 +55,8 @@ func ReadManifest(dir string) (Manifest, error) {
 // Table returns the sizes as text for people.
 func (m Manifest) Table() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "Bulkhead %s, kernel %s, root %s\n", m.Version, m.Kernel, m.RootHash)
+	fmt.Fprintf(&b, "Bulkhead %s, epoch %d, kernel %s, root %s\n", m.Version, m.Epoch, m.Kernel, m.RootHash)
+	fmt.Fprintf(&b, "%s, PCR 11 %s\n", m.Boot.Name, m.Boot.PCR11)
 	for _, p := range m.Content {
 		fmt.Fprintf(&b, "  %-44s %9.2f MiB in %d files\n", p.Name, float64(p.Size)/mib, p.Files)
 	}

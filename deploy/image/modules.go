@@ -14,15 +14,17 @@ import (
 var stage1 = []string{"virtio_blk", "dm_verity", "squashfs"}
 
 // stage2 is loaded by PID 1 from the root, in this order. There is no modprobe on a node, so everything that somebody
-// may ask for is here. What the daemons and networkd's firewall need comes first; the rest is for Kubernetes and for configured
-// links. An empty line of the list stands between the two: PID 1 loads the rest when the light daemons are up, and starts the
+// may ask for is here. What the daemons and networkd's firewall need comes first: the firmware's variables and encrypted volumes, too.
+// The rest is for the EFI partition, which only upgrades mount, for Kubernetes and for configured links. An empty line of the list stands between the two: PID 1 loads the rest when the light daemons are up, and starts the
 // heavy ones, which start what needs it, after that.
 var stage2 = struct{ early, late []string }{
 	early: []string{
 		"qemu_fw_cfg", "virtio_net", "virtio_rng", "i6300esb",
+		"efivarfs", "dm_crypt", "xts", "aesni_intel",
 		"nf_tables", "nft_compat", "nf_conntrack", "xt_conntrack", "xt_tcpudp",
 	},
 	late: []string{
+		"vfat", "nls_cp437", "nls_ascii",
 		"overlay", "br_netfilter", "bridge", "veth",
 		"nft_limit", "nft_log", "nf_log_syslog", "xt_comment", "xt_mark", "xt_addrtype", "xt_multiport", "xt_limit", "xt_LOG", "ipt_REJECT", "ip6t_REJECT",
 		"nf_nat", "nft_ct", "nft_chain_nat", "nft_nat", "nft_masq", "nft_redir", "nft_reject", "nft_reject_inet", "nft_reject_ipv4", "nft_reject_ipv6",

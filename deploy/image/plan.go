@@ -17,7 +17,7 @@ import (
 var packages = []string{
 	"ca-certificates", "e2fsprogs", "iptables", "libblkid1", "libbsd0", "libc6", "libcom-err2", "libedit2", "libext2fs2t64", "libgmp10",
 	"libjansson4", "libmd0", "libmnl0", "libmount1", "libnftables1", "libnftnl11", "libpcre2-8-0", "libselinux1", "libtinfo6", "libuuid1",
-	"libxtables12", "linux-image-cloud-amd64", "mount", "nftables",
+	"libxtables12", "linux-image-cloud-amd64", "mount", "nftables", "systemd-boot-efi",
 }
 
 const suite = "trixie"
@@ -51,6 +51,7 @@ type inputs struct {
 	late    []module          // and beside them
 	bin     map[string]string // our binaries that exist: init, bulkheadd, ... to the file on the host
 	kube    map[string]string // the Kubernetes set: bin/kube, cni/bridge, images.tar, ... to the file on the host
+	public  map[string][]byte // keys that the node trusts: release.pub, pcr.pub
 	claim   string            // file on the host with the claim key, "" for none
 }
 
@@ -71,6 +72,9 @@ func rootTree(in inputs) (Tree, error) {
 	}
 	if err := kubernetes(b, in.kube); err != nil {
 		return nil, err
+	}
+	for _, name := range slices.Sorted(maps.Keys(in.public)) {
+		b.file("/usr/share/bulkhead/"+name, 0o644, in.public[name], "keys")
 	}
 	if in.claim != "" {
 		b.host("/usr/share/bulkhead/claim-key", 0o600, in.claim, "claim key")

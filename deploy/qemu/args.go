@@ -21,10 +21,10 @@ const board = "q35,sata=off,smbus=off,i8042=off,hpet=off"
 const emulated = "mitigations=off no5lvl tsc=reliable nokaslr init_on_alloc=0 apparmor=0 audit=0 cryptomgr.notests"
 
 // args returns QEMU's arguments. It is pure: cmdline is the image's, accel is decided, ports are known, claimed says
-// whether there is a claim key. Names of files are relative to the machine's folder, in which QEMU is started, but for
+// whether there is a claim key; a TPM's connection is the descriptor tpmFD. Names of files are relative to the machine's folder, in which QEMU is started, but for
 // the pid file, whose full name tells this machine's QEMU from all others.
 func (m Machine) args(cmdline, accel string, claimed bool) []string {
-	cmdline = strings.TrimSpace(cmdline)
+	cmdline, machine := strings.TrimSpace(cmdline), board
 	cpu, accelerator := "host", "kvm"
 	if accel == accelTCG {
 		cpu, accelerator = "max,-cx16", "tcg,thread=multi"
@@ -33,6 +33,13 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 	if m.Append != "" {
 		cmdline += " " + m.Append
 	}
+	boot, disk := []string{"-kernel", bootFile, "-initrd", "initramfs.cpio", "-append", cmdline}, "virtio-blk-pci,drive=disk"
+	if m.Firmware == UEFI {
+		boot, disk = m.firmwareArgs(), disk+",bootindex=0" // or the firmware would ask the network, too
+	}
+	if m.SecureBoot {
+		machine += ",smm=on"
+	}
 	cache := "unsafe"
 	if m.Durable {
 		cache = "writeback"
@@ -40,15 +47,19 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 	a := []string{
 		"-name", "bulkhead-" + m.Name, "-uuid", m.UUID, "-no-user-config", "-nodefaults", "-display", "none", "-daemonize",
 		"-pidfile", m.pidPath(),
-		"-machine", board, "-accel", accelerator, "-cpu", cpu, "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprint(m.Memory),
-		"-kernel", bootFile, "-initrd", "initramfs.cpio", "-append", cmdline,
-		"-drive", "file=" + diskFile + ",format=raw,if=none,id=disk,discard=unmap,cache=" + cache,
-		"-device", "virtio-blk-pci,drive=disk",
-		"-netdev", m.netdev(), "-device", "virtio-net-pci,netdev=net,romfile=,mac=" + mac(m.Name),
+		"-machine", machine, "-accel", accelerator, "-cpu", cpu, "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprint(m.Memory),
+	}
+	a = append(a, boot...)
+	a = append(a,
+		"-drive", "file="+diskFile+",format=raw,if=none,id=disk,discard=unmap,cache="+cache,
+		"-device", disk,
+		"-netdev", m.netdev(), "-device", "virtio-net-pci,netdev=net,romfile=,mac="+mac(m.Name),
 		"-device", "virtio-rng-pci",
 		"-device", "i6300esb", "-action", "watchdog=reset",
-		"-chardev", "file,id=console,path=" + ConsoleFile, "-serial", "chardev:console",
-		"-qmp", "unix:" + qmpSocket + ",server=on,wait=off",
+		"-chardev", "file,id=console,path="+ConsoleFile, "-serial", "chardev:console",
+		"-qmp", "unix:"+qmpSocket+",server=on,wait=off")
+	if m.TPM {
+		a = append(a, "-chardev", fmt.Sprintf("socket,id=tpm,fd=%d", tpmFD), "-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm0")
 	}
 	if claimed {
 		a = append(a, "-fw_cfg", "name=opt/dev.bulkhead/claim-key,file="+ClaimKeyFile)

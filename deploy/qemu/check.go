@@ -25,6 +25,7 @@ func (m Machine) Check() error {
 	if _, err := exec.LookPath(program); err != nil {
 		errs = append(errs, fmt.Errorf("%s is missing: install the package qemu-system-x86 (on Debian and Ubuntu)", program))
 	}
+	errs = append(errs, m.checkFirmware())
 	if free, ok := freeMemory(); ok && free < m.Memory {
 		errs = append(errs, fmt.Errorf("memory: %d MiB are free and machine %s takes %d: end something, or give it less with --memory", free, m.Name, m.Memory))
 	}

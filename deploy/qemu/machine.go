@@ -43,9 +43,14 @@ type Machine struct {
 	Forwards []Forward `json:"forwards,omitempty"` //
 	Accel    string    `json:"accel,omitempty"`    // "kvm", "tcg", or "" for what works on this host
 	Append   string    `json:"append,omitempty"`   // more words for the kernel command line
-	Isolated bool      `json:"isolated,omitempty"` // the guest reaches nothing; forwards still work
-	Durable  bool      `json:"durable,omitempty"`  // the disk survives a crash of the host, and is slower
-	Extra    []string  `json:"extra,omitempty"`    // more arguments for QEMU, behind all others
+	// Firmware is "" to start the image's kernel directly, or UEFI to boot the disk. SecureBoot needs UEFI.
+	Firmware   string `json:"firmware,omitempty"`
+	SecureBoot bool   `json:"secure_boot,omitempty"` // only what the image's keys have signed is started
+	TPM        bool   `json:"tpm,omitempty"`         // a TPM 2.0 in software, kept with the machine
+
+	Isolated bool     `json:"isolated,omitempty"` // the guest reaches nothing; forwards still work
+	Durable  bool     `json:"durable,omitempty"`  // the disk survives a crash of the host, and is slower
+	Extra    []string `json:"extra,omitempty"`    // more arguments for QEMU, behind all others
 }
 
 // A Forward leads a TCP port of 127.0.0.1 to the guest.
@@ -130,6 +135,12 @@ func (m Machine) Validate() error {
 		return fmt.Errorf("machine %s: cpus: %d is not in 1 to 255", m.Name, m.CPUs)
 	case m.DiskSize < 1<<30:
 		return fmt.Errorf("machine %s: disk: %d bytes is below 1 GiB", m.Name, m.DiskSize)
+	case m.Firmware != "" && m.Firmware != UEFI:
+		return fmt.Errorf("machine %s: firmware %q: want uefi, or nothing to start the kernel directly", m.Name, m.Firmware)
+	case m.SecureBoot && m.Firmware != UEFI:
+		return fmt.Errorf("machine %s: secure boot is a matter of the firmware uefi", m.Name)
+	case m.Append != "" && m.Firmware == UEFI:
+		return fmt.Errorf("machine %s: append: with the firmware uefi the kernel's command line is part of the signed image", m.Name)
 	case m.Accel != "" && m.Accel != accelKVM && m.Accel != accelTCG:
 		return fmt.Errorf("machine %s: accelerator %q: want kvm or tcg", m.Name, m.Accel)
 	}
@@ -147,7 +158,11 @@ func (m Machine) Create(imageDir string, claimKey []byte) (err error) {
 	if err := m.Validate(); err != nil {
 		return err
 	}
-	for _, name := range append([]string{diskFile}, kernelFiles...) {
+	files := append([]string{diskFile}, kernelFiles...)
+	if m.SecureBoot {
+		files = append(files, certificates...)
+	}
+	for _, name := range files {
 		if _, err := os.Stat(filepath.Join(imageDir, name)); err != nil {
 			return fmt.Errorf("%w: \"make image\" makes it", err)
 		}
@@ -168,12 +183,12 @@ func (m Machine) Create(imageDir string, claimKey []byte) (err error) {
 	if err := m.roomFor(imageDir); err != nil {
 		return err
 	}
-	for _, name := range append([]string{diskFile}, kernelFiles...) {
+	for _, name := range files {
 		if err := copySparse(filepath.Join(m.Dir, name), filepath.Join(imageDir, name)); err != nil {
 			return err
 		}
 	}
-	if err := m.unpack(); err != nil {
+	if err := errors.Join(m.unpack(), m.makeVars()); err != nil {
 		return err
 	}
 	if err := grow(filepath.Join(m.Dir, diskFile), m.DiskSize); err != nil {

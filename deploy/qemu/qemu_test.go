@@ -61,13 +61,15 @@ func TestArgs(t *testing.T) {
 	full := plain
 	full.Forwards = []Forward{{"api", 50000, 50000, "--api-port"}, {"kubernetes", 16443, 6443, ""}}
 	full.Append, full.Isolated, full.Durable, full.Extra = "debug", true, true, []string{"-device", "virtio-balloon"}
+	secure := plain
+	secure.Firmware, secure.SecureBoot, secure.TPM = UEFI, true, true
 	var b strings.Builder
 	for _, test := range []struct {
 		name    string
 		m       Machine
 		accel   string
 		claimed bool
-	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}} {
+	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}} {
 		fmt.Fprintf(&b, "# %s", test.name)
 		for _, arg := range test.m.args("bulkhead a=b\n", test.accel, test.claimed) {
 			if strings.HasPrefix(arg, "-") {
@@ -99,6 +101,9 @@ func TestValidate(t *testing.T) {
 		`disk: 5 bytes is below 1 GiB`:                   func(m *Machine) { m.DiskSize = 5 },
 		`accelerator "hvf": want kvm or tcg`:             func(m *Machine) { m.Accel = "hvf" },
 		`forward api: 70000 to 1 are not ports`:          func(m *Machine) { m.Forwards = []Forward{{"api", 70000, 1, ""}} },
+		`firmware "bios": want uefi`:                     func(m *Machine) { m.Firmware = "bios" },
+		`secure boot is a matter of the firmware uefi`:   func(m *Machine) { m.SecureBoot = true },
+		`append: with the firmware uefi the kernel's`:    func(m *Machine) { m.Firmware, m.Append = UEFI, "debug" },
 		`folder "rel" is not absolute`:                   func(m *Machine) { m.Dir = "rel" },
 	} {
 		m := aMachine(t)
@@ -268,7 +273,7 @@ func TestForeignProcess(t *testing.T) {
 		{"qemu-system-x86_64\x00-pidfile", false},
 		{"", false},
 	} {
-		if got := m.owns([]byte(test.cmdline)); got != test.want {
+		if got := owns([]byte(test.cmdline), "qemu-system-", m.pidPath()); got != test.want {
 			t.Errorf("owns(%q) = %v", test.cmdline, got)
 		}
 	}

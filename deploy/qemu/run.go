@@ -9,9 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -82,10 +79,21 @@ func (m *Machine) Start(ctx context.Context, log func(string)) error {
 	_, err = os.Stat(filepath.Join(m.Dir, ClaimKeyFile))
 	cmd := exec.CommandContext(ctx, program, m.args(string(cmdline), accel, err == nil)...)
 	cmd.Dir = m.Dir
+	tpm, err := m.startTPM(ctx)
+	if err != nil {
+		return err
+	}
+	if tpm != nil {
+		defer tpm.Close()
+		cmd.ExtraFiles = []*os.File{tpm}
+	}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil { // -daemonize: QEMU is ready when its parent exits
-		return fmt.Errorf("%s: %w: %s", program, err, lastLine(out.String()))
+		if tpm != nil {
+			tpm.Close()
+		}
+		return errors.Join(fmt.Errorf("%s: %w: %s", program, err, lastLine(out.String())), m.stopTPM(ctx, 0)) // it has no machine that could leave it
 	}
 	return nil
 }
@@ -107,14 +115,14 @@ func (m Machine) Stop(ctx context.Context, grace time.Duration) error {
 		return nil
 	}
 	if grace > 0 && m.QMP(ctx, "system_powerdown") == nil {
-		if err := waitExit(ctx, p.Pid, grace); err == nil || ctx.Err() != nil {
+		if err := m.off(ctx, p, grace); err == nil || ctx.Err() != nil {
 			return err
 		}
 	}
 	if err := p.Signal(unix.SIGTERM); err != nil {
 		return ended(err)
 	}
-	if err := waitExit(ctx, p.Pid, 10*time.Second); err == nil || ctx.Err() != nil {
+	if err := m.off(ctx, p, 10*time.Second); err == nil || ctx.Err() != nil {
 		return err
 	}
 	return m.Kill(ctx)
@@ -129,7 +137,7 @@ func (m Machine) Kill(ctx context.Context) error {
 	if err := p.Signal(unix.SIGKILL); err != nil {
 		return ended(err)
 	}
-	return waitExit(ctx, p.Pid, 30*time.Second)
+	return m.off(ctx, p, 30*time.Second)
 }
 
 // Reset presses the reset button.
@@ -141,75 +149,13 @@ func (m Machine) Wait(ctx context.Context, limit time.Duration) error {
 	if p == nil {
 		return nil
 	}
-	return waitExit(ctx, p.Pid, limit)
+	return m.off(ctx, p, limit)
 }
 
-func ended(err error) error {
-	if errors.Is(err, os.ErrProcessDone) {
-		return nil
+// off waits until QEMU has ended, and with it the TPM, whose state is then on the disk.
+func (m Machine) off(ctx context.Context, p *os.Process, limit time.Duration) error {
+	if err := waitExit(ctx, p.Pid, limit); err != nil {
+		return err
 	}
-	return err
-}
-
-func (m Machine) pidPath() string { return filepath.Join(m.Dir, pidFile) }
-
-// running returns this machine's QEMU, nil if it does not run. The process is held before it is looked at, so what is
-// signalled later is what was looked at, even if its number has been given to another by then.
-func (m Machine) running() *os.Process {
-	text, err := os.ReadFile(m.pidPath())
-	if err != nil {
-		return nil
-	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
-	if err != nil || pid <= 1 {
-		return nil
-	}
-	p, err := os.FindProcess(pid)
-	if err != nil {
-		return nil
-	}
-	if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err != nil || !m.owns(cmdline) {
-		return nil
-	}
-	return p
-}
-
-// owns says whether a process with these arguments, separated by NUL, is this machine's QEMU.
-func (m Machine) owns(cmdline []byte) bool {
-	args := strings.Split(string(cmdline), "\x00")
-	i := slices.Index(args, "-pidfile")
-	return strings.HasPrefix(filepath.Base(args[0]), "qemu-system-") && i > 0 && i+1 < len(args) && args[i+1] == m.pidPath()
-}
-
-// waitExit waits for a process that is nobody's child here.
-func waitExit(ctx context.Context, pid int, limit time.Duration) error {
-	fd, err := unix.PidfdOpen(pid, 0)
-	if errors.Is(err, unix.ESRCH) {
-		return nil
-	} else if err != nil {
-		return os.NewSyscallError("pidfd_open", err)
-	}
-	defer unix.Close(fd)
-	for deadline := time.Now().Add(limit); ; {
-		left := time.Until(deadline)
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		if left <= 0 {
-			return fmt.Errorf("process %d still runs after %s", pid, limit)
-		}
-		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(fds, int(min(left, 200*time.Millisecond).Milliseconds())+1) // short, to see ctx
-		if n > 0 {
-			return nil
-		}
-		if err != nil && !errors.Is(err, unix.EINTR) {
-			return os.NewSyscallError("poll", err)
-		}
-	}
-}
-
-func lastLine(s string) string {
-	s = strings.TrimSpace(s)
-	return s[strings.LastIndexByte(s, '\n')+1:]
+	return m.stopTPM(ctx, tpmLimit)
 }

@@ -56,6 +56,12 @@ func (g *GUID) UnmarshalText(b []byte) (err error) {
 	return err
 }
 
+// OnDisk returns the bytes in the order in which disks and EFI keep them.
+func (g GUID) OnDisk() [16]byte { return g.swapped() }
+
+// FromDisk is the inverse of OnDisk.
+func FromDisk(b [16]byte) GUID { return GUID(b).swapped() }
+
 // swapped converts between the text order and the order on disk; it is its own inverse.
 func (g GUID) swapped() GUID {
 	g[0], g[1], g[2], g[3] = g[3], g[2], g[1], g[0]

@@ -2,15 +2,12 @@ package peer
 
 import (
 	"encoding/json"
-	"sort"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/protobuf/reflect/protoreflect"
-	"google.golang.org/protobuf/reflect/protoregistry"
-	"google.golang.org/protobuf/types/descriptorpb"
 
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
@@ -49,7 +46,7 @@ func Patient() []grpc.DialOption {
 }
 
 // serviceConfig is grpc's JSON service config (grpc/service_config.proto): wait for the server; repeat, on UNAVAILABLE, the
-// methods whose idempotency_level says that this is harmless. It is made from the protos linked into this program.
+// methods whose idempotency_level says that this is harmless.
 func serviceConfig() string {
 	type name struct {
 		Service string `json:"service"`
@@ -68,30 +65,18 @@ func serviceConfig() string {
 		RetryPolicy  *retry `json:"retryPolicy,omitempty"`
 	}
 	var again []name
-	protoregistry.GlobalFiles.RangeFiles(func(f protoreflect.FileDescriptor) bool {
-		for i := range f.Services().Len() {
-			s := f.Services().Get(i)
-			for j := range s.Methods().Len() {
-				m := s.Methods().Get(j)
-				o, _ := m.Options().(*descriptorpb.MethodOptions)
-				if o.GetIdempotencyLevel() != descriptorpb.MethodOptions_IDEMPOTENCY_UNKNOWN {
-					again = append(again, name{string(s.FullName()), string(m.Name())})
-				}
-			}
-		}
-		return true
-	})
-	sort.Slice(again, func(i, j int) bool {
-		return again[i].Service+again[i].Method < again[j].Service+again[j].Method
-	})
+	for _, full := range repeatable {
+		service, method, _ := strings.Cut(full, "/")
+		again = append(again, name{service, method})
+	}
 	cfg := struct {
 		MethodConfig []method `json:"methodConfig"`
-	}{[]method{{Name: []name{{}}, WaitForReady: true}}}
-	if len(again) > 0 {
-		cfg.MethodConfig = append(cfg.MethodConfig, method{Name: again, WaitForReady: true, RetryPolicy: &retry{
+	}{[]method{
+		{Name: []name{{}}, WaitForReady: true},
+		{Name: again, WaitForReady: true, RetryPolicy: &retry{
 			MaxAttempts: attempts, InitialBackoff: "0.05s", MaxBackoff: "1s", BackoffMultiplier: 2, RetryableStatusCodes: []string{"UNAVAILABLE"},
-		}})
-	}
+		}},
+	}}
 	out, err := json.Marshal(cfg)
 	if err != nil {
 		panic("peer: service config: " + err.Error()) // fixed types: cannot fail

@@ -11,6 +11,8 @@ import (
 	"log/slog"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
@@ -30,6 +32,8 @@ type System[Spec, State any, Step fmt.Stringer] struct {
 	Bare func(State) ([]Step, error)
 	// Apply does one step. Doing a done step succeeds. It returns ErrSkipped for a step that an earlier failure made impossible.
 	Apply func(context.Context, Step) error
+	// Conditions are what a look found well or not that no step mends; the names are always the same. It must be pure. It may be nil.
+	Conditions func(State) []*controlv1.Condition
 	// Report is called after each round with what was read back; it must not block. It may be nil.
 	Report func(State)
 }
@@ -157,13 +161,16 @@ func (l *Loop[Spec, State, Step]) round(ctx context.Context) bool {
 	for _, s := range steps {
 		st.Pending = append(st.Pending, s.String())
 	}
+	if l.sys.Conditions != nil {
+		st.Conditions = l.sys.Conditions(have)
+	}
 	if err != nil {
 		st.Error = errs.Text(err)
 		if was, _ := l.state.Get(); was.GetError() != st.Error { // repeats are said once
 			l.log.Warn("round failed", "generation", v.generation, "err", st.Error)
 		}
 	}
-	if was, _ := l.state.Get(); !equal(was, st) {
+	if was, _ := l.state.Get(); !proto.Equal(was, st) {
 		l.state.Set(st)
 	}
 	if l.sys.Report != nil {
@@ -180,16 +187,4 @@ func (l *Loop[Spec, State, Step]) plan(v versioned[Spec], have State) ([]Step, e
 		return l.sys.Bare(have)
 	}
 	return nil, nil
-}
-
-func equal(a, b *controlv1.State) bool {
-	if a.Generation != b.Generation || a.Converged != b.Converged || a.Error != b.Error || len(a.Pending) != len(b.Pending) {
-		return false
-	}
-	for i := range a.Pending {
-		if a.Pending[i] != b.Pending[i] {
-			return false
-		}
-	}
-	return true
 }

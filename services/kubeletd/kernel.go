@@ -450,6 +450,9 @@ func waiting(what string, want spec, have State) error {
 			if u.LastExit != "" {
 				hint += " (" + u.LastExit + ")"
 			}
+			if u.LastExit == ended {
+				hint += "; its log says why, and bhctl service restart " + what + " tries again"
+			}
 			if h := have.Health[what]; h != "" {
 				hint += ": " + h
 			} else if what == "kube-apiserver" && have.Trouble != "" {

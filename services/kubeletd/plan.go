@@ -63,6 +63,9 @@ type Node struct {
 	Addresses []netip.Addr
 }
 
+// ended is how a unit ends for good: unit.DoNotRestart, as PID 1 tells it.
+const ended = "exit 125"
+
 const controlPlaneKey = "node-role.kubernetes.io/control-plane"
 
 // Step is one change, or one thing to wait for.
@@ -187,6 +190,10 @@ func (p *planner) planUnits() {
 			} else if r.once {
 				p.wait(r.unit)
 			}
+			continue
+		}
+		if u.LastExit == ended && p.have.Stamps[r.unit] == inputs { // its program is missing, or it knows better: again would be the same
+			p.wait(r.unit)
 			continue
 		}
 		open := complete

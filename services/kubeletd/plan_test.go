@@ -185,7 +185,11 @@ func TestPlanBoot(t *testing.T) {
 		{"schedulable again", func(_ *spec, s *State) { n := *s.Node; n.Tainted = true; s.Node = &n }, "node untaint node-role.kubernetes.io/control-plane"},
 		{"a file was touched", func(_ *spec, s *State) { s.Files[folder+"/kube-apiserver/audit.yaml"] = "x" }, "write kubernetes/kube-apiserver/audit.yaml"},
 		{"kubeletd died before its stamp", func(_ *spec, s *State) { s.Stamps["kube-scheduler"] = "" }, "unit restart kube-scheduler"},
-		{"a unit is down", func(_ *spec, s *State) { s.Units["kube-scheduler"] = Unit{State: "down", LastExit: "exit 125"} }, "unit start kube-scheduler"},
+		{"a unit is down", func(_ *spec, s *State) { s.Units["kube-scheduler"] = Unit{State: "down", LastExit: "exit 0"} }, "unit start kube-scheduler"},
+		{"a unit has ended for good", func(_ *spec, s *State) { s.Units["kube-scheduler"] = Unit{State: "down", LastExit: "exit 125"} }, "wait for kube-scheduler"},
+		{"a unit has ended for good, with other inputs", func(_ *spec, s *State) {
+			s.Units["kube-scheduler"], s.Stamps["kube-scheduler"] = Unit{State: "down", LastExit: "exit 125"}, "other"
+		}, "unit start kube-scheduler"},
 		{"a unit is restarted by PID 1", func(_ *spec, s *State) { s.Units["kubelet"] = Unit{State: "waiting"} }, ""},
 		{"the API server does not answer", func(_ *spec, s *State) {
 			s.API, s.Node, s.Addons = false, nil, nil

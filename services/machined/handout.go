@@ -53,7 +53,8 @@ type status struct {
 // report is the status as ListSpecs shows it; generation is the one that was handed out.
 func (h *handout) report(generation uint64) (converged bool, st *controlv1.State) {
 	s, _ := h.status.Get()
-	out := &controlv1.State{Generation: s.state.GetGeneration(), Pending: s.state.GetPending(), Error: s.state.GetError()}
+	out := &controlv1.State{Generation: s.state.GetGeneration(), Pending: s.state.GetPending(), Error: s.state.GetError(),
+		Conditions: s.state.GetConditions()}
 	switch {
 	case s.refused != "":
 		out.Error = "the spec was refused: " + s.refused

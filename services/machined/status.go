@@ -54,6 +54,9 @@ func health(generation uint64, answered bool, units []initctl.Status, unitsErr e
 			check = a
 		}
 		add(check+".converged", r.converged, remark(generation, r))
+		for _, c := range r.state.GetConditions() {
+			add(check+"."+c.GetName(), c.GetTrouble() == "", c.GetTrouble())
+		}
 	}
 	sort.Slice(out.Checks, func(i, j int) bool { return out.Checks[i].Name < out.Checks[j].Name })
 	return out

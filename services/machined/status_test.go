@@ -55,12 +55,13 @@ func TestHealth(t *testing.T) {
 		}
 		check(true)
 		n.links["kubeletd"].state.Set(&controlv1.State{Generation: 1, Error: "kubelet: connection refused", Pending: []string{"start kubelet", "start kube-proxy"}})
+		n.links["storaged"].state.Set(&controlv1.State{Generation: 1, Converged: true, Conditions: []*controlv1.Condition{{Name: "STATE.room"}, {Name: "VAR.room", Trouble: "full"}}})
 		n.init.mu.Lock()
 		n.init.units[0].State, n.init.units[0].LastExit = "waiting", "exit 1"
 		n.init.units[len(n.init.units)-1].LastExit = "exit 125"
 		n.init.mu.Unlock()
 		check(false, "apid.up: waiting; ended last with: exit 1", "kubelet.up: down; ended last with: exit 125",
-			"kubernetes.converged: kubelet: connection refused; left to do: start kubelet and 1 more")
+			"kubernetes.converged: kubelet: connection refused; left to do: start kubelet and 1 more", "storaged.VAR.room: full")
 	})
 }
 

@@ -39,8 +39,6 @@ import (
 const secretName = "quietharbor"
 
 // TestFlood does to both doors of a node what strangers can do, while those with credentials must be served all the time.
-//
-// What has no place here: filling STATE and VAR. The node has no shell with which to do it, and machined's own tests do the former.
 func TestFlood(t *testing.T) {
 	n := newNode(t)
 	var extra [2][]string // more ways to the doors: QEMU's forwarder lets one connection wait on each of its ports

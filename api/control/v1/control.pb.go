@@ -70,7 +70,7 @@ func (x Family_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Family_Type.Descriptor instead.
 func (Family_Type) EnumDescriptor() ([]byte, []int) {
-	return file_control_v1_control_proto_rawDescGZIP(), []int{9, 0}
+	return file_control_v1_control_proto_rawDescGZIP(), []int{10, 0}
 }
 
 // Spec is what one daemon is to bring about.
@@ -343,7 +343,9 @@ type State struct {
 	// Steps not done, in their text form.
 	Pending []string `protobuf:"bytes,3,rep,name=pending,proto3" json:"pending,omitempty"`
 	// Of the last round; "" if it had none.
-	Error         string `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
+	// What the last look found besides the spec: things that no step of the daemon mends. Sorted by name.
+	Conditions    []*Condition `protobuf:"bytes,5,rep,name=conditions,proto3" json:"conditions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -406,6 +408,68 @@ func (x *State) GetError() string {
 	return ""
 }
 
+func (x *State) GetConditions() []*Condition {
+	if x != nil {
+		return x.Conditions
+	}
+	return nil
+}
+
+// Condition is one thing that is well or not, for a person to act on.
+type Condition struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it is about: "VAR.room". Names do not change between versions.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What is wrong and what to do; "" if all is well.
+	Trouble       string `protobuf:"bytes,2,opt,name=trouble,proto3" json:"trouble,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Condition) Reset() {
+	*x = Condition{}
+	mi := &file_control_v1_control_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Condition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Condition) ProtoMessage() {}
+
+func (x *Condition) ProtoReflect() protoreflect.Message {
+	mi := &file_control_v1_control_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Condition.ProtoReflect.Descriptor instead.
+func (*Condition) Descriptor() ([]byte, []int) {
+	return file_control_v1_control_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Condition) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Condition) GetTrouble() string {
+	if x != nil {
+		return x.Trouble
+	}
+	return ""
+}
+
 type ReadMetricsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -414,7 +478,7 @@ type ReadMetricsRequest struct {
 
 func (x *ReadMetricsRequest) Reset() {
 	*x = ReadMetricsRequest{}
-	mi := &file_control_v1_control_proto_msgTypes[7]
+	mi := &file_control_v1_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -426,7 +490,7 @@ func (x *ReadMetricsRequest) String() string {
 func (*ReadMetricsRequest) ProtoMessage() {}
 
 func (x *ReadMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_control_v1_control_proto_msgTypes[7]
+	mi := &file_control_v1_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -439,7 +503,7 @@ func (x *ReadMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadMetricsRequest.ProtoReflect.Descriptor instead.
 func (*ReadMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_control_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_control_v1_control_proto_rawDescGZIP(), []int{8}
 }
 
 type ReadMetricsResponse struct {
@@ -451,7 +515,7 @@ type ReadMetricsResponse struct {
 
 func (x *ReadMetricsResponse) Reset() {
 	*x = ReadMetricsResponse{}
-	mi := &file_control_v1_control_proto_msgTypes[8]
+	mi := &file_control_v1_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -463,7 +527,7 @@ func (x *ReadMetricsResponse) String() string {
 func (*ReadMetricsResponse) ProtoMessage() {}
 
 func (x *ReadMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_control_v1_control_proto_msgTypes[8]
+	mi := &file_control_v1_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -476,7 +540,7 @@ func (x *ReadMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadMetricsResponse.ProtoReflect.Descriptor instead.
 func (*ReadMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_control_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_control_v1_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ReadMetricsResponse) GetFamilies() []*Family {
@@ -500,7 +564,7 @@ type Family struct {
 
 func (x *Family) Reset() {
 	*x = Family{}
-	mi := &file_control_v1_control_proto_msgTypes[9]
+	mi := &file_control_v1_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -512,7 +576,7 @@ func (x *Family) String() string {
 func (*Family) ProtoMessage() {}
 
 func (x *Family) ProtoReflect() protoreflect.Message {
-	mi := &file_control_v1_control_proto_msgTypes[9]
+	mi := &file_control_v1_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -525,7 +589,7 @@ func (x *Family) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Family.ProtoReflect.Descriptor instead.
 func (*Family) Descriptor() ([]byte, []int) {
-	return file_control_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_control_v1_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Family) GetName() string {
@@ -566,7 +630,7 @@ type Sample struct {
 
 func (x *Sample) Reset() {
 	*x = Sample{}
-	mi := &file_control_v1_control_proto_msgTypes[10]
+	mi := &file_control_v1_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -578,7 +642,7 @@ func (x *Sample) String() string {
 func (*Sample) ProtoMessage() {}
 
 func (x *Sample) ProtoReflect() protoreflect.Message {
-	mi := &file_control_v1_control_proto_msgTypes[10]
+	mi := &file_control_v1_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -591,7 +655,7 @@ func (x *Sample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sample.ProtoReflect.Descriptor instead.
 func (*Sample) Descriptor() ([]byte, []int) {
-	return file_control_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_control_v1_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Sample) GetLabels() map[string]string {
@@ -626,14 +690,20 @@ const file_control_v1_control_proto_rawDesc = "" +
 	"\x04spec\x18\x01 \x01(\v2\x10.control.v1.SpecR\x04spec\"(\n" +
 	"\x10PlanSpecResponse\x12\x14\n" +
 	"\x05steps\x18\x01 \x03(\tR\x05steps\"\x13\n" +
-	"\x11WatchStateRequest\"u\n" +
+	"\x11WatchStateRequest\"\xac\x01\n" +
 	"\x05State\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
 	"generation\x12\x1c\n" +
 	"\tconverged\x18\x02 \x01(\bR\tconverged\x12\x18\n" +
 	"\apending\x18\x03 \x03(\tR\apending\x12\x14\n" +
-	"\x05error\x18\x04 \x01(\tR\x05error\"\x14\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\x125\n" +
+	"\n" +
+	"conditions\x18\x05 \x03(\v2\x15.control.v1.ConditionR\n" +
+	"conditions\"9\n" +
+	"\tCondition\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\atrouble\x18\x02 \x01(\tR\atrouble\"\x14\n" +
 	"\x12ReadMetricsRequest\"E\n" +
 	"\x13ReadMetricsResponse\x12.\n" +
 	"\bfamilies\x18\x01 \x03(\v2\x12.control.v1.FamilyR\bfamilies\"\xc1\x01\n" +
@@ -672,7 +742,7 @@ func file_control_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_control_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_control_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_control_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_control_v1_control_proto_goTypes = []any{
 	(Family_Type)(0),            // 0: control.v1.Family.Type
 	(*Spec)(nil),                // 1: control.v1.Spec
@@ -682,32 +752,34 @@ var file_control_v1_control_proto_goTypes = []any{
 	(*PlanSpecResponse)(nil),    // 5: control.v1.PlanSpecResponse
 	(*WatchStateRequest)(nil),   // 6: control.v1.WatchStateRequest
 	(*State)(nil),               // 7: control.v1.State
-	(*ReadMetricsRequest)(nil),  // 8: control.v1.ReadMetricsRequest
-	(*ReadMetricsResponse)(nil), // 9: control.v1.ReadMetricsResponse
-	(*Family)(nil),              // 10: control.v1.Family
-	(*Sample)(nil),              // 11: control.v1.Sample
-	nil,                         // 12: control.v1.Sample.LabelsEntry
+	(*Condition)(nil),           // 8: control.v1.Condition
+	(*ReadMetricsRequest)(nil),  // 9: control.v1.ReadMetricsRequest
+	(*ReadMetricsResponse)(nil), // 10: control.v1.ReadMetricsResponse
+	(*Family)(nil),              // 11: control.v1.Family
+	(*Sample)(nil),              // 12: control.v1.Sample
+	nil,                         // 13: control.v1.Sample.LabelsEntry
 }
 var file_control_v1_control_proto_depIdxs = []int32{
 	1,  // 0: control.v1.SetSpecRequest.spec:type_name -> control.v1.Spec
 	1,  // 1: control.v1.PlanSpecRequest.spec:type_name -> control.v1.Spec
-	10, // 2: control.v1.ReadMetricsResponse.families:type_name -> control.v1.Family
-	0,  // 3: control.v1.Family.type:type_name -> control.v1.Family.Type
-	11, // 4: control.v1.Family.samples:type_name -> control.v1.Sample
-	12, // 5: control.v1.Sample.labels:type_name -> control.v1.Sample.LabelsEntry
-	2,  // 6: control.v1.Control.SetSpec:input_type -> control.v1.SetSpecRequest
-	4,  // 7: control.v1.Control.PlanSpec:input_type -> control.v1.PlanSpecRequest
-	6,  // 8: control.v1.Control.WatchState:input_type -> control.v1.WatchStateRequest
-	8,  // 9: control.v1.Control.ReadMetrics:input_type -> control.v1.ReadMetricsRequest
-	3,  // 10: control.v1.Control.SetSpec:output_type -> control.v1.SetSpecResponse
-	5,  // 11: control.v1.Control.PlanSpec:output_type -> control.v1.PlanSpecResponse
-	7,  // 12: control.v1.Control.WatchState:output_type -> control.v1.State
-	9,  // 13: control.v1.Control.ReadMetrics:output_type -> control.v1.ReadMetricsResponse
-	10, // [10:14] is the sub-list for method output_type
-	6,  // [6:10] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	8,  // 2: control.v1.State.conditions:type_name -> control.v1.Condition
+	11, // 3: control.v1.ReadMetricsResponse.families:type_name -> control.v1.Family
+	0,  // 4: control.v1.Family.type:type_name -> control.v1.Family.Type
+	12, // 5: control.v1.Family.samples:type_name -> control.v1.Sample
+	13, // 6: control.v1.Sample.labels:type_name -> control.v1.Sample.LabelsEntry
+	2,  // 7: control.v1.Control.SetSpec:input_type -> control.v1.SetSpecRequest
+	4,  // 8: control.v1.Control.PlanSpec:input_type -> control.v1.PlanSpecRequest
+	6,  // 9: control.v1.Control.WatchState:input_type -> control.v1.WatchStateRequest
+	9,  // 10: control.v1.Control.ReadMetrics:input_type -> control.v1.ReadMetricsRequest
+	3,  // 11: control.v1.Control.SetSpec:output_type -> control.v1.SetSpecResponse
+	5,  // 12: control.v1.Control.PlanSpec:output_type -> control.v1.PlanSpecResponse
+	7,  // 13: control.v1.Control.WatchState:output_type -> control.v1.State
+	10, // 14: control.v1.Control.ReadMetrics:output_type -> control.v1.ReadMetricsResponse
+	11, // [11:15] is the sub-list for method output_type
+	7,  // [7:11] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_control_v1_control_proto_init() }
@@ -721,7 +793,7 @@ func file_control_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_control_v1_control_proto_rawDesc), len(file_control_v1_control_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
