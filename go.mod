@@ -7,6 +7,7 @@ require (
 	github.com/bufbuild/protocompile v0.14.1
 	github.com/coreos/go-iptables v0.8.0
 	github.com/golang-jwt/jwt/v5 v5.3.1
+	github.com/google/go-containerregistry v0.22.1
 	github.com/google/go-tpm v0.9.8
 	github.com/grpc-ecosystem/grpc-gateway/v2 v2.33.0
 	github.com/insomniacslk/dhcp v0.0.0-20260901064844-234b97448fae

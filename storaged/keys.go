@@ -273,29 +273,6 @@ func (s keyServer) AcknowledgeRecoveryKey(ctx context.Context, _ *storagev1.Ackn
 	return &storagev1.AcknowledgeRecoveryKeyResponse{}, nil
 }
 
-// bootServer is for updated.
-type bootServer struct {
-	storagev1.UnimplementedBootServer
-	d *Daemon
-}
-
-func (s bootServer) RaiseEpoch(ctx context.Context, r *storagev1.RaiseEpochRequest) (*storagev1.RaiseEpochResponse, error) {
-	have, err := s.d.kernel.Read(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if image := have.TPM.ImageEpoch; have.TPM.TPM && int(r.GetEpoch()) != image {
-		return nil, errs.New(errs.Invalid, "epoch: %d is not the running image's, %d", r.GetEpoch(), image)
-	}
-	epoch, err := s.d.vault.RaiseEpoch(int(r.GetEpoch()))
-	if err != nil {
-		return nil, err
-	}
-	s.d.log.Info("epoch raised", "epoch", epoch)
-	s.d.loop.Wake()
-	return &storagev1.RaiseEpochResponse{Epoch: uint32(epoch)}, nil
-}
-
 // folderOf opens storaged's folder on STATE; a model has none.
 type folderOf func(State) (*os.Root, error)
 

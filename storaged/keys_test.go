@@ -249,14 +249,3 @@ func TestCryptStatus(t *testing.T) {
 		t.Errorf("%v", s.Tpm)
 	}
 }
-
-// Only updated may raise the epoch; apid has no route to it, and no rights.
-func TestBootIsUpdateds(t *testing.T) {
-	for who, want := range map[uid.ID]bool{uid.Updated: true, uid.Apid: false, uid.Machined: false} {
-		conn := serve(t, machine(imageDisk("/dev/vda", 8*gib)), who)
-		r, err := storagev1.NewBootClient(conn).RaiseEpoch(t.Context(), &storagev1.RaiseEpochRequest{Epoch: 3})
-		if (err == nil) != want || err == nil && r.Epoch != 0 {
-			t.Errorf("%s: %v, %v", who.Name(), r, err)
-		}
-	}
-}

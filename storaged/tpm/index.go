@@ -13,9 +13,10 @@ import (
 
 const indexHandle = tpm2.TPMHandle(pcrpolicy.Index)
 
-// errIndex says what is wrong with the index of the epoch.
+// ErrNoIndex: nothing was ever sealed to this TPM, or it was cleared since.
+var ErrNoIndex = errors.New("the TPM has no index of the epoch")
+
 var (
-	errNoIndex    = errors.New("the TPM has no index of the epoch")
 	errOtherIndex = errors.New("the TPM's index of the epoch was made by somebody else")
 )
 
@@ -32,7 +33,7 @@ func indexNamed() tpm2.NamedHandle {
 func (m *TPM) checkIndex() error {
 	r, err := tpm2.NVReadPublic{NVIndex: indexHandle}.Execute(m.t)
 	if errors.Is(err, tpm2.TPMRCHandle) {
-		return errNoIndex
+		return ErrNoIndex
 	} else if err != nil {
 		return fmt.Errorf("read the TPM's index of the epoch: %w", err)
 	}
@@ -48,7 +49,7 @@ func (m *TPM) makeIndex() error {
 	if err == nil {
 		return nil
 	}
-	if errors.Is(err, errNoIndex) {
+	if errors.Is(err, ErrNoIndex) {
 		_, err := tpm2.NVDefineSpace{AuthHandle: owner(), PublicInfo: tpm2.New2B(tpm2.TPMSNVPublic{
 			NVIndex: indexHandle, NameAlg: tpm2.TPMAlgSHA256, DataSize: pcrpolicy.IndexSize,
 			Attributes: tpm2.TPMANV{AuthWrite: true, NT: tpm2.TPMNTBits, AuthRead: true, NoDA: true},

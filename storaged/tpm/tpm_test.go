@@ -206,7 +206,7 @@ func TestEpoch(t *testing.T) {
 	m := newMachine(t)
 	key := secret.New(32)
 	image := m.boot(secure, "two", signer, 2)
-	if _, err := m.Epoch(); !errors.Is(err, errNoIndex) {
+	if _, err := m.Epoch(); !errors.Is(err, ErrNoIndex) {
 		t.Errorf("a new TPM: %v", err)
 	}
 	s := m.seal(key)

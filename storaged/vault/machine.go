@@ -232,19 +232,36 @@ func (v *Vault) TakeOwnership(folder *os.Root) error {
 	return t.TakeOwnership(auth)
 }
 
-// RaiseEpoch makes images of older epochs unable to open anything here, and returns the TPM's epoch; 0 without a TPM.
-func (v *Vault) RaiseEpoch(epoch int) (int, error) {
-	v.change.Lock()
-	defer v.change.Unlock()
+// Epoch returns the TPM's epoch; kept is false if it keeps none: without a TPM, or while nothing was ever sealed to it.
+func (v *Vault) Epoch() (epoch int, kept bool, err error) {
 	t, err := v.cfg.TPM()
 	if errors.Is(err, fs.ErrNotExist) {
-		return 0, nil
+		return 0, false, nil
 	} else if err != nil {
-		return 0, err
+		return 0, false, err
+	}
+	defer t.Close()
+	epoch, err = t.Epoch()
+	if errors.Is(err, tpm.ErrNoIndex) {
+		return 0, false, nil
+	}
+	return epoch, err == nil, err
+}
+
+// RaiseEpoch makes images of older epochs unable to open anything here, for ever. Where no epoch is kept it does nothing.
+func (v *Vault) RaiseEpoch(epoch int) error {
+	v.change.Lock()
+	defer v.change.Unlock()
+	if _, kept, err := v.Epoch(); err != nil || !kept {
+		return err
+	}
+	t, err := v.cfg.TPM()
+	if err != nil {
+		return err
 	}
 	defer t.Close()
 	if err := t.RaiseEpoch(epoch); err != nil {
-		return 0, err
+		return err
 	}
 	n, err := t.Epoch()
 	v.mu.Lock()
@@ -252,7 +269,7 @@ func (v *Vault) RaiseEpoch(epoch int) (int, error) {
 	if err == nil {
 		v.epoch = n
 	}
-	return n, err
+	return err
 }
 
 // log reads the firmware's log; nil if there is none.

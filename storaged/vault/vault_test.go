@@ -299,6 +299,10 @@ func TestTPM(t *testing.T) {
 	if m := b.Machine(); m != (Machine{TPM: true, ImageEpoch: 2}) {
 		t.Errorf("before: %+v", m)
 	}
+	if n, kept, err := b.Epoch(); n != 0 || kept || err != nil {
+		t.Errorf("before, epoch %d, %v, %v", n, kept, err)
+	}
+	b.must(b.RaiseEpoch(2)) // nothing keeps it
 	b.format()
 	if got, want := b.list(b.state)+" | "+b.list(b.vol), "0 recovery; 1 tpm | 0 recovery; 1 state"; got != want {
 		t.Errorf("keys %s; want %s", got, want)
@@ -318,8 +322,9 @@ func TestTPM(t *testing.T) {
 	if m := b.Machine(); m != (Machine{TPM: true, Capped: true, Owned: true, ImageEpoch: 2}) {
 		t.Errorf("afterwards: %+v", m)
 	}
-	if n, err := b.RaiseEpoch(2); n != 2 || err != nil || b.Machine().Epoch != 2 {
-		t.Errorf("epoch %d, %v", n, err)
+	b.must(b.RaiseEpoch(2))
+	if n, kept, err := b.Epoch(); n != 2 || !kept || err != nil || b.Machine().Epoch != 2 {
+		t.Errorf("epoch %d, %v, %v", n, kept, err)
 	}
 
 	// Capped: nobody opens it this way any more, whoever asks, and a TPM that was reset does not count as capped.

@@ -958,95 +958,6 @@ func (*AcknowledgeRecoveryKeyResponse) Descriptor() ([]byte, []int) {
 	return file_storage_v1_storage_proto_rawDescGZIP(), []int{17}
 }
 
-type RaiseEpochRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Epoch         uint32                 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *RaiseEpochRequest) Reset() {
-	*x = RaiseEpochRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[18]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *RaiseEpochRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*RaiseEpochRequest) ProtoMessage() {}
-
-func (x *RaiseEpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[18]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use RaiseEpochRequest.ProtoReflect.Descriptor instead.
-func (*RaiseEpochRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{18}
-}
-
-func (x *RaiseEpochRequest) GetEpoch() uint32 {
-	if x != nil {
-		return x.Epoch
-	}
-	return 0
-}
-
-type RaiseEpochResponse struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// What the TPM has now; 0 if there is no TPM.
-	Epoch         uint32 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *RaiseEpochResponse) Reset() {
-	*x = RaiseEpochResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[19]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *RaiseEpochResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*RaiseEpochResponse) ProtoMessage() {}
-
-func (x *RaiseEpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[19]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use RaiseEpochResponse.ProtoReflect.Descriptor instead.
-func (*RaiseEpochResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{19}
-}
-
-func (x *RaiseEpochResponse) GetEpoch() uint32 {
-	if x != nil {
-		return x.Epoch
-	}
-	return 0
-}
-
 type GetStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1055,7 +966,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_storage_v1_storage_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1067,7 +978,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_storage_v1_storage_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1080,7 +991,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{20}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{18}
 }
 
 type WatchStatusRequest struct {
@@ -1091,7 +1002,7 @@ type WatchStatusRequest struct {
 
 func (x *WatchStatusRequest) Reset() {
 	*x = WatchStatusRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_storage_v1_storage_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1014,7 @@ func (x *WatchStatusRequest) String() string {
 func (*WatchStatusRequest) ProtoMessage() {}
 
 func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_storage_v1_storage_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1027,7 @@ func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStatusRequest.ProtoReflect.Descriptor instead.
 func (*WatchStatusRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{19}
 }
 
 // Status is the storage of the node. Lists are sorted.
@@ -1137,7 +1048,7 @@ type Status struct {
 
 func (x *Status) Reset() {
 	*x = Status{}
-	mi := &file_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_storage_v1_storage_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1149,7 +1060,7 @@ func (x *Status) String() string {
 func (*Status) ProtoMessage() {}
 
 func (x *Status) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_storage_v1_storage_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1162,7 +1073,7 @@ func (x *Status) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Status.ProtoReflect.Descriptor instead.
 func (*Status) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{22}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Status) GetGeneration() uint64 {
@@ -1246,7 +1157,7 @@ type Tpm struct {
 
 func (x *Tpm) Reset() {
 	*x = Tpm{}
-	mi := &file_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_storage_v1_storage_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1169,7 @@ func (x *Tpm) String() string {
 func (*Tpm) ProtoMessage() {}
 
 func (x *Tpm) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_storage_v1_storage_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1182,7 @@ func (x *Tpm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tpm.ProtoReflect.Descriptor instead.
 func (*Tpm) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{23}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Tpm) GetPresent() bool {
@@ -1337,7 +1248,7 @@ type Disk struct {
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_storage_v1_storage_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1349,7 +1260,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_storage_v1_storage_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1362,7 +1273,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Disk) GetDevice() string {
@@ -1445,7 +1356,7 @@ type Partition struct {
 
 func (x *Partition) Reset() {
 	*x = Partition{}
-	mi := &file_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_storage_v1_storage_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1457,7 +1368,7 @@ func (x *Partition) String() string {
 func (*Partition) ProtoMessage() {}
 
 func (x *Partition) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_storage_v1_storage_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1470,7 +1381,7 @@ func (x *Partition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Partition.ProtoReflect.Descriptor instead.
 func (*Partition) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Partition) GetDevice() string {
@@ -1550,7 +1461,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_storage_v1_storage_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1562,7 +1473,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_storage_v1_storage_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1575,7 +1486,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{26}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Volume) GetName() string {
@@ -1653,7 +1564,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_storage_v1_storage_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1665,7 +1576,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_storage_v1_storage_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1678,7 +1589,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Mount) GetSource() string {
@@ -1771,11 +1682,7 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\x16GetRecoveryKeyResponse\x12!\n" +
 	"\frecovery_key\x18\x01 \x01(\tR\vrecoveryKey\"\x1f\n" +
 	"\x1dAcknowledgeRecoveryKeyRequest\" \n" +
-	"\x1eAcknowledgeRecoveryKeyResponse\")\n" +
-	"\x11RaiseEpochRequest\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\rR\x05epoch\"*\n" +
-	"\x12RaiseEpochResponse\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\rR\x05epoch\"\x12\n" +
+	"\x1eAcknowledgeRecoveryKeyResponse\"\x12\n" +
 	"\x10GetStatusRequest\"\x14\n" +
 	"\x12WatchStatusRequest\"\xd1\x02\n" +
 	"\x06Status\x12\x1e\n" +
@@ -1852,17 +1759,14 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\vWatchStatus\x12\x1e.storage.v1.WatchStatusRequest\x1a\x12.storage.v1.Status\"!\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/storage:watch\x90\x02\x010\x01\x1a\f\xb2\xbb\x18\bstoraged2\xaf\x01\n" +
 	"\x06Unlock\x12O\n" +
 	"\tChallenge\x12\x1c.storage.v1.ChallengeRequest\x1a\x1d.storage.v1.ChallengeResponse\"\x05\xaa\xbb\x18\x01\a\x12F\n" +
-	"\x06Unlock\x12\x19.storage.v1.UnlockRequest\x1a\x1a.storage.v1.UnlockResponse\"\x05\xaa\xbb\x18\x01\a\x1a\f\xb2\xbb\x18\bstoraged2\xdf\x04\n" +
+	"\x06Unlock\x12\x19.storage.v1.UnlockRequest\x1a\x1a.storage.v1.UnlockResponse\"\x05\xaa\xbb\x18\x01\a\x1a\f\xb2\xbb\x18\bstoraged2\xf2\x05\n" +
 	"\x04Keys\x12g\n" +
-	"\bListKeys\x12\x1b.storage.v1.ListKeysRequest\x1a\x1c.storage.v1.ListKeysResponse\" \xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/storage/keys\x90\x02\x01\x12F\n" +
-	"\x06AddKey\x12\x19.storage.v1.AddKeyRequest\x1a\x1a.storage.v1.AddKeyResponse\"\x05\xaa\xbb\x18\x01\x06\x12l\n" +
-	"\tRemoveKey\x12\x1c.storage.v1.RemoveKeyRequest\x1a\x1d.storage.v1.RemoveKeyResponse\"\"\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x17*\x15/v1/storage/keys/{id}\x12O\n" +
-	"\tRotateKey\x12\x1c.storage.v1.RotateKeyRequest\x1a\x1d.storage.v1.RotateKeyResponse\"\x05\xaa\xbb\x18\x01\x06\x12^\n" +
-	"\x0eGetRecoveryKey\x12!.storage.v1.GetRecoveryKeyRequest\x1a\".storage.v1.GetRecoveryKeyResponse\"\x05\xaa\xbb\x18\x01\x06\x12y\n" +
-	"\x16AcknowledgeRecoveryKey\x12).storage.v1.AcknowledgeRecoveryKeyRequest\x1a*.storage.v1.AcknowledgeRecoveryKeyResponse\"\b\xaa\xbb\x18\x01\x06\x90\x02\x02\x1a\f\xb2\xbb\x18\bstoraged2k\n" +
-	"\x04Boot\x12U\n" +
-	"\n" +
-	"RaiseEpoch\x12\x1d.storage.v1.RaiseEpochRequest\x1a\x1e.storage.v1.RaiseEpochResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02\x1a\f\xb2\xbb\x18\bstoragedB:Z8github.com/bulkhead-os/bulkhead/api/storage/v1;storagev1b\x06proto3"
+	"\bListKeys\x12\x1b.storage.v1.ListKeysRequest\x1a\x1c.storage.v1.ListKeysResponse\" \xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/storage/keys\x90\x02\x01\x12a\n" +
+	"\x06AddKey\x12\x19.storage.v1.AddKeyRequest\x1a\x1a.storage.v1.AddKeyResponse\" \xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x15:\x01*\"\x10/v1/storage/keys\x12l\n" +
+	"\tRemoveKey\x12\x1c.storage.v1.RemoveKeyRequest\x1a\x1d.storage.v1.RemoveKeyResponse\"\"\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x17*\x15/v1/storage/keys/{id}\x12v\n" +
+	"\tRotateKey\x12\x1c.storage.v1.RotateKeyRequest\x1a\x1d.storage.v1.RotateKeyResponse\",\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02!:\x01*\"\x1c/v1/storage/keys/{id}:rotate\x12\x82\x01\n" +
+	"\x0eGetRecoveryKey\x12!.storage.v1.GetRecoveryKeyRequest\x1a\".storage.v1.GetRecoveryKeyResponse\")\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x1e\"\x1c/v1/storage/recoveryKey:show\x12\xa4\x01\n" +
+	"\x16AcknowledgeRecoveryKey\x12).storage.v1.AcknowledgeRecoveryKeyRequest\x1a*.storage.v1.AcknowledgeRecoveryKeyResponse\"3\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02%\"#/v1/storage/recoveryKey:acknowledge\x90\x02\x02\x1a\f\xb2\xbb\x18\bstoragedB:Z8github.com/bulkhead-os/bulkhead/api/storage/v1;storagev1b\x06proto3"
 
 var (
 	file_storage_v1_storage_proto_rawDescOnce sync.Once
@@ -1876,7 +1780,7 @@ func file_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_storage_v1_storage_proto_rawDescData
 }
 
-var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_storage_v1_storage_proto_goTypes = []any{
 	(*ChallengeRequest)(nil),               // 0: storage.v1.ChallengeRequest
 	(*ChallengeResponse)(nil),              // 1: storage.v1.ChallengeResponse
@@ -1896,30 +1800,28 @@ var file_storage_v1_storage_proto_goTypes = []any{
 	(*GetRecoveryKeyResponse)(nil),         // 15: storage.v1.GetRecoveryKeyResponse
 	(*AcknowledgeRecoveryKeyRequest)(nil),  // 16: storage.v1.AcknowledgeRecoveryKeyRequest
 	(*AcknowledgeRecoveryKeyResponse)(nil), // 17: storage.v1.AcknowledgeRecoveryKeyResponse
-	(*RaiseEpochRequest)(nil),              // 18: storage.v1.RaiseEpochRequest
-	(*RaiseEpochResponse)(nil),             // 19: storage.v1.RaiseEpochResponse
-	(*GetStatusRequest)(nil),               // 20: storage.v1.GetStatusRequest
-	(*WatchStatusRequest)(nil),             // 21: storage.v1.WatchStatusRequest
-	(*Status)(nil),                         // 22: storage.v1.Status
-	(*Tpm)(nil),                            // 23: storage.v1.Tpm
-	(*Disk)(nil),                           // 24: storage.v1.Disk
-	(*Partition)(nil),                      // 25: storage.v1.Partition
-	(*Volume)(nil),                         // 26: storage.v1.Volume
-	(*Mount)(nil),                          // 27: storage.v1.Mount
+	(*GetStatusRequest)(nil),               // 18: storage.v1.GetStatusRequest
+	(*WatchStatusRequest)(nil),             // 19: storage.v1.WatchStatusRequest
+	(*Status)(nil),                         // 20: storage.v1.Status
+	(*Tpm)(nil),                            // 21: storage.v1.Tpm
+	(*Disk)(nil),                           // 22: storage.v1.Disk
+	(*Partition)(nil),                      // 23: storage.v1.Partition
+	(*Volume)(nil),                         // 24: storage.v1.Volume
+	(*Mount)(nil),                          // 25: storage.v1.Mount
 }
 var file_storage_v1_storage_proto_depIdxs = []int32{
 	2,  // 0: storage.v1.ChallengeResponse.challenges:type_name -> storage.v1.Challenge
 	5,  // 1: storage.v1.ListKeysResponse.keys:type_name -> storage.v1.Key
 	5,  // 2: storage.v1.AddKeyResponse.key:type_name -> storage.v1.Key
 	5,  // 3: storage.v1.RotateKeyResponse.key:type_name -> storage.v1.Key
-	24, // 4: storage.v1.Status.disks:type_name -> storage.v1.Disk
-	25, // 5: storage.v1.Status.partitions:type_name -> storage.v1.Partition
-	26, // 6: storage.v1.Status.volumes:type_name -> storage.v1.Volume
-	27, // 7: storage.v1.Status.mounts:type_name -> storage.v1.Mount
-	23, // 8: storage.v1.Status.tpm:type_name -> storage.v1.Tpm
+	22, // 4: storage.v1.Status.disks:type_name -> storage.v1.Disk
+	23, // 5: storage.v1.Status.partitions:type_name -> storage.v1.Partition
+	24, // 6: storage.v1.Status.volumes:type_name -> storage.v1.Volume
+	25, // 7: storage.v1.Status.mounts:type_name -> storage.v1.Mount
+	21, // 8: storage.v1.Status.tpm:type_name -> storage.v1.Tpm
 	5,  // 9: storage.v1.Volume.keys:type_name -> storage.v1.Key
-	20, // 10: storage.v1.Storage.GetStatus:input_type -> storage.v1.GetStatusRequest
-	21, // 11: storage.v1.Storage.WatchStatus:input_type -> storage.v1.WatchStatusRequest
+	18, // 10: storage.v1.Storage.GetStatus:input_type -> storage.v1.GetStatusRequest
+	19, // 11: storage.v1.Storage.WatchStatus:input_type -> storage.v1.WatchStatusRequest
 	0,  // 12: storage.v1.Unlock.Challenge:input_type -> storage.v1.ChallengeRequest
 	3,  // 13: storage.v1.Unlock.Unlock:input_type -> storage.v1.UnlockRequest
 	6,  // 14: storage.v1.Keys.ListKeys:input_type -> storage.v1.ListKeysRequest
@@ -1928,20 +1830,18 @@ var file_storage_v1_storage_proto_depIdxs = []int32{
 	12, // 17: storage.v1.Keys.RotateKey:input_type -> storage.v1.RotateKeyRequest
 	14, // 18: storage.v1.Keys.GetRecoveryKey:input_type -> storage.v1.GetRecoveryKeyRequest
 	16, // 19: storage.v1.Keys.AcknowledgeRecoveryKey:input_type -> storage.v1.AcknowledgeRecoveryKeyRequest
-	18, // 20: storage.v1.Boot.RaiseEpoch:input_type -> storage.v1.RaiseEpochRequest
-	22, // 21: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
-	22, // 22: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
-	1,  // 23: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
-	4,  // 24: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
-	7,  // 25: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
-	9,  // 26: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
-	11, // 27: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
-	13, // 28: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
-	15, // 29: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
-	17, // 30: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
-	19, // 31: storage.v1.Boot.RaiseEpoch:output_type -> storage.v1.RaiseEpochResponse
-	21, // [21:32] is the sub-list for method output_type
-	10, // [10:21] is the sub-list for method input_type
+	20, // 20: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
+	20, // 21: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
+	1,  // 22: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
+	4,  // 23: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
+	7,  // 24: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
+	9,  // 25: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
+	11, // 26: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
+	13, // 27: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
+	15, // 28: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
+	17, // 29: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
+	20, // [20:30] is the sub-list for method output_type
+	10, // [10:20] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -1958,9 +1858,9 @@ func file_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_storage_v1_storage_proto_rawDesc), len(file_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   26,
 			NumExtensions: 0,
-			NumServices:   4,
+			NumServices:   3,
 		},
 		GoTypes:           file_storage_v1_storage_proto_goTypes,
 		DependencyIndexes: file_storage_v1_storage_proto_depIdxs,

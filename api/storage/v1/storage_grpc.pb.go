@@ -348,7 +348,7 @@ const (
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
 // Keys is about what opens encrypted volumes. VAR's key lies on STATE, so a key is STATE's, but for the recovery key, which opens both. The volumes
-// must be open. No call that carries a key has a REST form.
+// must be open.
 type KeysClient interface {
 	// ListKeys returns the keyslots of both volumes, without anything secret.
 	ListKeys(ctx context.Context, in *ListKeysRequest, opts ...grpc.CallOption) (*ListKeysResponse, error)
@@ -439,7 +439,7 @@ func (c *keysClient) AcknowledgeRecoveryKey(ctx context.Context, in *Acknowledge
 // for forward compatibility.
 //
 // Keys is about what opens encrypted volumes. VAR's key lies on STATE, so a key is STATE's, but for the recovery key, which opens both. The volumes
-// must be open. No call that carries a key has a REST form.
+// must be open.
 type KeysServer interface {
 	// ListKeys returns the keyslots of both volumes, without anything secret.
 	ListKeys(context.Context, *ListKeysRequest) (*ListKeysResponse, error)
@@ -642,116 +642,6 @@ var Keys_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "AcknowledgeRecoveryKey",
 			Handler:    _Keys_AcknowledgeRecoveryKey_Handler,
-		},
-	},
-	Streams:  []grpc.StreamDesc{},
-	Metadata: "storage/v1/storage.proto",
-}
-
-const (
-	Boot_RaiseEpoch_FullMethodName = "/storage.v1.Boot/RaiseEpoch"
-)
-
-// BootClient is the client API for Boot service.
-//
-// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
-//
-// Boot is for updated, which knows when an image has proved itself.
-type BootClient interface {
-	// RaiseEpoch makes images of older epochs unable to open this machine's volumes, for ever. An epoch that is not newer changes nothing; without
-	// a TPM neither. It must be the running image's.
-	RaiseEpoch(ctx context.Context, in *RaiseEpochRequest, opts ...grpc.CallOption) (*RaiseEpochResponse, error)
-}
-
-type bootClient struct {
-	cc grpc.ClientConnInterface
-}
-
-func NewBootClient(cc grpc.ClientConnInterface) BootClient {
-	return &bootClient{cc}
-}
-
-func (c *bootClient) RaiseEpoch(ctx context.Context, in *RaiseEpochRequest, opts ...grpc.CallOption) (*RaiseEpochResponse, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(RaiseEpochResponse)
-	err := c.cc.Invoke(ctx, Boot_RaiseEpoch_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
-}
-
-// BootServer is the server API for Boot service.
-// All implementations must embed UnimplementedBootServer
-// for forward compatibility.
-//
-// Boot is for updated, which knows when an image has proved itself.
-type BootServer interface {
-	// RaiseEpoch makes images of older epochs unable to open this machine's volumes, for ever. An epoch that is not newer changes nothing; without
-	// a TPM neither. It must be the running image's.
-	RaiseEpoch(context.Context, *RaiseEpochRequest) (*RaiseEpochResponse, error)
-	mustEmbedUnimplementedBootServer()
-}
-
-// UnimplementedBootServer must be embedded to have
-// forward compatible implementations.
-//
-// NOTE: this should be embedded by value instead of pointer to avoid a nil
-// pointer dereference when methods are called.
-type UnimplementedBootServer struct{}
-
-func (UnimplementedBootServer) RaiseEpoch(context.Context, *RaiseEpochRequest) (*RaiseEpochResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method RaiseEpoch not implemented")
-}
-func (UnimplementedBootServer) mustEmbedUnimplementedBootServer() {}
-func (UnimplementedBootServer) testEmbeddedByValue()              {}
-
-// UnsafeBootServer may be embedded to opt out of forward compatibility for this service.
-// Use of this interface is not recommended, as added methods to BootServer will
-// result in compilation errors.
-type UnsafeBootServer interface {
-	mustEmbedUnimplementedBootServer()
-}
-
-func RegisterBootServer(s grpc.ServiceRegistrar, srv BootServer) {
-	// If the following call panics, it indicates UnimplementedBootServer was
-	// embedded by pointer and is nil.  This will cause panics if an
-	// unimplemented method is ever invoked, so we test this at initialization
-	// time to prevent it from happening at runtime later due to I/O.
-	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
-		t.testEmbeddedByValue()
-	}
-	s.RegisterService(&Boot_ServiceDesc, srv)
-}
-
-func _Boot_RaiseEpoch_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(RaiseEpochRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(BootServer).RaiseEpoch(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Boot_RaiseEpoch_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(BootServer).RaiseEpoch(ctx, req.(*RaiseEpochRequest))
-	}
-	return interceptor(ctx, in, info, handler)
-}
-
-// Boot_ServiceDesc is the grpc.ServiceDesc for Boot service.
-// It's only intended for direct use with grpc.RegisterService,
-// and not to be introspected or modified (even as a copy)
-var Boot_ServiceDesc = grpc.ServiceDesc{
-	ServiceName: "storage.v1.Boot",
-	HandlerType: (*BootServer)(nil),
-	Methods: []grpc.MethodDesc{
-		{
-			MethodName: "RaiseEpoch",
-			Handler:    _Boot_RaiseEpoch_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
