@@ -238,7 +238,7 @@ var units = []unit.Unit{
 	{
 		Name:           "storaged",
 		Exec:           []string{"/usr/lib/bulkhead/bulkheadd"},
-		Env:            []string{"GODEBUG=memprofilerate=0", "GOMAXPROCS=1", "GOMEMLIMIT=16MiB"},
+		Env:            []string{"GODEBUG=memprofilerate=0,cpu.sse41=off", "GOMAXPROCS=1", "GOMEMLIMIT=16MiB"},
 		UID:            106,
 		Capabilities:   0x1200003,
 		Network:        "none",

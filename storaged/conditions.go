@@ -2,6 +2,7 @@ package storaged
 
 import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 // fullShare is the free share of a volume below which it counts as full, in percent.
@@ -13,9 +14,13 @@ var remedy = map[VolumeName]string{
 	VarVolume:   "delete pods that write much, or images that nobody uses; a larger disk is used after a restart",
 }
 
-// conditions says of each mounted volume whether there is room on it. The text has no figures: it would be another one every minute.
+// conditions says of each mounted volume whether there is room on it, and of each encrypted one whether it opens by itself. The text has no
+// figures: it would be another one every minute.
 func conditions(have State) (out []*controlv1.Condition) {
 	for _, v := range volumes {
+		if p, ok := have.partition(v.name); ok && p.encrypted() && p.Attributes&unformatted == 0 {
+			out = append(out, unlocks(have, v, p))
+		}
 		s, mounted := have.Volumes[v.name]
 		if !mounted {
 			continue
@@ -27,4 +32,16 @@ func conditions(have State) (out []*controlv1.Condition) {
 		out = append(out, c)
 	}
 	return out
+}
+
+// unlocks says whether an encrypted volume is open, and will be after a restart without a person, where it has a key for that.
+func unlocks(have State, v volume, p Partition) *controlv1.Condition {
+	c := &controlv1.Condition{Name: string(v.name) + ".unlocks"}
+	switch {
+	case p.Map.Device == "":
+		c.Trouble = string(v.name) + " is locked (" + have.why(p) + "): unlock it with its recovery key or passphrase (bhctl unlock)"
+	case p.Why != "" && (p.LUKS.Has(vault.TPM) || p.LUKS.Has(vault.KeyFile) || p.LUKS.Has(vault.Service)):
+		c.Trouble = string(v.name) + " did not open by itself (" + p.Why + "): if that is as it should be, rotate its key (bhctl storage keys), else look who was at the machine"
+	}
+	return c
 }

@@ -3,6 +3,8 @@ package storaged
 import (
 	"strings"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 func TestConditions(t *testing.T) {
@@ -25,6 +27,36 @@ func TestConditions(t *testing.T) {
 	} {
 		if s := got(c.volumes); s != c.want {
 			t.Errorf("%v: got %q, want %q", c.volumes, s, c.want)
+		}
+	}
+}
+
+func TestUnlocksCondition(t *testing.T) {
+	m := machine(imageDisk("/dev/vda", 8*gib))
+	m.TPM = vault.Machine{TPM: true, ImageEpoch: 1}
+	if err := m.run(t, &childSpec); err != nil {
+		t.Fatal(err)
+	}
+	state := m.Disks[0].part(5)
+	for _, c := range []struct {
+		change func()
+		want   string // of STATE's trouble; "" is none
+	}{
+		{func() {}, ""},
+		{func() { state.Why = "tpm: cleared" }, "did not open by itself (tpm: cleared)"},
+		{func() { state.LUKS.Keys = state.LUKS.Keys[:1] }, ""}, // it has only the recovery key: a person is wanted
+		{func() { state.Map = Map{} }, "STATE is locked (tpm: cleared)"},
+		{func() { state.Attributes = unformatted }, "none"},
+	} {
+		c.change()
+		got := "none"
+		for _, x := range conditions(m.State) {
+			if x.Name == "STATE.unlocks" {
+				got = x.Trouble
+			}
+		}
+		if c.want == "" && got != "" || !strings.Contains(got, c.want) {
+			t.Errorf("got %q, want %q", got, c.want)
 		}
 	}
 }

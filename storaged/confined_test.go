@@ -20,6 +20,13 @@ import (
 const childKey = "STORAGED_TEST_ROUND"
 
 func TestMain(m *testing.M) {
+	if os.Getpid() == 1 { // the guest of TestVMCrypt
+		guestInit()
+	}
+	if phase := os.Getenv(phaseKey); phase != "" {
+		guestPhase(phase)
+		os.Exit(0)
+	}
 	if what := os.Getenv(childKey); what != "" {
 		if err := childRound(what); err != nil {
 			fmt.Println(err)

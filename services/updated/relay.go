@@ -13,7 +13,9 @@ import (
 var relayCallers = peer.List{keysv1.Relay_ServiceDesc.ServiceName: {uid.Storaged}}
 
 // relayServer makes calls to key services for storaged. It keeps nothing and knows no disk: what passes through it opens nothing alone.
-type relayServer struct{ keysv1.UnimplementedRelayServer }
+type relayServer struct {
+	keysv1.UnimplementedRelayServer
+}
 
 func (relayServer) Seal(ctx context.Context, r *keysv1.RelaySealRequest) (*keysv1.SealResponse, error) {
 	return keyservice.Seal(ctx, r.GetServer(), r.GetPlaintext())

@@ -82,6 +82,9 @@ func (v *Vault) Add(ctx context.Context, o Volumes, w Wish) (Key, string, error)
 		}
 		return c, nil
 	})
+	if err == nil && w.Kind.Automatic() {
+		err = v.forgetWhy()
+	}
 	return k, "", err
 }
 
@@ -268,6 +271,9 @@ func (v *Vault) Rotate(ctx context.Context, o Volumes, volume string, slot int, 
 		}
 		return c, nil
 	})
+	if err == nil && w.Kind.Automatic() {
+		err = v.forgetWhy()
+	}
 	return k, "", err
 }
 

@@ -205,11 +205,33 @@ func (v *Vault) Cap() error {
 	if err != nil {
 		return err
 	}
+	return v.noteCapped(pcr, v.Why("STATE"))
+}
+
+// noteCapped takes a note of the capped PCR's value, and of why STATE did not open.
+func (v *Vault) noteCapped(pcr pcrpolicy.Digest, why string) error {
 	path := filepath.Join(v.cfg.Runtime, cappedFile)
-	if err := os.WriteFile(path+".new", []byte(pcr.String()+"\n"+v.Why("STATE")+"\n"), 0o600); err != nil {
+	if err := os.WriteFile(path+".new", []byte(pcr.String()+"\n"+why+"\n"), 0o600); err != nil {
 		return err
 	}
 	return os.Rename(path+".new", path)
+}
+
+// forgetWhy is for when STATE got another key that opens it without a person: what went wrong at the start is settled.
+func (v *Vault) forgetWhy() error {
+	v.setWhy("STATE", "")
+	data, err := readSmall(filepath.Join(v.cfg.Runtime, cappedFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	var pcr pcrpolicy.Digest
+	first, _, _ := strings.Cut(string(data), "\n")
+	if err := pcr.UnmarshalText([]byte(first)); err != nil {
+		return err
+	}
+	return v.noteCapped(pcr, "")
 }
 
 // TakeOwnership sets the TPM owner's authorisation to a random value that is on STATE before. folder is storaged's own there.

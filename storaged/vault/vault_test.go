@@ -370,6 +370,9 @@ func TestSecureBootChanges(t *testing.T) {
 	if _, _, err := b.Rotate(t.Context(), b.volumes(), "STATE", b.slot(TPM), secret.Bytes{}); err != nil {
 		t.Fatal(err)
 	}
+	if why := b.Why("STATE"); why != "" || !b.Machine().Capped {
+		t.Errorf("after it was sealed anew: %q, %+v", why, b.Machine())
+	}
 	b.boot("db and dbx")
 	b.must(b.Open(t.Context(), b.state, nil))
 	b.boot("db")
