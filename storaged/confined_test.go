@@ -14,6 +14,8 @@ import (
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
+	"github.com/bulkhead-os/bulkhead/storaged/tpm"
+	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 // childKey names the variable that makes the test's program do one round on a bench's disk: "loop0 /root/of/targets".
@@ -35,6 +37,14 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	}
 	os.Exit(m.Run())
+}
+
+// noVault is that of a machine without TPM and device-mapper.
+func noVault(dir string) *vault.Vault {
+	return vault.New(vault.Config{
+		Mapper: func() (vault.Mapper, error) { return nil, os.ErrNotExist }, TPM: func() (*tpm.TPM, error) { return nil, os.ErrNotExist },
+		Boot: dir, Key: dir + "/none", Cmdline: "/proc/cmdline", Runtime: dir, Firmware: dir, Blocks: dir, Dev: dir,
+	})
 }
 
 func childRound(what string) error {

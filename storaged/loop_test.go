@@ -19,8 +19,6 @@ import (
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
-	"github.com/bulkhead-os/bulkhead/storaged/tpm"
-	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
 // isolate puts the test's thread into mount and network namespaces of its own, from which nothing leaks to the host. The thread
@@ -54,14 +52,6 @@ type bench struct {
 	t    *testing.T
 	file string
 	loop *os.File
-}
-
-// noVault is that of a machine without TPM and device-mapper.
-func noVault(dir string) *vault.Vault {
-	return vault.New(vault.Config{
-		Mapper: func() (vault.Mapper, error) { return nil, os.ErrNotExist }, TPM: func() (*tpm.TPM, error) { return nil, os.ErrNotExist },
-		Boot: dir, Key: dir + "/none", Cmdline: "/proc/cmdline", Runtime: dir, Firmware: dir, Blocks: dir, Dev: dir,
-	})
 }
 
 // newBench attaches a disk of size bytes that carries the image's partitions, as the image was before the disk grew.
