@@ -18,6 +18,7 @@ import (
 	_ "github.com/bulkhead-os/bulkhead/api/network/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	_ "github.com/bulkhead-os/bulkhead/api/update/v1"
 )
 
 // route is what apid knows of one method.

@@ -90,6 +90,11 @@ var fields = map[string]field{
 	"Kubernetes.cni":           {doc: "The pod network: built in, or none to bring one.", standard: "bridge", oneOf: []string{"bridge", "none"}},
 	"Kubernetes.schedulable":   {doc: "Whether pods run on control-plane nodes too.", standard: "true"},
 	"Kubernetes.podSecurity":   {doc: "The default Pod Security level.", standard: "baseline", oneOf: []string{"baseline", "restricted", "privileged"}},
+
+	"Update": {doc: "When a new version of the system is good."},
+	"Update.health": {doc: "What it must prove, all of it.", standard: "all of these, but etcd on workers", most: 5,
+		oneOf: []string{"api", "services", "config", "etcd", "kubelet"}},
+	"Update.patience": {doc: "Minutes that it has, before the machine restarts for its next try, or for the old version after the last.", standard: "10", min: 1, max: 1440},
 }
 
 // rule returns the rule of a path with or without list indexes.

@@ -7,7 +7,7 @@ import (
 
 // Kinds returns the kinds there are, in the order in which they are written. The slice is the caller's.
 func Kinds() []Kind {
-	return []Kind{KindMachine, KindNetwork, KindStorage, KindCluster, KindKubernetes}
+	return []Kind{KindMachine, KindNetwork, KindStorage, KindCluster, KindKubernetes, KindUpdate}
 }
 
 func kindNames() []string {
@@ -55,6 +55,13 @@ func (s *Set) fill() {
 		k.Schedulable = &yes
 	}
 	or(&k.PodSecurity, "baseline")
+	if len(s.Update.Health) == 0 {
+		s.Update.Health = []Proof{ProofAPI, ProofServices, ProofConfig, ProofKubelet}
+		if s.Machine.Role != Worker {
+			s.Update.Health = append(s.Update.Health, ProofEtcd)
+		}
+	}
+	or(&s.Update.Patience, 10)
 }
 
 // or gives a field its default.

@@ -15,6 +15,7 @@ const (
 	KindStorage    Kind = "Storage"
 	KindCluster    Kind = "Cluster"
 	KindKubernetes Kind = "Kubernetes"
+	KindUpdate     Kind = "Update"
 )
 
 // Set is a whole configuration: at most one document of each kind. A kind that was not
@@ -25,6 +26,7 @@ type Set struct {
 	Storage    *Storage
 	Cluster    *Cluster
 	Kubernetes *Kubernetes
+	Update     *Update
 }
 
 // Role says what a node does in the cluster.
@@ -166,4 +168,25 @@ type Kubernetes struct {
 	Schedulable *bool `yaml:"schedulable,omitempty"`
 	// PodSecurity is the default Pod Security level: "baseline" (default), "restricted" or "privileged".
 	PodSecurity string `yaml:"podSecurity,omitempty"`
+}
+
+// Proof names one thing that a version of the system must prove to be found good.
+type Proof string
+
+// The proofs there are.
+const (
+	ProofAPI      Proof = "api"      // a call with credentials was answered
+	ProofServices Proof = "services" // every unit that should run does
+	ProofConfig   Proof = "config"   // every daemon has brought about its sections
+	ProofEtcd     Proof = "etcd"     // the member answers and has a leader
+	ProofKubelet  Proof = "kubelet"  // the node is Ready
+)
+
+// Update says when a new version of the system is good.
+type Update struct {
+	// Health is what must be proved, all of it. Default: everything but etcd on a worker.
+	Health []Proof `yaml:"health,omitempty"`
+	// Patience is how many minutes a version on trial has, before the machine restarts for its next try, or for the old version after the
+	// last. 1 to 1440; default 10.
+	Patience int `yaml:"patience,omitempty"`
 }

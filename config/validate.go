@@ -102,6 +102,7 @@ func cross(s Set) []Problem {
 		}
 	}
 	unique(&c, "Cluster.names", s.Cluster.Names)
+	unique(&c, "Update.health", s.Update.Health)
 	if s.Machine.Role == Worker && s.Cluster.Endpoint == "" {
 		c.add("Cluster.endpoint", "is missing; a worker (Machine.role) needs %s", rule("Cluster.endpoint").allowed)
 	}

@@ -23,6 +23,7 @@ import (
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 )
 
 //go:embed openapi.json
@@ -44,7 +45,7 @@ func (g *Gateway) routes() (http.Handler, error) {
 	ctx := context.Background() // the handlers close nothing: the connection is the caller's
 	for _, register := range []func(context.Context, *runtime.ServeMux, *grpc.ClientConn) error{
 		machinev1.RegisterMachineHandler, configv1.RegisterConfigHandler, networkv1.RegisterNetworkHandler, storagev1.RegisterStorageHandler,
-		trustv1.RegisterTrustHandler, etcdv1.RegisterEtcdHandler, kubernetesv1.RegisterKubernetesHandler,
+		trustv1.RegisterTrustHandler, etcdv1.RegisterEtcdHandler, kubernetesv1.RegisterKubernetesHandler, updatev1.RegisterUpdateHandler,
 	} {
 		if err := register(ctx, rest, g.cfg.Apid); err != nil {
 			return nil, err

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"github.com/mdlayher/kobject"
 	"golang.org/x/sys/unix"
@@ -29,6 +30,8 @@ type linux struct {
 	log            *slog.Logger
 	runtime        string // folder that lives as long as the machine runs
 	vault          *vault.Vault
+
+	tables sync.Mutex // held while a partition table is read, changed and written: slots are labelled beside the loop
 }
 
 func newLinux(log *slog.Logger, v *vault.Vault) *linux {
@@ -134,6 +137,8 @@ func size(f *os.File) (int64, error) { return f.Seek(0, io.SeekEnd) }
 
 // table reads a disk's table, lets change alter it, and writes it in the order that survives a power cut.
 func (l *linux) table(disk string, change func(*os.File, *gpt.Table) error) error {
+	l.tables.Lock()
+	defer l.tables.Unlock()
 	f, err := os.OpenFile(disk, os.O_RDWR, 0)
 	if err != nil {
 		return err

@@ -97,6 +97,7 @@ var entries = []entry{
 	{volume: StateVolume, path: "machined", owner: uid.Machined, mode: 0o700},
 	{volume: StateVolume, path: ownFolder, owner: uid.Storaged, mode: 0o700},
 	{volume: StateVolume, path: "trustd", owner: uid.Trustd, mode: 0o700},
+	{volume: StateVolume, path: "updated", owner: uid.Updated, mode: 0o700},
 
 	{volume: VarVolume, path: ".mounted", mode: 0o444, marker: true},
 	{volume: VarVolume, path: "run", link: "/run"},

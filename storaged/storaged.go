@@ -11,12 +11,14 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
@@ -24,6 +26,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/storaged/slots"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
@@ -52,6 +55,7 @@ type Daemon struct {
 	vault  *vault.Vault
 	folder folderOf
 	slow   chan struct{} // slots for answers to wrong keys
+	slots  *slots.Server // nil with a model of the kernel
 }
 
 // Run is storaged as cmd/bulkheadd calls it.
@@ -70,7 +74,9 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	v := nodeVault(nil)
 	l := newLinux(cfg.Env.Log, v)
-	return newDaemon(cfg, l, v, l.folder), nil
+	d := newDaemon(cfg, l, v, l.folder)
+	d.slots = newSlots(l, cfg.Env.Log)
+	return d, nil
 }
 
 func newDaemon(cfg Config, k kernel, v *vault.Vault, folder folderOf) *Daemon {
@@ -105,11 +111,15 @@ func (d *Daemon) Run(ctx context.Context) error {
 
 func (d *Daemon) serve(ctx context.Context) error {
 	list := peer.List{storagev1.Boot_ServiceDesc.ServiceName: {uid.Updated}}
+	maps.Copy(list, slotCallers)
 	return daemon.Serve(ctx, d.env, list, func(s *grpc.Server) {
 		storagev1.RegisterStorageServer(s, &server{d: d})
 		storagev1.RegisterUnlockServer(s, unlockServer{d: d})
 		storagev1.RegisterKeysServer(s, keyServer{d: d})
 		storagev1.RegisterBootServer(s, bootServer{d: d})
+		if d.slots != nil {
+			slotv1.RegisterSlotsServer(s, d.slots)
+		}
 		controlv1.RegisterControlServer(s, &reconcile.Control[config.Storage, State, Step]{Loop: d.loop, Metrics: d.env.Metrics})
 	})
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/bulkhead-os/bulkhead/networkd"
 	"github.com/bulkhead-os/bulkhead/services/machined"
+	"github.com/bulkhead-os/bulkhead/services/updated"
 	"github.com/bulkhead-os/bulkhead/storaged"
 	"github.com/bulkhead-os/bulkhead/trustd"
 )
@@ -27,6 +28,7 @@ func main() {
 		"networkd": networkd.Run,
 		"storaged": storaged.Run,
 		"trustd":   trustd.Run,
+		"updated":  updated.Run,
 	}
 	name := filepath.Base(os.Args[0])
 	run, ok := daemons[name]

@@ -38,6 +38,8 @@ func allowed(user uint32, v initctl.Verb, u *unit.Unit) initctl.Code {
 		if u == nil {
 			return initctl.NotFound
 		}
+	case initctl.Reboot:
+		mine = user == uint32(uid.Updated) // a version on trial that proved nothing: machined may be what does not work
 	}
 	if mine || user == uint32(uid.Machined) {
 		return initctl.OK

@@ -105,7 +105,7 @@ func TestEnded(t *testing.T) {
 
 func TestAllowed(t *testing.T) {
 	u := &unit.Unit{Owners: []uint32{110}}
-	const root, machined, kubeletd, other = 0, 101, 110, 107
+	const root, machined, kubeletd, updated, other = 0, 101, 110, 108, 107
 	for _, c := range []struct {
 		user uint32
 		verb initctl.Verb
@@ -117,6 +117,7 @@ func TestAllowed(t *testing.T) {
 		{machined, initctl.Restart, u, initctl.OK}, {machined, initctl.Start, nil, initctl.NotFound},
 		{kubeletd, initctl.Logs, u, initctl.Denied}, {root, initctl.Logs, u, initctl.Denied}, {machined, initctl.Logs, u, initctl.OK},
 		{root, initctl.Reboot, nil, initctl.Denied}, {machined, initctl.Reboot, nil, initctl.OK}, {kubeletd, initctl.PowerOff, nil, initctl.Denied},
+		{updated, initctl.Reboot, nil, initctl.OK}, {updated, initctl.PowerOff, nil, initctl.Denied}, {kubeletd, initctl.Reboot, nil, initctl.Denied},
 		{machined, initctl.PowerOff, nil, initctl.OK}, {machined, initctl.Logs, nil, initctl.NotFound}, {other, 99, nil, initctl.Denied},
 	} {
 		if got := allowed(c.user, c.verb, c.u); got != c.want {

@@ -12,7 +12,7 @@ import (
 const module = "github.com/bulkhead-os/bulkhead/"
 
 // daemons are level 1: they meet only over a socket.
-var daemons = []string{"apid", "gateway", "networkd", "storaged", "trustd", "services/machined", "services/etcdd", "services/kubeletd"}
+var daemons = []string{"apid", "gateway", "networkd", "storaged", "trustd", "services/machined", "services/etcdd", "services/kubeletd", "services/updated"}
 
 // forbid lists what a package must not reach, directly or through others. A name that ends in "/..." is a tree.
 var forbid = func() []rule {

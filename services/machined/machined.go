@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -24,6 +25,8 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/bulkhead-os/bulkhead/services/machined/logs"
 	"github.com/bulkhead-os/bulkhead/services/machined/store"
@@ -54,6 +57,8 @@ type Daemon struct {
 	power   chan func() error // orders to carry out once they are answered
 	streams chan struct{}     // slots for streams of logs and events
 	apply   chan struct{}     // held by the one Apply or load that runs
+
+	answered atomic.Bool // a call with credentials has come through apid since the start of this process
 
 	mu    sync.Mutex
 	store *store.Store         // guarded by mu; nil until STATE is there
@@ -135,7 +140,7 @@ func New(cfg Config) (*Daemon, error) {
 func (d *Daemon) Run(ctx context.Context, env daemon.Env) error {
 	g, ctx := errgroup.WithContext(ctx)
 	d.work(ctx, g)
-	g.Go(func() error { return daemon.Serve(ctx, env, nil, d.Register) })
+	g.Go(func() error { return daemon.Serve(ctx, env, callers, d.Register) })
 	return errors.Join(g.Wait(), d.close())
 }
 
@@ -147,6 +152,13 @@ func (d *Daemon) work(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return d.load(ctx) })
 	g.Go(func() error { return d.watchUnits(ctx) })
 	g.Go(func() error { return d.obey(ctx) })
+}
+
+// callers are those besides apid. A method's own entry goes before its service's, so that apid stands there too.
+var callers = peer.List{
+	machinev1.Machine_GetHealth_FullMethodName:       {uid.Apid, uid.Updated}, // what a version on trial has proved
+	machinev1.Machine_StreamKernelLog_FullMethodName: {uid.Apid, uid.Updated}, // what is to be read if it fails
+	machinev1.Machine_TellEvent_FullMethodName:       {uid.Updated},
 }
 
 // Register adds machined's services to a server.

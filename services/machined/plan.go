@@ -20,6 +20,7 @@ var recipients = []recipient{
 	{"networkd", []config.Kind{config.KindMachine, config.KindNetwork, config.KindCluster, config.KindKubernetes}},
 	{storaged, []config.Kind{config.KindStorage}},
 	{"trustd", []config.Kind{config.KindMachine, config.KindCluster, config.KindKubernetes}},
+	{"updated", []config.Kind{config.KindUpdate}},
 }
 
 // storaged makes STATE, which machined itself needs.

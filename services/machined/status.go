@@ -24,7 +24,7 @@ type report struct {
 var area = map[string]string{"kubeletd": "kubernetes", "etcdd": "etcd"}
 
 // health decides whether the node does its job, and if not, why.
-func health(generation uint64, units []initctl.Status, unitsErr error, reports map[string]report) *machinev1.GetHealthResponse {
+func health(generation uint64, answered bool, units []initctl.Status, unitsErr error, reports map[string]report) *machinev1.GetHealthResponse {
 	out := &machinev1.GetHealthResponse{Healthy: true}
 	add := func(name string, ok bool, detail string) {
 		out.Checks = append(out.Checks, &machinev1.Check{Name: name, Ok: ok, Detail: detail})
@@ -34,6 +34,11 @@ func health(generation uint64, units []initctl.Status, unitsErr error, reports m
 		add("config.applied", false, "the node has no configuration yet; apply one, an empty document will do")
 	} else {
 		add("config.applied", true, fmt.Sprintf("generation %d", generation))
+	}
+	if answered {
+		add("api.answered", true, "")
+	} else {
+		add("api.answered", false, "no call with credentials has come through apid since machined was started")
 	}
 	if unitsErr != nil {
 		add("init.answers", false, unitsErr.Error())

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"google.golang.org/grpc"
@@ -106,6 +107,13 @@ func TestOverSockets(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	<-awaitEvent(as, t, client, "networkd", "reached generation 1")
+	h, err := machinev1.NewMachineClient(client).GetHealth(as, &machinev1.GetHealthRequest{})
+	if err != nil || !slices.ContainsFunc(h.GetChecks(), func(c *machinev1.Check) bool { return c.GetName() == "api.answered" && c.GetOk() }) {
+		t.Errorf("a call through apid is no proof that calls are answered: %v, %v", h, err)
+	}
+	if _, err := machinev1.NewMachineClient(client).TellEvent(as, &machinev1.TellEventRequest{Type: "update", Text: "x"}); !errs.Is(err, errs.Denied) {
+		t.Errorf("apid may tell events: %v", err)
+	}
 	kill()
 	if err := <-networkdDone; !errors.Is(err, context.Canceled) {
 		t.Fatal(err)

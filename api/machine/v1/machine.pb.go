@@ -856,6 +856,96 @@ func (x *Event) GetText() string {
 	return ""
 }
 
+type TellEventRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One word, for example "update".
+	Type string `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
+	// One sentence; at most 400 bytes of it are kept.
+	Text          string `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TellEventRequest) Reset() {
+	*x = TellEventRequest{}
+	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TellEventRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TellEventRequest) ProtoMessage() {}
+
+func (x *TellEventRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TellEventRequest.ProtoReflect.Descriptor instead.
+func (*TellEventRequest) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *TellEventRequest) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *TellEventRequest) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+type TellEventResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TellEventResponse) Reset() {
+	*x = TellEventResponse{}
+	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TellEventResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TellEventResponse) ProtoMessage() {}
+
+func (x *TellEventResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TellEventResponse.ProtoReflect.Descriptor instead.
+func (*TellEventResponse) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{16}
+}
+
 type ListMetricsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -864,7 +954,7 @@ type ListMetricsRequest struct {
 
 func (x *ListMetricsRequest) Reset() {
 	*x = ListMetricsRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	mi := &file_machine_v1_machine_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -876,7 +966,7 @@ func (x *ListMetricsRequest) String() string {
 func (*ListMetricsRequest) ProtoMessage() {}
 
 func (x *ListMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	mi := &file_machine_v1_machine_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -889,7 +979,7 @@ func (x *ListMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMetricsRequest.ProtoReflect.Descriptor instead.
 func (*ListMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{15}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{17}
 }
 
 type ListMetricsResponse struct {
@@ -901,7 +991,7 @@ type ListMetricsResponse struct {
 
 func (x *ListMetricsResponse) Reset() {
 	*x = ListMetricsResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	mi := &file_machine_v1_machine_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -913,7 +1003,7 @@ func (x *ListMetricsResponse) String() string {
 func (*ListMetricsResponse) ProtoMessage() {}
 
 func (x *ListMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	mi := &file_machine_v1_machine_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -926,7 +1016,7 @@ func (x *ListMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMetricsResponse.ProtoReflect.Descriptor instead.
 func (*ListMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{16}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListMetricsResponse) GetDaemons() []*DaemonMetrics {
@@ -948,7 +1038,7 @@ type DaemonMetrics struct {
 
 func (x *DaemonMetrics) Reset() {
 	*x = DaemonMetrics{}
-	mi := &file_machine_v1_machine_proto_msgTypes[17]
+	mi := &file_machine_v1_machine_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -960,7 +1050,7 @@ func (x *DaemonMetrics) String() string {
 func (*DaemonMetrics) ProtoMessage() {}
 
 func (x *DaemonMetrics) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[17]
+	mi := &file_machine_v1_machine_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -973,7 +1063,7 @@ func (x *DaemonMetrics) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DaemonMetrics.ProtoReflect.Descriptor instead.
 func (*DaemonMetrics) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{17}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DaemonMetrics) GetDaemon() string {
@@ -1005,7 +1095,7 @@ type RebootRequest struct {
 
 func (x *RebootRequest) Reset() {
 	*x = RebootRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[18]
+	mi := &file_machine_v1_machine_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1017,7 +1107,7 @@ func (x *RebootRequest) String() string {
 func (*RebootRequest) ProtoMessage() {}
 
 func (x *RebootRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[18]
+	mi := &file_machine_v1_machine_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1030,7 +1120,7 @@ func (x *RebootRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootRequest.ProtoReflect.Descriptor instead.
 func (*RebootRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{18}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{20}
 }
 
 type RebootResponse struct {
@@ -1041,7 +1131,7 @@ type RebootResponse struct {
 
 func (x *RebootResponse) Reset() {
 	*x = RebootResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[19]
+	mi := &file_machine_v1_machine_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1053,7 +1143,7 @@ func (x *RebootResponse) String() string {
 func (*RebootResponse) ProtoMessage() {}
 
 func (x *RebootResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[19]
+	mi := &file_machine_v1_machine_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1066,7 +1156,7 @@ func (x *RebootResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootResponse.ProtoReflect.Descriptor instead.
 func (*RebootResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{19}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{21}
 }
 
 type ShutdownRequest struct {
@@ -1077,7 +1167,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	mi := &file_machine_v1_machine_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1089,7 +1179,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	mi := &file_machine_v1_machine_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1102,7 +1192,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{20}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{22}
 }
 
 type ShutdownResponse struct {
@@ -1113,7 +1203,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	mi := &file_machine_v1_machine_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1125,7 +1215,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	mi := &file_machine_v1_machine_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1138,7 +1228,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{21}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{23}
 }
 
 var File_machine_v1_machine_proto protoreflect.FileDescriptor
@@ -1197,7 +1287,11 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04type\x12\x12\n" +
-	"\x04text\x18\x04 \x01(\tR\x04text\"\x14\n" +
+	"\x04text\x18\x04 \x01(\tR\x04text\":\n" +
+	"\x10TellEventRequest\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\"\x13\n" +
+	"\x11TellEventResponse\"\x14\n" +
 	"\x12ListMetricsRequest\"J\n" +
 	"\x13ListMetricsResponse\x123\n" +
 	"\adaemons\x18\x01 \x03(\v2\x19.machine.v1.DaemonMetricsR\adaemons\"m\n" +
@@ -1208,7 +1302,7 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\rRebootRequest\"\x10\n" +
 	"\x0eRebootResponse\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\xd6\b\n" +
+	"\x10ShutdownResponse2\xa7\t\n" +
 	"\aMachine\x12h\n" +
 	"\n" +
 	"GetVersion\x12\x1d.machine.v1.GetVersionRequest\x1a\x1e.machine.v1.GetVersionResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/version\x90\x02\x01\x12d\n" +
@@ -1220,7 +1314,8 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"StreamLogs\x12\x1d.machine.v1.StreamLogsRequest\x1a\x13.machine.v1.LogLine\"(\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x1a\x12\x18/v1/services/{name}/logs\x90\x02\x010\x01\x12l\n" +
 	"\x0fStreamKernelLog\x12\".machine.v1.StreamKernelLogRequest\x1a\x13.machine.v1.LogLine\"\x1e\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/kernel/log\x90\x02\x010\x01\x12`\n" +
 	"\fStreamEvents\x12\x1f.machine.v1.StreamEventsRequest\x1a\x11.machine.v1.Event\"\x1a\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\f\x12\n" +
-	"/v1/events\x90\x02\x010\x01\x12k\n" +
+	"/v1/events\x90\x02\x010\x01\x12O\n" +
+	"\tTellEvent\x12\x1c.machine.v1.TellEventRequest\x1a\x1d.machine.v1.TellEventResponse\"\x05\xaa\xbb\x18\x01\x01\x12k\n" +
 	"\vListMetrics\x12\x1e.machine.v1.ListMetricsRequest\x1a\x1f.machine.v1.ListMetricsResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/metrics\x90\x02\x01\x12a\n" +
 	"\x06Reboot\x12\x19.machine.v1.RebootRequest\x1a\x1a.machine.v1.RebootResponse\" \xaa\xbb\x18\x02\x04\x06\x82\xd3\xe4\x93\x02\x14\"\x12/v1/machine:reboot\x12i\n" +
 	"\bShutdown\x12\x1b.machine.v1.ShutdownRequest\x1a\x1c.machine.v1.ShutdownResponse\"\"\xaa\xbb\x18\x02\x04\x06\x82\xd3\xe4\x93\x02\x16\"\x14/v1/machine:shutdown\x1a\f\xb2\xbb\x18\bmachinedB:Z8github.com/bulkhead-os/bulkhead/api/machine/v1;machinev1b\x06proto3"
@@ -1237,7 +1332,7 @@ func file_machine_v1_machine_proto_rawDescGZIP() []byte {
 	return file_machine_v1_machine_proto_rawDescData
 }
 
-var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_machine_v1_machine_proto_goTypes = []any{
 	(*GetVersionRequest)(nil),      // 0: machine.v1.GetVersionRequest
 	(*GetVersionResponse)(nil),     // 1: machine.v1.GetVersionResponse
@@ -1254,24 +1349,26 @@ var file_machine_v1_machine_proto_goTypes = []any{
 	(*LogLine)(nil),                // 12: machine.v1.LogLine
 	(*StreamEventsRequest)(nil),    // 13: machine.v1.StreamEventsRequest
 	(*Event)(nil),                  // 14: machine.v1.Event
-	(*ListMetricsRequest)(nil),     // 15: machine.v1.ListMetricsRequest
-	(*ListMetricsResponse)(nil),    // 16: machine.v1.ListMetricsResponse
-	(*DaemonMetrics)(nil),          // 17: machine.v1.DaemonMetrics
-	(*RebootRequest)(nil),          // 18: machine.v1.RebootRequest
-	(*RebootResponse)(nil),         // 19: machine.v1.RebootResponse
-	(*ShutdownRequest)(nil),        // 20: machine.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),       // 21: machine.v1.ShutdownResponse
-	(*timestamppb.Timestamp)(nil),  // 22: google.protobuf.Timestamp
-	(*v1.Family)(nil),              // 23: control.v1.Family
+	(*TellEventRequest)(nil),       // 15: machine.v1.TellEventRequest
+	(*TellEventResponse)(nil),      // 16: machine.v1.TellEventResponse
+	(*ListMetricsRequest)(nil),     // 17: machine.v1.ListMetricsRequest
+	(*ListMetricsResponse)(nil),    // 18: machine.v1.ListMetricsResponse
+	(*DaemonMetrics)(nil),          // 19: machine.v1.DaemonMetrics
+	(*RebootRequest)(nil),          // 20: machine.v1.RebootRequest
+	(*RebootResponse)(nil),         // 21: machine.v1.RebootResponse
+	(*ShutdownRequest)(nil),        // 22: machine.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),       // 23: machine.v1.ShutdownResponse
+	(*timestamppb.Timestamp)(nil),  // 24: google.protobuf.Timestamp
+	(*v1.Family)(nil),              // 25: control.v1.Family
 }
 var file_machine_v1_machine_proto_depIdxs = []int32{
 	4,  // 0: machine.v1.GetHealthResponse.checks:type_name -> machine.v1.Check
 	7,  // 1: machine.v1.ListServicesResponse.services:type_name -> machine.v1.Service
-	22, // 2: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
-	22, // 3: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	22, // 4: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
-	17, // 5: machine.v1.ListMetricsResponse.daemons:type_name -> machine.v1.DaemonMetrics
-	23, // 6: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
+	24, // 2: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
+	24, // 3: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	24, // 4: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
+	19, // 5: machine.v1.ListMetricsResponse.daemons:type_name -> machine.v1.DaemonMetrics
+	25, // 6: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
 	0,  // 7: machine.v1.Machine.GetVersion:input_type -> machine.v1.GetVersionRequest
 	2,  // 8: machine.v1.Machine.GetHealth:input_type -> machine.v1.GetHealthRequest
 	5,  // 9: machine.v1.Machine.ListServices:input_type -> machine.v1.ListServicesRequest
@@ -1279,21 +1376,23 @@ var file_machine_v1_machine_proto_depIdxs = []int32{
 	10, // 11: machine.v1.Machine.StreamLogs:input_type -> machine.v1.StreamLogsRequest
 	11, // 12: machine.v1.Machine.StreamKernelLog:input_type -> machine.v1.StreamKernelLogRequest
 	13, // 13: machine.v1.Machine.StreamEvents:input_type -> machine.v1.StreamEventsRequest
-	15, // 14: machine.v1.Machine.ListMetrics:input_type -> machine.v1.ListMetricsRequest
-	18, // 15: machine.v1.Machine.Reboot:input_type -> machine.v1.RebootRequest
-	20, // 16: machine.v1.Machine.Shutdown:input_type -> machine.v1.ShutdownRequest
-	1,  // 17: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
-	3,  // 18: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
-	6,  // 19: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
-	9,  // 20: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
-	12, // 21: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
-	12, // 22: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
-	14, // 23: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
-	16, // 24: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
-	19, // 25: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
-	21, // 26: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
-	17, // [17:27] is the sub-list for method output_type
-	7,  // [7:17] is the sub-list for method input_type
+	15, // 14: machine.v1.Machine.TellEvent:input_type -> machine.v1.TellEventRequest
+	17, // 15: machine.v1.Machine.ListMetrics:input_type -> machine.v1.ListMetricsRequest
+	20, // 16: machine.v1.Machine.Reboot:input_type -> machine.v1.RebootRequest
+	22, // 17: machine.v1.Machine.Shutdown:input_type -> machine.v1.ShutdownRequest
+	1,  // 18: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
+	3,  // 19: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
+	6,  // 20: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
+	9,  // 21: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
+	12, // 22: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
+	12, // 23: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
+	14, // 24: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
+	16, // 25: machine.v1.Machine.TellEvent:output_type -> machine.v1.TellEventResponse
+	18, // 26: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
+	21, // 27: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
+	23, // 28: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
+	18, // [18:29] is the sub-list for method output_type
+	7,  // [7:18] is the sub-list for method input_type
 	7,  // [7:7] is the sub-list for extension type_name
 	7,  // [7:7] is the sub-list for extension extendee
 	0,  // [0:7] is the sub-list for field type_name
@@ -1310,7 +1409,7 @@ func file_machine_v1_machine_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_machine_v1_machine_proto_rawDesc), len(file_machine_v1_machine_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

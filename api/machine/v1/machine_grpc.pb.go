@@ -28,6 +28,7 @@ const (
 	Machine_StreamLogs_FullMethodName      = "/machine.v1.Machine/StreamLogs"
 	Machine_StreamKernelLog_FullMethodName = "/machine.v1.Machine/StreamKernelLog"
 	Machine_StreamEvents_FullMethodName    = "/machine.v1.Machine/StreamEvents"
+	Machine_TellEvent_FullMethodName       = "/machine.v1.Machine/TellEvent"
 	Machine_ListMetrics_FullMethodName     = "/machine.v1.Machine/ListMetrics"
 	Machine_Reboot_FullMethodName          = "/machine.v1.Machine/Reboot"
 	Machine_Shutdown_FullMethodName        = "/machine.v1.Machine/Shutdown"
@@ -53,6 +54,8 @@ type MachineClient interface {
 	StreamKernelLog(ctx context.Context, in *StreamKernelLogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogLine], error)
 	// StreamEvents sends what changed on the node.
 	StreamEvents(ctx context.Context, in *StreamEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Event], error)
+	// TellEvent adds an event. It is for daemons that do what no unit's state and no spec shows.
+	TellEvent(ctx context.Context, in *TellEventRequest, opts ...grpc.CallOption) (*TellEventResponse, error)
 	// ListMetrics returns the figures of every daemon on the node, for Prometheus.
 	ListMetrics(ctx context.Context, in *ListMetricsRequest, opts ...grpc.CallOption) (*ListMetricsResponse, error)
 	// Reboot stops every unit in order and restarts the machine. It answers before the machine goes down.
@@ -166,6 +169,16 @@ func (c *machineClient) StreamEvents(ctx context.Context, in *StreamEventsReques
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Machine_StreamEventsClient = grpc.ServerStreamingClient[Event]
 
+func (c *machineClient) TellEvent(ctx context.Context, in *TellEventRequest, opts ...grpc.CallOption) (*TellEventResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TellEventResponse)
+	err := c.cc.Invoke(ctx, Machine_TellEvent_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *machineClient) ListMetrics(ctx context.Context, in *ListMetricsRequest, opts ...grpc.CallOption) (*ListMetricsResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListMetricsResponse)
@@ -216,6 +229,8 @@ type MachineServer interface {
 	StreamKernelLog(*StreamKernelLogRequest, grpc.ServerStreamingServer[LogLine]) error
 	// StreamEvents sends what changed on the node.
 	StreamEvents(*StreamEventsRequest, grpc.ServerStreamingServer[Event]) error
+	// TellEvent adds an event. It is for daemons that do what no unit's state and no spec shows.
+	TellEvent(context.Context, *TellEventRequest) (*TellEventResponse, error)
 	// ListMetrics returns the figures of every daemon on the node, for Prometheus.
 	ListMetrics(context.Context, *ListMetricsRequest) (*ListMetricsResponse, error)
 	// Reboot stops every unit in order and restarts the machine. It answers before the machine goes down.
@@ -252,6 +267,9 @@ func (UnimplementedMachineServer) StreamKernelLog(*StreamKernelLogRequest, grpc.
 }
 func (UnimplementedMachineServer) StreamEvents(*StreamEventsRequest, grpc.ServerStreamingServer[Event]) error {
 	return status.Error(codes.Unimplemented, "method StreamEvents not implemented")
+}
+func (UnimplementedMachineServer) TellEvent(context.Context, *TellEventRequest) (*TellEventResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method TellEvent not implemented")
 }
 func (UnimplementedMachineServer) ListMetrics(context.Context, *ListMetricsRequest) (*ListMetricsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListMetrics not implemented")
@@ -388,6 +406,24 @@ func _Machine_StreamEvents_Handler(srv interface{}, stream grpc.ServerStream) er
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Machine_StreamEventsServer = grpc.ServerStreamingServer[Event]
 
+func _Machine_TellEvent_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TellEventRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MachineServer).TellEvent(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Machine_TellEvent_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MachineServer).TellEvent(ctx, req.(*TellEventRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Machine_ListMetrics_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListMetricsRequest)
 	if err := dec(in); err != nil {
@@ -464,6 +500,10 @@ var Machine_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RestartService",
 			Handler:    _Machine_RestartService_Handler,
+		},
+		{
+			MethodName: "TellEvent",
+			Handler:    _Machine_TellEvent_Handler,
 		},
 		{
 			MethodName: "ListMetrics",

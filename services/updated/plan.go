@@ -1,0 +1,170 @@
+package updated
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
+	"github.com/bulkhead-os/bulkhead/config"
+)
+
+// State is what one look found. It is data only: plan needs nothing else.
+type State struct {
+	// Slots is storaged's word; nil if this machine has no boot loader that could start another version, and then NoSlots says why.
+	Slots   *slotv1.GetResponse
+	NoSlots string
+	// Checks are the node's health; nil unless a version is on trial. Unhealthy is why they could not be had.
+	Checks    []*machinev1.Check
+	Unhealthy string
+	Uptime    time.Duration // since the kernel was started
+	looked    time.Duration // Uptime when the slots were asked for
+}
+
+// running returns the slot of the running version; nil if there is none.
+func (s State) running() *slotv1.Slot {
+	for _, v := range s.Slots.GetSlots() {
+		if v.GetRunning() {
+			return v
+		}
+	}
+	return nil
+}
+
+// onTrial reports whether the running version still has to prove itself.
+func (s State) onTrial() bool { return s.running().GetStatus() == "on trial" }
+
+// Op is what a step does.
+type Op string
+
+// The steps there are.
+const (
+	opProve   Op = "prove"     // somebody else's part: it cannot be done, only waited for
+	opGood    Op = "mark good" // the trial ends
+	opRaise   Op = "raise epoch"
+	opRestart Op = "restart" // the next try, or the old version
+)
+
+// A Step is one change.
+type Step struct {
+	Op   Op
+	What string // the proof, the version, or why
+}
+
+// String is the form for people.
+func (s Step) String() string { return string(s.Op) + " " + s.What }
+
+// A proof is one thing that a version has to prove.
+type proof struct {
+	name   config.Proof
+	ok     bool
+	detail string // what is missing
+}
+
+// prove judges a node's health. Equal inputs give equal proofs. A check that is not there is not passed: that is how a version looks whose
+// machined does not know of etcd.
+func prove(want []config.Proof, s State) []proof {
+	var out []proof
+	for _, name := range want {
+		p := proof{name: name}
+		switch {
+		case s.Checks == nil:
+			p.detail = or(s.Unhealthy, "the node's health is not known yet")
+		default:
+			p.ok, p.detail = judge(name, s.Checks)
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// belongs says which proof a check counts for; "" if for none. updated's own do not: a version on trial has not converged here.
+func belongs(check string) config.Proof {
+	switch {
+	case check == "api.answered":
+		return config.ProofAPI
+	case check == "etcd.converged":
+		return config.ProofEtcd
+	case check == "kubernetes.converged":
+		return config.ProofKubelet
+	case check == "updated.converged":
+		return ""
+	case strings.HasSuffix(check, ".up"):
+		return config.ProofServices
+	}
+	return config.ProofConfig
+}
+
+func judge(name config.Proof, checks []*machinev1.Check) (ok bool, detail string) {
+	found, missing := false, 0
+	for _, c := range checks {
+		if belongs(c.GetName()) != name {
+			continue
+		}
+		if found = true; c.GetOk() {
+			continue
+		}
+		if missing++; missing == 1 {
+			detail = c.GetName() + ": " + or(c.GetDetail(), "no")
+		}
+	}
+	switch {
+	case !found:
+		return false, "the node does not report it"
+	case missing > 1:
+		detail += fmt.Sprintf(" (and %d more)", missing-1)
+	}
+	return missing == 0, detail
+}
+
+func or(s, standard string) string {
+	if s == "" {
+		return standard
+	}
+	return s
+}
+
+// plan returns the steps of a version on trial: what it still has to prove; that it is good, once it has; and a restart when its time is
+// over. Good is never decided by time, only that a try has failed is.
+func plan(want config.Update, s State) ([]Step, error) {
+	r := s.running()
+	if r == nil {
+		return nil, nil
+	}
+	if !s.onTrial() {
+		if r.GetStatus() == "good" && s.Slots.GetEpochKept() && r.GetEpoch() > s.Slots.GetEpochFloor() {
+			return []Step{{opRaise, fmt.Sprint(r.GetEpoch())}}, nil
+		}
+		return nil, nil
+	}
+	var steps []Step
+	for _, p := range prove(want.Health, s) {
+		if !p.ok {
+			steps = append(steps, Step{opProve, string(p.name) + ": " + p.detail})
+		}
+	}
+	if len(steps) == 0 {
+		return []Step{{opGood, r.GetVersion()}}, nil
+	}
+	if s.Uptime >= patience(want) {
+		steps = append(steps, Step{opRestart, fmt.Sprintf("%s did not prove its health in %s; missing: %s", r.GetVersion(), patience(want), missing(steps))})
+	}
+	return steps, nil
+}
+
+// planBare is plan before the node's configuration is known: a version whose disk does not open must be left too.
+func planBare(s State) ([]Step, error) { return plan(*config.Defaults().Update, s) }
+
+func patience(u config.Update) time.Duration { return time.Duration(u.Patience) * time.Minute }
+
+// missing joins what is to be proved.
+func missing(steps []Step) string {
+	var all []string
+	for _, s := range steps {
+		if s.Op == opProve {
+			all = append(all, s.What)
+		}
+	}
+	return strings.Join(all, "; ")
+}

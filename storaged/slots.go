@@ -1,0 +1,39 @@
+package storaged
+
+import (
+	"log/slog"
+	"os"
+	"runtime"
+	"strings"
+
+	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
+	"github.com/bulkhead-os/bulkhead/internal/bundle"
+	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/internal/version"
+	"github.com/bulkhead-os/bulkhead/storaged/slots"
+)
+
+// releaseKeys is where the image has the keys whose bundles it takes.
+const releaseKeys = "/usr/share/bulkhead/release.pub"
+
+// slotCallers says who may fill slots.
+var slotCallers = peer.List{slotv1.Slots_ServiceDesc.ServiceName: {uid.Updated}}
+
+// newSlots returns the service for updated. The table is edited by the same function as for volumes, which takes one edit at a time.
+func newSlots(l *linux, log *slog.Logger) *slots.Server {
+	disk := slots.NewLinux(func(disk string, change func(*gpt.Table) error) error {
+		return l.table(disk, func(_ *os.File, t *gpt.Table) error { return change(t) })
+	})
+	return &slots.Server{Linux: disk, Store: slots.New(slots.Config{
+		Disk: disk, Epochs: slots.NoEpochs{}, Architecture: runtime.GOARCH, Version: strings.TrimPrefix(version.Version, "v"), Log: log,
+		Keys: func() (bundle.Keys, error) {
+			text, err := os.ReadFile(releaseKeys)
+			if err != nil {
+				return nil, err
+			}
+			return bundle.ParseKeys(text)
+		},
+	})}
+}
