@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	keysv1 "github.com/bulkhead-os/bulkhead/api/keys/v1"
 	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	"github.com/bulkhead-os/bulkhead/config"
@@ -35,6 +36,8 @@ type Config struct {
 	Env daemon.Env // Listen, Log and Metrics are required
 	// Resync is the longest time between two looks; 0 means one minute.
 	Resync time.Duration
+	// Relay reaches key services; nil: they cannot be reached.
+	Relay vault.Relay
 }
 
 // A kernel is the part of Linux that storaged reads and changes.
@@ -60,7 +63,12 @@ type Daemon struct {
 
 // Run is storaged as cmd/bulkheadd calls it.
 func Run(ctx context.Context, env daemon.Env) error {
-	d, err := New(Config{Env: env})
+	updated, err := peer.Dial(peer.Socket("updated"))
+	if err != nil {
+		return err
+	}
+	defer updated.Close()
+	d, err := New(Config{Env: env, Relay: relay{keysv1.NewRelayClient(updated)}})
 	if err != nil {
 		return err
 	}
@@ -72,7 +80,7 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Env.Listen == nil || cfg.Env.Log == nil || cfg.Env.Metrics == nil {
 		return nil, errors.New("storaged: Env.Listen, Env.Log and Env.Metrics are required")
 	}
-	v := nodeVault(nil)
+	v := nodeVault(cfg.Relay)
 	l := newLinux(cfg.Env.Log, v)
 	d := newDaemon(cfg, l, v, l.folder)
 	d.slots = newSlots(l, cfg.Env.Log)

@@ -13,6 +13,8 @@ var repeatable = []string{
 	"control.v1.Control/WatchState",
 	"etcd.v1.Etcd/GetStatus",
 	"etcd.v1.Etcd/StreamSnapshot",
+	"keys.v1.KeyService/Unseal",
+	"keys.v1.Relay/Unseal",
 	"kubernetes.v1.Kubernetes/GetStatus",
 	"kubernetes.v1.Kubernetes/WatchStatus",
 	"machine.v1.Machine/GetHealth",

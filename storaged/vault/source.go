@@ -46,8 +46,12 @@ type Relay interface {
 	Unseal(context.Context, Place, []byte) (secret.Bytes, error)
 }
 
-// relayTime bounds one call to a server.
-const relayTime = 15 * time.Second
+const (
+	// relayTime bounds one call to a server.
+	relayTime = 15 * time.Second
+	// maxSealed is what a server may give us to keep, in bytes: it lies in the header.
+	maxSealed = 1024
+)
 
 // readFile reads a key from where the token says.
 func (v *Vault) readFile(f tokenFile) (secret.Bytes, error) {
@@ -151,6 +155,9 @@ func (v *Vault) newService(ctx context.Context, folder *os.Root, address, pin st
 	defer cancel()
 	if s.Sealed, err = v.cfg.Relay.Seal(ctx, s.place(), part); err != nil {
 		return tokenService{}, secret.Bytes{}, fmt.Errorf("key service %s: %w (it knows this node by sha256:%x)", address, err, sha256.Sum256(id.Certificate))
+	}
+	if n := len(s.Sealed); n == 0 || n > maxSealed {
+		return tokenService{}, secret.Bytes{}, fmt.Errorf("key service %s: %d bytes; 1 to %d are allowed", address, n, maxSealed)
 	}
 	back, err := v.cfg.Relay.Unseal(ctx, s.place(), s.Sealed) // never rely on what was not tried
 	if err != nil || !back.Equal(part) {
