@@ -278,7 +278,7 @@ var units = []unit.Unit{
 	{
 		Name:         "updated",
 		Exec:         []string{"/usr/lib/bulkhead/bulkheadd"},
-		Env:          []string{"GOMAXPROCS=1", "GOMEMLIMIT=16MiB"},
+		Env:          []string{"GODEBUG=memprofilerate=0", "GOMAXPROCS=1", "GOMEMLIMIT=16MiB"},
 		UID:          108,
 		Network:      "host",
 		Hide:         []string{"/var"},

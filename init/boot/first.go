@@ -21,9 +21,10 @@ const (
 
 // first is what the steps of stage 1 pass on.
 type first struct {
-	hash       string // root hash, in hex
-	root, tree device // the partitions ROOT and VERITY
-	node       string // of the verified device
+	hash       string   // root hash, in hex
+	root, tree device   // the partitions ROOT and VERITY
+	node       string   // of the verified device
+	passed     []string // see passedOn
 }
 
 // A device is a partition as the kernel knows it.
@@ -53,6 +54,7 @@ func First() {
 		step{"find the root partition", s.find, "the disk: is it attached, is its driver among the modules, and is it of this kernel's image?"},
 		step{"verify the root", s.verify, "the VERITY partition: it must be of the same image as the kernel"},
 		step{"mount the root", s.mount, "the lines of the kernel above: a damaged block shows as device-mapper: verity"},
+		step{"keep what the boot loader passed on", s.keepPassed, "the initramfs: /.extra"},
 		step{"take /proc along", func() error { return move("/proc", newRoot+"/proc") }, root},
 		step{"take /sys along", func() error { return move("/sys", newRoot+"/sys") }, root},
 		step{"take /dev along", func() error { return move("/dev", newRoot+"/dev") }, root},
@@ -62,8 +64,23 @@ func First() {
 		step{"enter the root", func() error { return unix.Chroot(".") }, root},
 		step{"start the root's init", func() error {
 			// PID 1 is small: it collects its garbage early, and needs one processor.
-			return unix.Exec("/sbin/init", []string{"init", "supervise"}, []string{"GOGC=4", "GOMAXPROCS=1"})
+			return unix.Exec("/sbin/init", []string{"init", "supervise"}, append(s.passed, "GOGC=4", "GOMAXPROCS=1"))
 		}, root}))
+}
+
+// passedOn are the two files that systemd's stub puts into the initramfs and that count: which PCR 11 the image's maker has signed. Whatever
+// else is there came from the EFI partition, unsigned. They go to stage 2 in PID 1's environment, and from there to storaged.
+var passedOn = []string{"tpm2-pcr-signature.json", "tpm2-pcr-public-key.pem"}
+
+const maxPassed = 8 << 10 // bytes of each
+
+func (s *first) keepPassed() error {
+	for _, name := range passedOn {
+		if b, err := os.ReadFile("/.extra/" + name); err == nil && len(b) <= maxPassed {
+			s.passed = append(s.passed, name+"="+string(b))
+		}
+	}
+	return nil // without a stub there is nothing
 }
 
 func move(from, to string) error { return unix.Mount(from, to, "", unix.MS_MOVE, "") }

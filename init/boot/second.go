@@ -64,6 +64,7 @@ func Second() {
 		step{"link /dev/fd", linkDevices, "/dev: it must be a devtmpfs"},
 		step{"make " + unit.RunDir, func() error { return os.Mkdir(unit.RunDir, 0o755) }, tmpfs},
 		step{"make " + unit.SocketDir, func() error { return os.Mkdir(unit.SocketDir, 0o755) }, tmpfs},
+		step{"hand on what the boot loader passed", handOn, tmpfs},
 		step{"make the machine's id", machineID, tmpfs},
 		step{"load modules", func() error { return rootModules(false) }, "/usr/lib/modules: is it of this kernel?"},
 		step{"set kernel parameters", func() error { return setSysctls(sysctls...) }, "/proc/sys"},
@@ -84,6 +85,20 @@ func linkDevices() error {
 	var f console.First
 	for name, target := range map[string]string{"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"} {
 		f.Try("link", os.Symlink("/proc/self/fd"+target, "/dev/"+name))
+	}
+	return f.Err
+}
+
+// handOn writes what stage 1 kept to a folder that everybody may read: nothing of it is secret, and storaged believes none of it.
+func handOn() error {
+	var f console.First
+	dir := unit.RunDir + "/boot/"
+	f.Try("folder", os.Mkdir(dir, 0o755))
+	for _, name := range passedOn {
+		if v, ok := os.LookupEnv(name); ok {
+			f.Try("file", os.WriteFile(dir+name, []byte(v), 0o444))
+			os.Unsetenv(name)
+		}
 	}
 	return f.Err
 }

@@ -2,8 +2,8 @@
 // holds the key says which images may open a node's disk.
 //
 // A disk's key is sealed with the policy of Seal: a policy signed by the image's maker, then PCR 7 as it is. What is signed
-// (Policy) is PCR 11, into which systemd's stub measures the parts of the image, and that the TPM has not seen a newer epoch of
-// images (Index). So a new image opens the disk without anything being sealed again, an old one with a known hole does not.
+// (Policy) is PCR 11, into which systemd's stub measures the parts of the image, that nothing was added to its command line from
+// outside (PCR 12: by SMBIOS, for one, Secure Boot or not), and that the TPM has not seen a newer epoch of images (Index). So a new image opens the disk without anything being sealed again, an old one with a known hole does not.
 //
 // The package is pure and touches no TPM: the image's builder and storaged both use it. All hashes are SHA-256.
 package pcrpolicy
@@ -40,6 +40,7 @@ func (d *Digest) UnmarshalText(b []byte) error {
 const (
 	PCRSecureBoot = 7  // the firmware measures the keys of Secure Boot
 	PCRImage      = 11 // the stub measures the image; nobody else uses it before the root runs
+	PCRAdded      = 12 // the stub measures words and files that others add to what the image says; it must be as when the machine started
 )
 
 // A Section is one part of a unified kernel image (UKI).

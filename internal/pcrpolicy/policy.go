@@ -64,7 +64,7 @@ type Policy struct {
 	Epoch int    // the image's, 1 to MaxEpoch
 }
 
-// Digest returns the policy's digest: PolicyPCR of PCR 11, then PolicyNV of the epoch's index.
+// Digest returns the policy's digest: PolicyPCR of PCR 11, PolicyPCR of PCR 12 as zeros, then PolicyNV of the epoch's index.
 func (p Policy) Digest() (Digest, error) {
 	bits, err := EpochBits(p.Epoch)
 	if err != nil {
@@ -74,7 +74,7 @@ func (p Policy) Digest() (Digest, error) {
 	args = be.AppendUint16(args, 0) // offset
 	args = be.AppendUint16(args, CompareLE)
 	nv := hash(args)
-	d := policyPCR(Digest{}, PCRImage, p.PCR11)
+	d := policyPCR(policyPCR(Digest{}, PCRImage, p.PCR11), PCRAdded, Digest{})
 	return hash(d[:], be.AppendUint32(nil, ccPolicyNV), nv[:], IndexName()), nil
 }
 

@@ -67,6 +67,7 @@ func TestAgainstTPM(t *testing.T) {
 	m.File("bits", be.AppendUint64(nil, bits))
 	m.Tool("tpm2_startauthsession", "-S", "s.ctx")
 	m.Tool("tpm2_policypcr", "-S", "s.ctx", "-l", "sha256:11")
+	m.Tool("tpm2_policypcr", "-S", "s.ctx", "-l", "sha256:12")
 	m.Tool("tpm2_policynv", "-S", "s.ctx", "-C", fmt.Sprintf("%#x", Index), "-i", "bits", "-L", "policy", fmt.Sprintf("%#x", Index), "ule")
 	m.Tool("tpm2_flushcontext", "s.ctx")
 	if got := m.File("policy", nil); !bytes.Equal(got, want[:]) {
@@ -127,6 +128,8 @@ func checkSeal(t *testing.T, m *testtpm.TPM, key *rsa.PublicKey, s Signature, bi
 	must(err)
 	defer end()
 	_, err = tpm2.PolicyPCR{PolicySession: session.Handle(), Pcrs: pcrs(PCRImage)}.Execute(m)
+	must(err)
+	_, err = tpm2.PolicyPCR{PolicySession: session.Handle(), Pcrs: pcrs(PCRAdded)}.Execute(m)
 	must(err)
 	index := tpm2.TPM2BName{Buffer: IndexName()}
 	_, err = tpm2.PolicyNV{

@@ -6,6 +6,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"time"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
@@ -45,7 +46,7 @@ func health(generation uint64, answered bool, units []initctl.Status, unitsErr e
 	}
 	for _, u := range units {
 		_, needed := reports[u.Name]
-		ok, detail := unitHealth(u, needed)
+		ok, detail := unitHealth(u, needed, time.Now())
 		add(u.Name+".up", ok, detail)
 	}
 	for name, r := range reports {
@@ -62,9 +63,18 @@ func health(generation uint64, answered bool, units []initctl.Status, unitsErr e
 	return out
 }
 
+// A unit that was started so often without anybody's wish has to stay up for so long before it counts as up: one that crashes again and
+// again is up at many a moment too, and a version of the system must not be found good at such a one.
+const (
+	restless = 3
+	calm     = time.Minute
+)
+
 // unitHealth: a needed unit must be up; another may be down, which is then somebody's wish, unless it gave up by itself.
-func unitHealth(u initctl.Status, needed bool) (ok bool, detail string) {
+func unitHealth(u initctl.Status, needed bool, now time.Time) (ok bool, detail string) {
 	switch {
+	case u.State == "up" && u.Restarts >= restless && now.Sub(u.Since) < calm:
+		return false, fmt.Sprintf("was started %d times since boot without anybody's wish, the last time %s ago; ended last with: %s", u.Restarts, now.Sub(u.Since).Round(time.Second), u.LastExit)
 	case u.State == "up":
 		return true, ""
 	case u.State == "down" && !needed && u.LastExit != "exit 125":

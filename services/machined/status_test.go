@@ -60,6 +60,12 @@ func TestHealth(t *testing.T) {
 		n.init.units[0].State, n.init.units[0].LastExit = "waiting", "exit 1"
 		n.init.units[len(n.init.units)-1].LastExit = "exit 125"
 		n.init.mu.Unlock()
+		n.init.mu.Lock()
+		n.init.units[2].Restarts, n.init.units[2].Since, n.init.units[2].LastExit = 3, time.Now().Add(-calm+10*time.Second), "exit 2"
+		n.init.mu.Unlock()
+		check(false, "apid.up: waiting; ended last with: exit 1", "gateway.up: was started 3 times since boot without anybody's wish, the last time 50s ago; ended last with: exit 2",
+			"kubelet.up: down; ended last with: exit 125", "kubernetes.converged: kubelet: connection refused; left to do: start kubelet and 1 more", "storaged.VAR.room: full")
+		time.Sleep(calm)
 		check(false, "apid.up: waiting; ended last with: exit 1", "kubelet.up: down; ended last with: exit 125",
 			"kubernetes.converged: kubelet: connection refused; left to do: start kubelet and 1 more", "storaged.VAR.room: full")
 	})

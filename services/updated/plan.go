@@ -79,7 +79,8 @@ func prove(want []config.Proof, s State) []proof {
 	return out
 }
 
-// belongs says which proof a check counts for; "" if for none. updated's own do not: a version on trial has not converged here.
+// belongs says which proof a check counts for; "" if for none. updated's own does not: a version on trial has not converged here. Neither do
+// conditions, like a volume that is nearly full: another version would not change them.
 func belongs(check string) config.Proof {
 	switch {
 	case check == "api.answered":
@@ -90,10 +91,12 @@ func belongs(check string) config.Proof {
 		return config.ProofKubelet
 	case check == "updated.converged":
 		return ""
-	case strings.HasSuffix(check, ".up"):
+	case strings.HasSuffix(check, ".up"), check == "init.answers":
 		return config.ProofServices
+	case strings.HasSuffix(check, ".converged"), check == "config.applied":
+		return config.ProofConfig
 	}
-	return config.ProofConfig
+	return ""
 }
 
 func judge(name config.Proof, checks []*machinev1.Check) (ok bool, detail string) {

@@ -76,6 +76,8 @@ func TestPlan(t *testing.T) {
 		{"on trial, no etcd", want, State{Slots: trial, Checks: healthy("!etcd.converged: left to do: wait for member")}, "prove etcd: etcd.converged: left to do: wait for member"},
 		{"on trial, not Ready", want, State{Slots: trial, Checks: healthy("!kubernetes.converged: ")}, "prove kubelet: kubernetes.converged: no"},
 		{"on trial, a section is not done", want, State{Slots: trial, Checks: healthy("!networkd.converged: no carrier")}, "prove config: networkd.converged: no carrier"},
+		{"on trial, a volume is full", want, State{Slots: trial, Checks: append(healthy(), checks("!volumes.VAR: 98 % full")...)}, "mark good 0.2.0"},
+		{"on trial, PID 1 is silent", want, State{Slots: trial, Checks: append(healthy(), checks("!init.answers: timeout")...)}, "prove services: init.answers: timeout"},
 		{"on trial, checks are missing", want, State{Slots: trial, Checks: checks("api.answered", "config.applied", "apid.up")},
 			"prove kubelet: the node does not report it; prove etcd: the node does not report it"},
 		{"a worker on trial", worker, State{Slots: trial, Checks: healthy("!etcd.converged: none here")}, "mark good 0.2.0"},

@@ -19,6 +19,7 @@ const (
 	CauseSignature  Cause = "signature"   // or by nobody
 	CauseIndex      Cause = "index"       // the epoch's index is gone or another one
 	CauseEpoch      Cause = "epoch"       // the TPM has seen a newer epoch
+	CauseAdded      Cause = "added"       // PCR 12: something was added to the image's command line
 	CauseImage      Cause = "image"       // PCR 11: another image than the signed one, or it was capped
 	CauseSecureBoot Cause = "secure-boot" // PCR 7: the firmware's keys, or Secure Boot is on or off
 )
@@ -63,6 +64,10 @@ func (m *TPM) Explain(s Sealed, image Image, log []byte) *Refusal {
 	}
 	if epoch > image.Epoch {
 		return refusal(CauseEpoch, "the image is of epoch %d, and this machine has run one of epoch %d: start a newer image", image.Epoch, epoch)
+	}
+	if pcr12, err := m.PCR(pcrpolicy.PCRAdded); err == nil && pcr12 != (pcrpolicy.Digest{}) {
+		return refusal(CauseAdded, "something was added to the image's command line, or files to its EFI partition (PCR %d is %x…): look at SMBIOS strings of the machine and at *.cred and *.addon.efi files",
+			pcrpolicy.PCRAdded, pcr12[:6])
 	}
 	pcr11, err := m.PCR(pcrpolicy.PCRImage)
 	if err != nil {

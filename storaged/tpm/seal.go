@@ -119,8 +119,10 @@ func (m *TPM) unseal(s Sealed, image Image) (secret.Bytes, error) {
 
 // satisfy goes through the policy of package pcrpolicy in a session.
 func (i Image) satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
-	if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(pcrpolicy.PCRImage)}).Execute(t); err != nil {
-		return fmt.Errorf("policy of PCR %d: %w", pcrpolicy.PCRImage, err)
+	for _, pcr := range []uint{pcrpolicy.PCRImage, pcrpolicy.PCRAdded} {
+		if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(pcr)}).Execute(t); err != nil {
+			return fmt.Errorf("policy of PCR %d: %w", pcr, err)
+		}
 	}
 	bits, err := pcrpolicy.EpochBits(i.Epoch)
 	if err != nil {

@@ -156,6 +156,11 @@ func TestSeal(t *testing.T) {
 	m.opens("a newer image", s, m.boot(secure, "bulkhead epoch=3 new", signer, 3), key)
 
 	m.soft.Reboot()
+	added := m.boot(secure, "bulkhead epoch=2", signer, 2)
+	m.extend(pcrpolicy.PCRAdded, sha256.Sum256([]byte("init=/bin/sh")))
+	m.refuses("a word added from outside", s, added, CauseAdded, "added to the image's command line")
+
+	m.soft.Reboot()
 	good := m.boot(secure, "bulkhead epoch=2", signer, 2)
 	m.soft.Reboot()
 	m.boot(secure, "bulkhead epoch=2 init=/bin/sh", otherSigner, 2)

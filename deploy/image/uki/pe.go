@@ -68,6 +68,9 @@ func parse(b []byte) (pe, error) {
 		return p, fmt.Errorf("PE: alignments %d in memory and %d in the file", p.align, p.fileStep)
 	}
 	n := int(le.Uint16(b[p.coff+2:]))
+	if p.headers%p.fileStep != 0 {
+		return p, fmt.Errorf("PE: headers of %d bytes, not a multiple of %d", p.headers, p.fileStep)
+	}
 	if p.headers > len(b) || p.table+n*sectionHeader > p.headers {
 		return p, fmt.Errorf("PE: %d sections do not fit into headers of %d bytes in a file of %d", n, p.headers, len(b))
 	}
@@ -92,6 +95,8 @@ func (p *pe) readSections(b []byte, n int) error {
 		switch {
 		case s.raw != p.end:
 			return fmt.Errorf("PE: section %q starts at %d, not where what stands before it ends, at %d", name, s.raw, p.end)
+		case s.size%p.fileStep != 0:
+			return fmt.Errorf("PE: section %q has %d bytes, not a multiple of %d", name, s.size, p.fileStep)
 		case s.size > len(b)-s.raw:
 			return fmt.Errorf("PE: section %q of %d bytes at %d is longer than the file of %d", name, s.size, s.raw, len(b))
 		case s.va < memory || s.va%p.align != 0 || s.va+s.virtual > maxImage:
