@@ -30,6 +30,9 @@ type Image struct {
 	Epoch     int
 }
 
+// maxSessions bounds how often a policy session is begun anew because PCRs were extended meanwhile; each takes a TPM some tenths of a second.
+const maxSessions = 100
+
 // maxBlob is more than a sealed key of 128 bytes takes.
 const maxBlob = 1 << 10
 
@@ -65,6 +68,11 @@ func (m *TPM) Seal(key secret.Bytes, signer *rsa.PublicKey, events []Event) (Sea
 // Unseal returns the key. If the TPM refuses, the error is a *Refusal that says what is not as it must be; log is the firmware's, for the words.
 func (m *TPM) Unseal(s Sealed, image Image, log []byte) (secret.Bytes, error) {
 	key, err := m.unseal(s, image)
+	// A session is void as soon as any PCR is extended, by whomever: the kernel measures each module that it loads. It is begun anew then, as
+	// TPM 2.0 Part 1 (PCR update counter) says; what is asked of the PCRs is the same each time.
+	for try := 1; errors.Is(err, tpm2.TPMRCPCRChanged) && try < maxSessions; try++ {
+		key, err = m.unseal(s, image)
+	}
 	if err == nil {
 		return key, nil
 	}

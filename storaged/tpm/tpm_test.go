@@ -357,3 +357,35 @@ func TestSpoiltBlob(t *testing.T) {
 		}
 	}
 }
+
+// meddler extends a PCR of no interest in the middle of policy sessions, as the kernel does when it loads a module.
+type meddler struct {
+	m     *machine
+	times int
+}
+
+func (d *meddler) Send(command []byte) ([]byte, error) {
+	const policyNV = 0x149
+	if len(command) > 10 && be.Uint32(command[6:]) == policyNV && d.times > 0 {
+		d.times--
+		d.m.extend(10, sha256.Sum256(nil))
+	}
+	return d.m.soft.Send(command)
+}
+
+// What others extend in the meantime delays the key, and does not keep it.
+func TestMeddler(t *testing.T) {
+	m := newMachine(t)
+	image := m.boot(secure, "bulkhead epoch=2", signer, 2)
+	key := secret.New(32)
+	s := m.seal(key)
+	d := &meddler{m, 5}
+	got, err := New(d).Unseal(s, image, m.log)
+	if err != nil || !bytes.Equal(got.Expose(), key.Expose()) || d.times != 0 {
+		t.Errorf("got %v, %v, %d times left", got, err, d.times)
+	}
+	d.times = maxSessions + 1
+	if _, err := New(d).Unseal(s, image, m.log); !errors.Is(err, tpm2.TPMRCPCRChanged) {
+		t.Errorf("with PCRs that never rest: %v", err)
+	}
+}
