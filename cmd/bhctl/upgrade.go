@@ -223,7 +223,7 @@ func (a *app) restartInto(ctx context.Context, version string, wait time.Duratio
 func (a *app) waitGood(ctx context.Context, version string, say func(string)) error {
 	ask := *a
 	ask.timeout = 5 * time.Second
-	last := "it does not answer"
+	last, down := "it does not answer", false // what the node tells before it has gone down may be older than the installation
 	for {
 		var st *updatev1.Status
 		err := ask.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
@@ -233,10 +233,10 @@ func (a *app) waitGood(ctx context.Context, version string, say func(string)) er
 		good, why, left := judgeVersion(st, version)
 		switch {
 		case err != nil:
-			last = "it does not answer"
+			last, down = "it does not answer", true
 		case good:
 			return nil
-		case left:
+		case left && down:
 			return errors.New(why)
 		default:
 			last = why

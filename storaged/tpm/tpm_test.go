@@ -1,6 +1,7 @@
 package tpm
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -372,6 +373,9 @@ func (d *meddler) Send(command []byte) ([]byte, error) {
 	}
 	return d.m.soft.Send(command)
 }
+
+// Close is for the type.
+func (d *meddler) Close() error { return nil }
 
 // What others extend in the meantime delays the key, and does not keep it.
 func TestMeddler(t *testing.T) {
