@@ -132,7 +132,7 @@ func (n *updateNode) boot(version string) (stop func()) {
 	n.must(os.MkdirAll(folder, 0o700))
 	env := n.env("updated", n.inherit(n.bind("updated")))
 	d, err := updated.New(updated.Config{Env: env, Slots: slotv1.NewSlotsClient(dial("storaged")), Machine: machinev1.NewMachineClient(dial("machined")),
-		Keys: trusted, Restart: func() error { return nil }, Uptime: func() time.Duration { return time.Second }, Folder: folder})
+		Keys: trusted, Restart: func() error { return nil }, Uptime: func() time.Duration { return time.Second }, Folder: folder, GoodFile: folder + "/good"})
 	n.must(err)
 	stopUpdated := n.run(d.Run)
 	return func() { stopUpdated(); stopSlots() }
