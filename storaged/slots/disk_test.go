@@ -350,7 +350,7 @@ func (d *testDisk) start(known ...version) (version, error) {
 		return version{}, fmt.Errorf("%s starts a root that no slot has", names[0])
 	}
 	d.running = known[i].root
-	return known[i], newStore(d, "").verify(context.Background(), slot, l, known[i].root, nil)
+	return known[i], newStore(d, "").Verify(context.Background(), slot)
 }
 
 func hexOf(d bundle.Digest) string { return hex.EncodeToString(d[:]) }

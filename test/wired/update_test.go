@@ -352,3 +352,36 @@ func TestUpgradeRefusals(t *testing.T) {
 		})
 	}
 }
+
+// TestUploadThroughTheDoor sends an image in pieces, as the node asks for them, through apid.
+func TestUploadThroughTheDoor(t *testing.T) {
+	one, two := makeImage(t, 11, mib), makeImage(t, 12, mib)
+	n := newUpdateNode(t, newDisk(t, one, "0.1.0", 0), "0.1.0")
+	defer n.boot("0.1.0")()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	head, data := two.bundle(t, "0.2.0", release(1), nil)
+	s, err := n.client.Upload(ctx)
+	n.must(err)
+	n.must(s.Send(&updatev1.UploadRequest{Manifest: head.Raw, Signature: head.Signature}))
+	sent, version := 0, ""
+	for {
+		m, err := s.Recv()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		n.must(err)
+		if p := m.GetProgress(); p.GetStep() == "done" {
+			version = p.GetVersion()
+		}
+		for i, f := range head.Manifest.Files {
+			if w := m.GetWant(); w.GetFile() == f.Name {
+				sent += int(w.GetLength())
+				n.must(s.Send(&updatev1.UploadRequest{Data: data[head.Offsets()[i]+int64(w.GetOffset()):][:w.GetLength()]}))
+			}
+		}
+	}
+	if version != "0.2.0" || sent == 0 || sent > mib+500_000 {
+		t.Errorf("%q after %d bytes", version, sent)
+	}
+}
