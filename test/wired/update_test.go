@@ -209,7 +209,7 @@ func TestUpgradeToGoodAndBack(t *testing.T) {
 	}
 
 	stop() // the restart
-	n.disk.running = two.root
+	n.disk.running.Store(&two.root)
 	stop = n.boot("0.2.0")
 	st = n.until(ctx, "the trial", func(s *updatev1.Status) bool { return len(s.GetProofs()) == 5 })
 	if st.GetSlots()[1].GetStatus() != "on trial" || !st.GetSlots()[1].GetRunning() {
@@ -229,7 +229,7 @@ func TestUpgradeToGoodAndBack(t *testing.T) {
 		t.Errorf("rollback: %v, %v", r, err)
 	}
 	stop()
-	n.disk.running = one.root
+	n.disk.running.Store(&one.root)
 	stop = n.boot("0.1.0")
 	st = n.until(ctx, "the old version to be good", func(s *updatev1.Status) bool { return len(s.GetSlots()) == 2 && s.GetSlots()[0].GetStatus() == "good" })
 	var story []string
