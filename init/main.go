@@ -13,6 +13,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/init/halt"
 	"github.com/bulkhead-os/bulkhead/init/supervise"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
+	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
 //go:generate go run ../internal/unit/gen -tree .. -out units.go
@@ -41,6 +42,9 @@ func serve() {
 	s, err := supervise.New(units)
 	if err != nil {
 		console.GiveUp("bulkhead: cannot supervise: ", err.Error())
+	}
+	if boot.OnTrial() {
+		s.Try(unit.GoodFile)
 	}
 	order := s.Run(boot.Late)
 	var names []string

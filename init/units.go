@@ -292,5 +292,6 @@ var units = []unit.Unit{
 		NotifyReady:  true,
 		StartTimeout: 30000000000,
 		StopTimeout:  5000000000,
+		Runtime:      0700,
 	},
 }

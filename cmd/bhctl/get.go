@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 
@@ -17,7 +18,6 @@ import (
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
-	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 )
 
 // A resource is something that "bhctl get" can show.
@@ -93,35 +93,16 @@ func watchKubernetes(ctx context.Context, conn *grpc.ClientConn, f func(*kuberne
 	return receive(s, f)
 }
 
-func getUpdate(ctx context.Context, conn *grpc.ClientConn) (*updatev1.Status, error) {
-	return updatev1.NewUpdateClient(conn).GetStatus(ctx, &updatev1.GetStatusRequest{})
-}
-
-func watchUpdate(ctx context.Context, conn *grpc.ClientConn, f func(*updatev1.Status) error) error {
-	s, err := updatev1.NewUpdateClient(conn).WatchStatus(ctx, &updatev1.WatchStatusRequest{})
-	if err != nil {
-		return err
+func yes(b bool) string {
+	if b {
+		return "yes"
 	}
-	return receive(s, f)
-}
-
-// tries says how often a version may still be tried: "2 of 3".
-func tries(s *updatev1.Slot) string {
-	if s.GetStatus() != "on trial" && s.GetStatus() != "failed" {
-		return ""
-	}
-	return fmt.Sprintf("%d of %d", s.GetTriesLeft(), s.GetTriesLeft()+s.GetTriesDone())
+	return "no"
 }
 
 // resources is the table of all that can be shown.
 func resources() map[string]resource {
-	yes := func(b bool) string {
-		if b {
-			return "yes"
-		}
-		return "no"
-	}
-	return map[string]resource{
+	all := map[string]resource{
 		"links": of("network interfaces", []string{"NAME", "KIND", "UP", "CARRIER", "MTU", "HARDWARE ADDRESS", "RECEIVED", "SENT"}, getNetwork, watchNetwork,
 			(*networkv1.Status).GetLinks, func(l *networkv1.Link) []string {
 				return []string{l.Name, l.Kind, yes(l.Up), yes(l.Carrier), fmt.Sprint(l.Mtu), l.HardwareAddress, bytesText(l.ReceivedBytes), bytesText(l.SentBytes)}
@@ -180,14 +161,6 @@ func resources() map[string]resource {
 			}, nil, (*configv1.ListHistoryResponse).GetGenerations, func(g *configv1.Generation) []string {
 				return []string{fmt.Sprint(g.Generation), g.Applied.AsTime().Local().Format(time.DateTime), g.Caller, g.Sha256}
 			}),
-		"slots": of("versions of the system", []string{"SLOT", "VERSION", "STATUS", "RUNNING", "NEXT", "TRIES LEFT", "EPOCH", "DETAIL"}, getUpdate, watchUpdate,
-			(*updatev1.Status).GetSlots, func(s *updatev1.Slot) []string {
-				return []string{s.Name, s.Version, s.Status, yes(s.Running), yes(s.Next), tries(s), fmt.Sprint(s.Epoch), oneLine(s.Detail)}
-			}),
-		"versions": of("what was installed, tried, found good and left, newest first", []string{"TIME", "WHAT", "VERSION", "BY", "DETAIL"}, getUpdate, watchUpdate,
-			(*updatev1.Status).GetHistory, func(h *updatev1.History) []string {
-				return []string{h.Time.AsTime().Local().Format(time.DateTime), h.What, h.Version, h.By, oneLine(h.Detail)}
-			}),
 		"specs": of("what each daemon works towards", []string{"DAEMON", "GENERATION", "CONVERGED", "PENDING", "ERROR"},
 			func(ctx context.Context, conn *grpc.ClientConn) (*configv1.ListSpecsResponse, error) {
 				return configv1.NewConfigClient(conn).ListSpecs(ctx, &configv1.ListSpecsRequest{})
@@ -195,6 +168,8 @@ func resources() map[string]resource {
 				return []string{s.Daemon, fmt.Sprint(s.Generation), yes(s.Converged), strings.Join(s.Pending, "; "), oneLine(s.Error)}
 			}),
 	}
+	maps.Copy(all, updateResources())
+	return all
 }
 
 func (a *app) getCmd() *cobra.Command {

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"strings"
 	"time"
+
+	"google.golang.org/grpc"
 
 	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 )
@@ -78,4 +81,38 @@ func progressLine(p *updatev1.UpgradeProgress) string {
 		fmt.Fprintf(&b, " · %s", oneLine(p.GetNote()))
 	}
 	return b.String()
+}
+
+func getUpdate(ctx context.Context, conn *grpc.ClientConn) (*updatev1.Status, error) {
+	return updatev1.NewUpdateClient(conn).GetStatus(ctx, &updatev1.GetStatusRequest{})
+}
+
+func watchUpdate(ctx context.Context, conn *grpc.ClientConn, f func(*updatev1.Status) error) error {
+	s, err := updatev1.NewUpdateClient(conn).WatchStatus(ctx, &updatev1.WatchStatusRequest{})
+	if err != nil {
+		return err
+	}
+	return receive(s, f)
+}
+
+// tries says how often a version may still be tried: "2 of 3".
+func tries(s *updatev1.Slot) string {
+	if s.GetStatus() != "on trial" && s.GetStatus() != "failed" {
+		return ""
+	}
+	return fmt.Sprintf("%d of %d", s.GetTriesLeft(), s.GetTriesLeft()+s.GetTriesDone())
+}
+
+// updateResources are those of "bhctl get" about versions.
+func updateResources() map[string]resource {
+	return map[string]resource{
+		"slots": of("versions of the system", []string{"SLOT", "VERSION", "STATUS", "RUNNING", "NEXT", "TRIES LEFT", "EPOCH", "DETAIL"}, getUpdate, watchUpdate,
+			(*updatev1.Status).GetSlots, func(s *updatev1.Slot) []string {
+				return []string{s.Name, s.Version, s.Status, yes(s.Running), yes(s.Next), tries(s), fmt.Sprint(s.Epoch), oneLine(s.Detail)}
+			}),
+		"versions": of("what was installed, tried, found good and left, newest first", []string{"TIME", "WHAT", "VERSION", "BY", "DETAIL"}, getUpdate, watchUpdate,
+			(*updatev1.Status).GetHistory, func(h *updatev1.History) []string {
+				return []string{h.Time.AsTime().Local().Format(time.DateTime), h.What, h.Version, h.By, oneLine(h.Detail)}
+			}),
+	}
 }

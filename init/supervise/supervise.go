@@ -69,6 +69,8 @@ type Supervisor struct {
 	dog     int          // the watchdog, or -1
 	order   initctl.Verb // Reboot or PowerOff, once somebody has asked
 	halting bool
+	trial   string    // the file that ends it, while this boot is on trial; see Try
+	judged  time.Time // when the version on trial was last seen to be judged
 }
 
 func newSupervisor(units []*service, k processes, socket string) (s *Supervisor, err error) {
@@ -170,6 +172,7 @@ func (s *Supervisor) timers(now time.Time) (next time.Time) {
 			}
 		}
 		s.Feed()
+		s.guard(now)
 	}
 	next = s.look
 	for _, v := range s.units {

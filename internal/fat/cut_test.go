@@ -96,7 +96,7 @@ func TestCutInTwo(t *testing.T) {
 	const to = "bulkhead_0002_0.1.0+3.efi"
 	must(t, v.Rename(linux, oldName, to))
 	fsck(t, d.Content())
-	both := 0
+	both, n := 0, 0
 	d.Cuts(rand.New(rand.NewPCG(3, 4)), 5, func(m *powercut.Image) {
 		w := open(t, m)
 		all := names(t, w)
@@ -110,6 +110,9 @@ func TestCutInTwo(t *testing.T) {
 		w = open(t, m)
 		if all = names(t, w); len(all) != 1 || !bytes.Equal(read(t, w, linux, all[0]), old) {
 			t.Errorf("after Reclaim: %v", all)
+		}
+		if n++; n%4 != 0 && len(all) == 1 { // fsck takes its time
+			return
 		}
 		b := make([]byte, m.Size())
 		if _, err := m.ReadAt(b, 0); err != nil {

@@ -83,6 +83,8 @@ const (
 	InitSocket = SocketDir + "/init.sock"
 	// StateDir is where STATE is mounted; each daemon that keeps something has a folder of its name there.
 	StateDir = "/state"
+	// GoodFile is there once updated knows that the running version is good; PID 1 looks for it when nobody judges a version on trial.
+	GoodFile = RunDir + "/updated/good"
 	// FirstListener is the number of the first descriptor named in BULKHEAD_FDS; 3 is the ready pipe.
 	FirstListener = 4
 	// DoNotRestart is the exit code that ends a unit for good.

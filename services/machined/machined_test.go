@@ -271,6 +271,7 @@ func TestDamagedGeneration(t *testing.T) {
 			if _, err := apply(d, doc(h)); err != nil {
 				t.Fatal(err)
 			}
+			synctest.Wait() // else a daemon may see the second one only
 		}
 		stop()
 		name := n.host.newest()

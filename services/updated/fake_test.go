@@ -309,7 +309,7 @@ func (b *bench) start() (stop func()) {
 	d, err := New(Config{
 		Env: daemon.Env{Name: "updated", Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("updated"), Listen: own, Ready: func() {},
 			Who: func(net.Conn) (uid.ID, error) { return uid.Apid, nil }},
-		Slots: slotv1.NewSlotsClient(others), Machine: machinev1.NewMachineClient(others), Keys: trusted, Folder: b.folder, limits: hasty,
+		Slots: slotv1.NewSlotsClient(others), Machine: machinev1.NewMachineClient(others), Keys: trusted, Folder: b.folder, GoodFile: b.folder + "/good", limits: hasty,
 		Restart: func() error { b.restarts <- struct{}{}; return nil },
 		Uptime: func() time.Duration {
 			b.mu.Lock()

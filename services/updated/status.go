@@ -2,6 +2,7 @@ package updated
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"time"
 
@@ -17,6 +18,11 @@ import (
 // report is called by the loop after each round.
 func (d *Daemon) report(s State) {
 	d.state.Set(s)
+	if s.running().GetStatus() == "good" {
+		if err := os.WriteFile(d.cfg.GoodFile, nil, 0o600); err != nil {
+			d.log.Warn("PID 1 not told", "err", err.Error())
+		}
+	}
 	d.publish()
 	_, desired := d.loop.Spec()
 	d.meters.set(d.loop.State(), desired, s)

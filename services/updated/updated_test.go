@@ -154,6 +154,9 @@ func TestFoundGood(t *testing.T) {
 		t.Errorf("slot: %v", v)
 	}
 	b.until("a sign of life", func(s *updatev1.Status) bool { return b.d.book.get().Trial != nil })
+	if _, err := os.Stat(b.folder + "/good"); err == nil {
+		t.Error("PID 1 was told that a version on trial is good")
+	}
 	if tr := b.d.book.get().Trial; tr.Missing != "api: api.answered: no call" || len(tr.Lines) != 2 || tr.Lines[1] != "the last of 120 lines" || tr.Try != 1 {
 		t.Errorf("the trial's record: %+v", tr)
 	}
@@ -174,6 +177,9 @@ func TestFoundGood(t *testing.T) {
 	})
 	if len(b.restarts) != 0 {
 		t.Error("the machine was restarted")
+	}
+	if _, err := os.Stat(b.folder + "/good"); err != nil {
+		t.Errorf("PID 1 was not told: %v", err)
 	}
 }
 

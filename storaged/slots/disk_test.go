@@ -201,6 +201,11 @@ func run(t testing.TB, argv ...string) []byte {
 // install makes a disk as the image builder does, with v in slot A, running.
 func install(t testing.TB, v version) (*testDisk, *powercut.Disk) {
 	t.Helper()
+	return installSized(t, v, espSize, rootMax, treeMax)
+}
+
+func installSized(t testing.TB, v version, espSize, rootMax, treeMax int64) (*testDisk, *powercut.Disk) {
+	t.Helper()
 	dir := t.TempDir()
 	esp, file := filepath.Join(dir, "esp"), filepath.Join(dir, "file")
 	if err := errors.Join(os.WriteFile(esp, nil, 0o600), os.Truncate(esp, espSize), os.WriteFile(file, v.files[bundle.Kernel], 0o600)); err != nil {
@@ -214,7 +219,7 @@ func install(t testing.TB, v version) (*testDisk, *powercut.Disk) {
 		t.Fatal(err)
 	}
 	table, next := gpt.Table{DiskGUID: gpt.GUID{1}}, int64(mib)
-	disk := make([]byte, 0, 64*mib)
+	disk := make([]byte, 0, 2*mib+espSize+2*rootMax+2*treeMax)
 	for i, p := range []struct {
 		name PartName
 		typ  gpt.GUID
@@ -345,7 +350,7 @@ func (d *testDisk) start(known ...version) (version, error) {
 		return version{}, fmt.Errorf("%s starts a root that no slot has", names[0])
 	}
 	d.running = known[i].root
-	return known[i], newStore(d, "").verify(context.Background(), slot, l, known[i].root, nil)
+	return known[i], newStore(d, "").Verify(context.Background(), slot)
 }
 
 func hexOf(d bundle.Digest) string { return hex.EncodeToString(d[:]) }

@@ -12,6 +12,17 @@ import (
 // readSize is how much is read at once, in bytes.
 const readSize = 256 << 10
 
+// Verify reads a slot from the disk, whole, and checks it against the root hash that its partitions' GUIDs spell: whether it can be started.
+func (s *Store) Verify(ctx context.Context, slot int) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	layout, err := s.cfg.Disk.Look(ctx)
+	if err != nil {
+		return err
+	}
+	return s.verify(ctx, slot, layout, layout.Slots[slot], nil)
+}
+
 // verify reads a slot from the disk, whole, and checks it against a root hash. report, which may be nil, is told how many bytes were read.
 func (s *Store) verify(ctx context.Context, slot int, layout Layout, root bundle.Digest, report func(int64)) error {
 	data, err := s.cfg.Disk.Open(rootName(slot), Direct)

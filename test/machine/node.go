@@ -73,7 +73,7 @@ func (n *node) keep(t *testing.T) {
 	save("specs.json", "bhctl", "get", "specs", "-o", "json")
 	save("dmesg.txt", "bhctl", "dmesg")
 	save("events.txt", "bhctl", "events")
-	for _, u := range []string{"machined", "apid", "gateway", "networkd", "storaged", "trustd", "etcdd", "kubeletd", "containerd", "kubelet", "kube-proxy", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "image-load"} {
+	for _, u := range []string{"machined", "apid", "gateway", "networkd", "storaged", "trustd", "updated", "etcdd", "kubeletd", "containerd", "kubelet", "kube-proxy", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "image-load"} {
 		save("log-"+u+".txt", "bhctl", "logs", u)
 	}
 	t.Logf("console and logs are in out/test-vm/%s", t.Name())

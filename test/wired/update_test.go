@@ -132,7 +132,7 @@ func (n *updateNode) boot(version string) (stop func()) {
 	n.must(os.MkdirAll(folder, 0o700))
 	env := n.env("updated", n.inherit(n.bind("updated")))
 	d, err := updated.New(updated.Config{Env: env, Slots: slotv1.NewSlotsClient(dial("storaged")), Machine: machinev1.NewMachineClient(dial("machined")),
-		Keys: trusted, Restart: func() error { return nil }, Uptime: func() time.Duration { return time.Second }, Folder: folder})
+		Keys: trusted, Restart: func() error { return nil }, Uptime: func() time.Duration { return time.Second }, Folder: folder, GoodFile: folder + "/good"})
 	n.must(err)
 	stopUpdated := n.run(d.Run)
 	return func() { stopUpdated(); stopSlots() }
@@ -209,7 +209,7 @@ func TestUpgradeToGoodAndBack(t *testing.T) {
 	}
 
 	stop() // the restart
-	n.disk.running = two.root
+	n.disk.running.Store(&two.root)
 	stop = n.boot("0.2.0")
 	st = n.until(ctx, "the trial", func(s *updatev1.Status) bool { return len(s.GetProofs()) == 5 })
 	if st.GetSlots()[1].GetStatus() != "on trial" || !st.GetSlots()[1].GetRunning() {
@@ -229,7 +229,7 @@ func TestUpgradeToGoodAndBack(t *testing.T) {
 		t.Errorf("rollback: %v, %v", r, err)
 	}
 	stop()
-	n.disk.running = one.root
+	n.disk.running.Store(&one.root)
 	stop = n.boot("0.1.0")
 	st = n.until(ctx, "the old version to be good", func(s *updatev1.Status) bool { return len(s.GetSlots()) == 2 && s.GetSlots()[0].GetStatus() == "good" })
 	var story []string
@@ -350,5 +350,38 @@ func TestUpgradeRefusals(t *testing.T) {
 				t.Error("the running slot was written to")
 			}
 		})
+	}
+}
+
+// TestUploadThroughTheDoor sends an image in pieces, as the node asks for them, through apid.
+func TestUploadThroughTheDoor(t *testing.T) {
+	one, two := makeImage(t, 11, mib), makeImage(t, 12, mib)
+	n := newUpdateNode(t, newDisk(t, one, "0.1.0", 0), "0.1.0")
+	defer n.boot("0.1.0")()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	head, data := two.bundle(t, "0.2.0", release(1), nil)
+	s, err := n.client.Upload(ctx)
+	n.must(err)
+	n.must(s.Send(&updatev1.UploadRequest{Manifest: head.Raw, Signature: head.Signature}))
+	sent, version := 0, ""
+	for {
+		m, err := s.Recv()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		n.must(err)
+		if p := m.GetProgress(); p.GetStep() == "done" {
+			version = p.GetVersion()
+		}
+		for i, f := range head.Manifest.Files {
+			if w := m.GetWant(); w.GetFile() == f.Name {
+				sent += int(w.GetLength())
+				n.must(s.Send(&updatev1.UploadRequest{Data: data[head.Offsets()[i]+int64(w.GetOffset()):][:w.GetLength()]}))
+			}
+		}
+	}
+	if version != "0.2.0" || sent == 0 || sent > mib+500_000 {
+		t.Errorf("%q after %d bytes", version, sent)
 	}
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/internal/bundle"
@@ -96,7 +97,7 @@ func (m image) bundle(t *testing.T, version string, signer ed25519.PrivateKey, e
 // A disk is the pair of slots and the EFI partition, in memory.
 type disk struct {
 	*powercut.Disk
-	running bundle.Digest
+	running atomic.Pointer[bundle.Digest] // changed by a restart
 }
 
 type part struct{ powercut.Section }
@@ -105,7 +106,7 @@ func (part) Close() error { return nil }
 
 func (d *disk) Look(context.Context) (slots.Layout, error) {
 	t, _, err := gpt.Read(d.Disk, d.Size())
-	l := slots.Layout{Running: d.running, Epoch: 2}
+	l := slots.Layout{Running: *d.running.Load(), Epoch: 2}
 	for i, name := range []string{"A", "B"} {
 		r, _ := t.ByName("ROOT-" + name)
 		v, _ := t.ByName("VERITY-" + name)
@@ -189,5 +190,7 @@ func newDisk(t *testing.T, m image, version string, spare int64) *disk {
 	if err := table.WriteTo(d, d.Size()); err != nil {
 		t.Fatal(err)
 	}
-	return &disk{d, m.root}
+	out := &disk{Disk: d}
+	out.running.Store(&m.root)
+	return out
 }
