@@ -9,9 +9,19 @@ import (
 	"strings"
 )
 
-// stage1 is what the initramfs loads to reach the root: the disk, its verification, its file system. NVMe, ext4 and
-// virtio's PCI transport are built into Debian's cloud kernel.
-var stage1 = []string{"virtio_blk", "dm_verity", "squashfs"}
+// stage1 is what the initramfs loads. First what a boot that fails needs: the hardware watchdog, which ends one that hangs, and
+// where the kernel's last lines are kept, in the firmware's variables or, where there are none, in memory that a restart spares.
+// Then what leads to the root: the disk, its verification, its file system. NVMe, ext4 and virtio's PCI transport are built into
+// Debian's cloud kernel, and so are the records of a server's own hardware (ERST).
+var stage1 = []string{"i6300esb", "wdat_wdt", "efi_pstore", "ramoops", "virtio_blk", "dm_verity", "squashfs"}
+
+// moduleParams are the parameters that PID 1 gives a module of stage 1.
+var moduleParams = map[string]string{
+	"ramoops": "mem_name=oops record_size=65536 console_size=0 ftrace_size=0 pmsg_size=0",
+}
+
+// panicMemory is the word of the kernel command line that keeps memory for two of ramoops' records.
+const panicMemory = "reserve_mem=128K:4096:oops"
 
 // stage2 is loaded by PID 1 from the root, in this order. There is no modprobe on a node, so everything that somebody
 // may ask for is here. What the daemons and networkd's firewall need comes first; the rest is for Kubernetes and for configured
@@ -19,7 +29,7 @@ var stage1 = []string{"virtio_blk", "dm_verity", "squashfs"}
 // heavy ones, which start what needs it, after that.
 var stage2 = struct{ early, late []string }{
 	early: []string{
-		"qemu_fw_cfg", "virtio_net", "virtio_rng", "i6300esb",
+		"qemu_fw_cfg", "virtio_net", "virtio_rng", "efivarfs",
 		"nf_tables", "nft_compat", "nf_conntrack", "xt_conntrack", "xt_tcpudp",
 	},
 	late: []string{
