@@ -74,3 +74,21 @@ func TestIs(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestDocs: every setting stands in docs/hardening.md, with its value.
+func TestDocs(t *testing.T) {
+	text, err := os.ReadFile("../../docs/hardening.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range Words {
+		if !strings.Contains(string(text), "| `"+w.String()+"` |") {
+			t.Errorf("docs/hardening.md has no row for the word %s", w)
+		}
+	}
+	for _, p := range Params {
+		if !strings.Contains(string(text), "`"+p.Name+"`") {
+			t.Errorf("docs/hardening.md does not name %s", p.Name)
+		}
+	}
+}
