@@ -28,7 +28,6 @@ import (
 
 	"github.com/bulkhead-os/bulkhead/deploy/image/debian"
 	"github.com/bulkhead-os/bulkhead/deploy/image/verity"
-	"github.com/bulkhead-os/bulkhead/internal/hardening"
 )
 
 //go:embed debian.lock
@@ -280,7 +279,7 @@ func build(ctx context.Context, cfg Config, src sources, dir string) (Manifest, 
 
 // cmdline is the kernel command line that belongs to the image; machines may add to it.
 func cmdline(rootHash string) string {
-	return "bulkhead bulkhead.verity=" + rootHash + " console=ttyS0 panic=10 quiet loglevel=4 " + panicMemory + " " + hardening.CommandLine()
+	return "bulkhead bulkhead.verity=" + rootHash + " console=ttyS0 panic=10 quiet loglevel=4 " + protection()
 }
 
 // writeRoot writes root.squashfs, root.verity and disk.raw, and returns the root hash.

@@ -20,9 +20,6 @@ var moduleParams = map[string]string{
 	"ramoops": "mem_name=oops record_size=65536 console_size=0 ftrace_size=0 pmsg_size=0",
 }
 
-// panicMemory is the word of the kernel command line that keeps memory for two of ramoops' records.
-const panicMemory = "reserve_mem=128K:4096:oops"
-
 // stage2 is loaded by PID 1 from the root, in this order. There is no modprobe on a node, so everything that somebody
 // may ask for is here. What the daemons and networkd's firewall need comes first; the rest is for Kubernetes and for configured
 // links. An empty line of the list stands between the two: PID 1 loads the rest when the light daemons are up, and starts the
