@@ -26,7 +26,7 @@ var moduleParams = map[string]string{
 // heavy ones, which start what needs it, after that.
 var stage2 = struct{ early, late []string }{
 	early: []string{
-		"qemu_fw_cfg", "virtio_net", "virtio_rng", "efivarfs",
+		"qemu_fw_cfg", "virtio_net", "virtio_rng", "i6300esb",
 		"nf_tables", "nft_compat", "nf_conntrack", "xt_conntrack", "xt_tcpudp",
 	},
 	late: []string{
