@@ -12,6 +12,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/init/console"
 	"github.com/bulkhead-os/bulkhead/init/halt"
 	"github.com/bulkhead-os/bulkhead/init/supervise"
+	"github.com/bulkhead-os/bulkhead/init/watchdog"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
@@ -28,18 +29,18 @@ func main() {
 	switch {
 	case trampoline:
 		confine.Main(units, os.Args[1])
-	case len(os.Args) > 1 && os.Args[1] == "supervise":
-		serve()
+	case len(os.Args) > 2 && os.Args[1] == "supervise":
+		serve(watchdog.Inherit(os.Args[2]))
 	default:
 		boot.First()
 	}
 }
 
 // serve is the life of the machine. It does not return.
-func serve() {
+func serve(dog *watchdog.Dog) {
 	defer func() { console.GiveUp("bulkhead: PID 1 is broken: ", reason(recover())) }()
-	boot.Second()
-	s, err := supervise.New(units)
+	boot.Second(dog)
+	s, err := supervise.New(units, dog.Feed, boot.Report)
 	if err != nil {
 		console.GiveUp("bulkhead: cannot supervise: ", err.Error())
 	}
@@ -51,7 +52,7 @@ func serve() {
 	for _, u := range units {
 		names = append(names, u.Name)
 	}
-	halt.All(names, s.Drain, s.Feed, order == initctl.PowerOff)
+	halt.All(names, s.Drain, dog.Feed, order == initctl.PowerOff)
 }
 
 // reason is what a panic says, or that there was none.

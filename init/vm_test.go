@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/hardening"
 )
 
 // TestVM boots this program, with units of its own, from a verified disk under Debian's kernel in QEMU. The judge of
@@ -30,7 +31,7 @@ func TestVM(t *testing.T) {
 	}
 	m := build(t, kernel)
 
-	console := m.boot(t, m.hash, m.disk)
+	console := m.boot(t, m.disk, "", "")
 	for line := range strings.Lines(console) {
 		if strings.Contains(line, "TEST WRONG") {
 			t.Errorf("in the machine: %s", line)
@@ -54,9 +55,27 @@ func TestVM(t *testing.T) {
 	for i := m.root; i < m.root+m.rootSize; i += 4096 {
 		damaged[i+100] ^= 1
 	}
-	console = m.boot(t, m.hash, damaged)
-	if !strings.Contains(console, "bulkhead: cannot mount the root") || strings.Contains(console, "root verified") {
+	console = m.boot(t, damaged, "", "")
+	if !strings.Contains(console, "bulkhead: cannot mount the root") || strings.Contains(console, "root verified") || !strings.Contains(console, "Attempted to kill init") {
 		t.Errorf("a damaged root:\n%s", console)
+	}
+
+	// A machine that hangs is reset by its watchdog: in the initramfs, by a disk that answers the first pages and then nothing any more ...
+	console = m.boot(t, m.disk, "", ",throttling.bps-total=1,throttling.bps-total-max=8192")
+	m.reset(t, console, "root verified")
+	// ... and later, when PID 1 is not scheduled any more.
+	console = m.boot(t, m.disk, "test.freeze", "")
+	m.reset(t, console, "TEST done")
+	if !strings.Contains(console, "TEST PID 1 is stopped now") {
+		t.Errorf("PID 1 was not stopped:\n%s", console)
+	}
+}
+
+// reset says what is wrong if the machine was not reset by its watchdog; never is what it must not have come to.
+func (m *machine) reset(t *testing.T, console, never string) {
+	t.Helper()
+	if !strings.Contains(console, "bulkhead: the hardware watchdog is on") || strings.Contains(console, never) || strings.Contains(console, "restarting") || strings.Contains(console, "panic") {
+		t.Errorf("want a reset by the watchdog alone:\n%s", console)
 	}
 }
 
@@ -135,7 +154,7 @@ func build(t *testing.T, kernel string) machine {
 	}
 	second := tree + "/usr/lib/modules/" + release + "/"
 	var list string
-	for _, path := range []string{"drivers/firmware/qemu_fw_cfg.ko", "drivers/watchdog/watchdog.ko", "drivers/watchdog/i6300esb.ko"} {
+	for _, path := range []string{"drivers/firmware/qemu_fw_cfg.ko"} {
 		write(t, second+"kernel/"+path, module(path))
 		list += "kernel/" + path + "\n"
 	}
@@ -151,7 +170,7 @@ func build(t *testing.T, kernel string) machine {
 	entry("init", 0o100755, read(t, program))
 	entry("m", 0o040755, nil)
 	list = ""
-	for _, path := range []string{"drivers/block/virtio_blk.ko", "lib/reed_solomon/reed_solomon.ko", "drivers/md/dm-mod.ko", "drivers/md/dm-bufio.ko",
+	for _, path := range []string{"drivers/watchdog/watchdog.ko", "drivers/watchdog/i6300esb.ko", "drivers/block/virtio_blk.ko", "lib/reed_solomon/reed_solomon.ko", "drivers/md/dm-mod.ko", "drivers/md/dm-bufio.ko",
 		"drivers/md/dm-verity.ko", "fs/squashfs/squashfs.ko"} {
 		name := "m/" + filepath.Base(path)
 		entry(name, 0o100644, module(path))
@@ -199,15 +218,17 @@ func (m *machine) makeDisk(t *testing.T, tree string) {
 	}
 }
 
-// boot returns what the machine's console shows until it ends.
-func (m *machine) boot(t *testing.T, hash string, disk []byte) string {
+// boot returns what the machine's console shows until it ends, at its first restart. word is one more for the kernel command line,
+// drive more options of QEMU's for the disk.
+func (m *machine) boot(t *testing.T, disk []byte, word, drive string) string {
 	path := m.dir + "/disk"
 	write(t, path, disk)
-	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-cx16" /* QEMU before 8 leaves rubbish in the flags after cmpxchg16b, and the kernel falls over it */, "-smp", "2", "-m", "1024",
 		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", m.kernel, "-initrd", m.dir+"/initramfs",
-		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no5lvl tsc=reliable nokaslr init_on_alloc=0 apparmor=0 audit=0 cryptomgr.notests bulkhead bulkhead.verity="+hash, "-drive", "if=virtio,format=raw,file="+path, "-drive", "if=virtio,format=raw,file="+m.dir+"/volume",
+		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no5lvl tsc=reliable nokaslr apparmor=0 audit=0 cryptomgr.notests bulkhead bulkhead.verity="+m.hash+" "+hardening.CommandLine()+" "+word,
+		"-drive", "if=virtio,format=raw,file="+path+drive, "-drive", "if=virtio,format=raw,file="+m.dir+"/volume",
 		"-fw_cfg", "name=opt/dev.bulkhead/claim-key,string=the-claim", "-device", "i6300esb")
 	out, err := cmd.Output()
 	if err != nil {

@@ -149,6 +149,14 @@ func resources() map[string]resource {
 			}, nil, (*machinev1.ListServicesResponse).GetServices, func(s *machinev1.Service) []string {
 				return []string{s.Name, s.State, fmt.Sprint(s.Pid), fmt.Sprint(s.Restarts), s.LastExit}
 			}),
+		"security": of("how the kernel and the machine are hardened, wanted and actual", []string{"SETTING", "WANTED", "ACTUAL", "OK", "WHY"},
+			func(ctx context.Context, conn *grpc.ClientConn) (*machinev1.GetSecurityResponse, error) {
+				return machinev1.NewMachineClient(conn).GetSecurity(ctx, &machinev1.GetSecurityRequest{})
+			}, nil, (*machinev1.GetSecurityResponse).GetSettings, securityRow),
+		"boots": of("the newest boots and how each ended", []string{"BOOT", "VERSION", "STARTED", "END", "DETAIL"},
+			func(ctx context.Context, conn *grpc.ClientConn) (*machinev1.ListBootsResponse, error) {
+				return machinev1.NewMachineClient(conn).ListBoots(ctx, &machinev1.ListBootsRequest{})
+			}, nil, (*machinev1.ListBootsResponse).GetBoots, bootRow),
 		"certificates": of("authorities, and what they signed since boot", []string{"PROFILE", "SUBJECT", "ISSUER", "SERIAL", "UNTIL", "NAMES"},
 			func(ctx context.Context, conn *grpc.ClientConn) (*trustv1.ListCertificatesResponse, error) {
 				return trustv1.NewTrustClient(conn).ListCertificates(ctx, &trustv1.ListCertificatesRequest{})

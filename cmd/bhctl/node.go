@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sort"
 	"strings"
@@ -184,16 +185,31 @@ func (a *app) printLine(l *lineFlags, m *machinev1.LogLine) error {
 
 func (a *app) logsCmd() *cobra.Command {
 	var l lineFlags
-	c := &cobra.Command{Use: "logs NAME", Short: "Print a unit's log", Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeServices, RunE: func(cmd *cobra.Command, args []string) error {
-		return a.stream(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
-			s, err := machinev1.NewMachineClient(conn).StreamLogs(ctx, &machinev1.StreamLogsRequest{Name: args[0], Follow: l.follow, Tail: l.tail})
-			if err != nil {
-				return err
+	var boot int64
+	c := &cobra.Command{Use: "logs NAME", Short: "Print a unit's log, or the last lines of an earlier boot", ValidArgsFunction: a.completeServices,
+		Long: `Print a unit's log. With --boot, print the last lines of one boot, of everything on the node together or of what is named: a unit,
+kernel, panic (what a kernel that panicked left) or events. bhctl get boots lists the boots.`,
+		Example: "  bhctl logs apid -f\n  bhctl logs --boot -1 --tail 50\n  bhctl logs --boot -1 panic",
+		Args:    cobra.MaximumNArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+			if cmd.Flags().Changed("boot") {
+				if l.follow {
+					return errors.New("--follow: an earlier boot says nothing more; leave --boot out")
+				}
+				return a.bootLog(cmd.Context(), boot, strings.Join(args, ""), l)
 			}
-			return receive(s, func(m *machinev1.LogLine) error { return a.printLine(&l, m) })
-		})
-	}}
+			if len(args) == 0 {
+				return errors.New("which unit? bhctl services lists them")
+			}
+			return a.stream(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
+				s, err := machinev1.NewMachineClient(conn).StreamLogs(ctx, &machinev1.StreamLogsRequest{Name: args[0], Follow: l.follow, Tail: l.tail})
+				if err != nil {
+					return err
+				}
+				return receive(s, func(m *machinev1.LogLine) error { return a.printLine(&l, m) })
+			})
+		}}
 	l.add(c)
+	c.Flags().Int64Var(&boot, "boot", 0, "the last lines of this boot: its number, 0 for the running one, -1 for the one before it")
 	return c
 }
 

@@ -61,7 +61,7 @@ func packInitramfs(cpio []byte) ([]byte, error) {
 
 // cmdline is the kernel command line that belongs to the image; machines that boot the kernel directly may add to it.
 func cmdline(rootHash string, epoch int) string {
-	return fmt.Sprintf("bulkhead bulkhead.verity=%s bulkhead.epoch=%d console=ttyS0 panic=10 quiet loglevel=4", rootHash, epoch)
+	return fmt.Sprintf("bulkhead bulkhead.verity=%s bulkhead.epoch=%d console=ttyS0 panic=10 quiet loglevel=4 %s", rootHash, epoch, protection())
 }
 
 // bootRelease is what systemd-boot reads of a kernel image. It has no version, unlike the root's os-release: systemd-boot would order by

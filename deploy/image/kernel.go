@@ -114,7 +114,7 @@ func initramfsTree(init string, modules []module) (Tree, error) {
 	for _, m := range modules {
 		name := "/modules/" + path.Base(m.path)
 		b.file(name, 0o644, m.data, "kernel")
-		list = append(list, name)
+		list = append(list, strings.TrimSpace(name+" "+moduleParams[m.name]))
 	}
 	b.file("/modules.list", 0o644, []byte(strings.Join(slices.Concat(list, []string{""}), "\n")), "mkimage")
 	return b.tree()

@@ -9,9 +9,16 @@ import (
 	"strings"
 )
 
-// stage1 is what the initramfs loads to reach the root: the disk, its verification, its file system. NVMe, ext4 and
-// virtio's PCI transport are built into Debian's cloud kernel.
-var stage1 = []string{"virtio_blk", "dm_verity", "squashfs"}
+// stage1 is what the initramfs loads. First what a boot that fails needs: the hardware watchdog, which ends one that hangs, and
+// where the kernel's last lines are kept, in the firmware's variables or, where there are none, in memory that a restart spares.
+// Then what leads to the root: the disk, its verification, its file system. NVMe, ext4 and virtio's PCI transport are built into
+// Debian's cloud kernel, and so are the records of a server's own hardware (ERST).
+var stage1 = []string{"i6300esb", "wdat_wdt", "efi_pstore", "ramoops", "virtio_blk", "dm_verity", "squashfs"}
+
+// moduleParams are the parameters that PID 1 gives a module of stage 1.
+var moduleParams = map[string]string{
+	"ramoops": "mem_name=oops record_size=65536 console_size=0 ftrace_size=0 pmsg_size=0",
+}
 
 // stage2 is loaded by PID 1 from the root, in this order. There is no modprobe on a node, so everything that somebody
 // may ask for is here. What the daemons and networkd's firewall need comes first: the firmware's variables and encrypted volumes, too.

@@ -11,7 +11,10 @@ import (
 )
 
 // QMP gives the machine's QEMU a command without arguments, such as "system_reset", and waits until it is accepted.
-func (m Machine) QMP(ctx context.Context, command string) error {
+func (m Machine) QMP(ctx context.Context, command string) error { return m.Order(ctx, command, nil) }
+
+// Order is QMP for a command with arguments: a map or struct that becomes their JSON object, nil for none.
+func (m Machine) Order(ctx context.Context, command string, arguments any) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	// Through the folder's descriptor: a socket's name may have 107 bytes only.
@@ -30,17 +33,24 @@ func (m Machine) QMP(ctx context.Context, command string) error {
 			return err
 		}
 	}
-	if err := talk(conn, "qmp_capabilities", command); err != nil {
+	if err := talk(conn, order{Execute: "qmp_capabilities"}, order{command, arguments}); err != nil {
 		return fmt.Errorf("machine %s: %w", m.Name, err)
 	}
 	return nil
 }
 
+// An order is a command as QEMU wants it.
+type order struct {
+	Execute   string `json:"execute"`
+	Arguments any    `json:"arguments,omitempty"`
+}
+
 // talk sends commands and reads until each is answered; greetings and events are skipped.
-func talk(conn net.Conn, commands ...string) error {
+func talk(conn net.Conn, orders ...order) error {
 	dec := json.NewDecoder(conn)
-	for _, command := range commands {
-		if err := json.NewEncoder(conn).Encode(map[string]string{"execute": command}); err != nil {
+	for _, o := range orders {
+		command := o.Execute
+		if err := json.NewEncoder(conn).Encode(o); err != nil {
 			return fmt.Errorf("qmp %s: %w", command, err)
 		}
 		for {

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-os/bulkhead/init/console"
+	"github.com/bulkhead-os/bulkhead/init/watchdog"
 )
 
 // A step is one thing that has to work.
@@ -24,9 +25,10 @@ type step struct {
 	look string // where a person should look if it fails
 }
 
-// run does the steps in order. The first that fails ends the boot.
-func run(steps []step) {
+// run does the steps in order. The first that fails ends the boot, and the watchdog one that hangs.
+func run(steps []step, dog *watchdog.Dog) {
 	for _, s := range steps {
+		dog.Feed()
 		if err := s.do(); err != nil {
 			console.Say("bulkhead: cannot ", s.name, ": ", err.Error())
 			console.GiveUp("bulkhead: look at ", s.look)
@@ -70,9 +72,10 @@ func mountSteps(table []mount) (steps []step) {
 	return steps
 }
 
-// modules loads kernel modules, given as one path in each line, relative to dir: those before the list's empty line, or those
-// after it. One that cannot be loaded is told and left: it may be for a device that this machine does not have.
-func modules(list, dir string, late bool) error {
+// modules loads kernel modules, given as one path in each line, relative to dir, with the module's parameters behind a blank: those
+// before the list's empty line, or those after it. One that cannot be loaded is told and left: it may be for a device that this
+// machine does not have. loaded is called after each.
+func modules(list, dir string, late bool, loaded func()) error {
 	text, err := os.ReadFile(list)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -82,22 +85,24 @@ func modules(list, dir string, late bool) error {
 		now = rest
 	}
 	start, n := time.Now(), 0
-	for _, path := range strings.Fields(now) {
-		if err := load(dir + path); err != nil && err != unix.EEXIST {
+	for line := range strings.Lines(now) {
+		path, params, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if err := load(dir+path, params); err == nil || err == unix.EEXIST {
+			n++
+		} else if err != unix.ENODEV { // the module's own word that the machine has no such thing
 			console.Say("bulkhead: module ", path, ": ", err.Error())
-			continue
 		}
-		n++
+		loaded()
 	}
 	console.Say("bulkhead: ", strconv.Itoa(n), " modules loaded in ", console.Seconds(time.Since(start)))
 	return err
 }
 
-func load(path string) error {
+func load(path, params string) error {
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
-	return unix.FinitModule(fd, "", 0)
+	return unix.FinitModule(fd, params, 0)
 }

@@ -21,16 +21,18 @@ const (
 	dmRequest   = 0xc138fd00 // _IOWR(0xfd, nr, struct dm_ioctl)
 )
 
-// createDevice makes a read-only device of one target and returns its minor number. What it leaves after an error is not
-// removed: the machine does not go on.
-func createDevice(name string, sectors uint64, target, params string) (minor int, err error) {
+// createDevice makes a read-only device of one target and returns its minor number. id is what others know its kind by. What it leaves
+// after an error is not removed: the machine does not go on.
+func createDevice(name, id string, sectors uint64, target, params string) (minor int, err error) {
 	fd, err := unix.Open("/dev/mapper/control", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return 0, os.NewSyscallError("open /dev/mapper/control", err)
 	}
 	defer unix.Close(fd)
 	var f console.First
-	dev, err := dmIoctl(fd, dmDevCreate, dmMessage(name, 0, "", ""))
+	create := dmMessage(name, 0, "", "")
+	copy(create[176:176+128], id)
+	dev, err := dmIoctl(fd, dmDevCreate, create)
 	f.Try("create the device", err)
 	_, err = dmIoctl(fd, dmTableLoad, dmMessage(name, sectors, target, params))
 	f.Try("load the table "+params, err)

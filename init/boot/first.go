@@ -10,10 +10,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-os/bulkhead/init/console"
+	"github.com/bulkhead-os/bulkhead/init/watchdog"
 )
 
 const (
 	newRoot   = "/root"
+	rootName  = "bulkhead-root"
 	diskLimit = 30 * time.Second      // a disk that takes longer to appear is not there
 	diskNews  = 5 * time.Second       // between two lines about the wait
 	diskPause = 10 * time.Millisecond // between two looks
@@ -25,6 +27,7 @@ type first struct {
 	root, tree device   // the partitions ROOT and VERITY
 	node       string   // of the verified device
 	passed     []string // see passedOn
+	dog        watchdog.Dog
 }
 
 // A device is a partition as the kernel knows it.
@@ -50,7 +53,9 @@ func First() {
 			os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("madvise"), 0)
 			return nil
 		}, ""},
-		step{"load modules", func() error { return modules("/modules.list", "", false) }, "the initramfs: /modules.list"},
+		step{"load modules", func() error {
+			return modules("/modules.list", "", false, func() { s.dog.Find(); s.dog.Feed() }) // its own are the first ones
+		}, "the initramfs: /modules.list"},
 		step{"find the root partition", s.find, "the disk: is it attached, is its driver among the modules, and is it of this kernel's image?"},
 		step{"verify the root", s.verify, "the VERITY partition: it must be of the same image as the kernel"},
 		step{"mount the root", s.mount, "the lines of the kernel above: a damaged block shows as device-mapper: verity"},
@@ -64,8 +69,8 @@ func First() {
 		step{"enter the root", func() error { return unix.Chroot(".") }, root},
 		step{"start the root's init", func() error {
 			// PID 1 is small: it collects its garbage early, and needs one processor.
-			return unix.Exec("/sbin/init", []string{"init", "supervise"}, append(s.passed, "GOGC=4", "GOMAXPROCS=1"))
-		}, root}))
+			return unix.Exec("/sbin/init", []string{"init", "supervise", s.dog.Pass()}, append(s.passed, "GOGC=4", "GOMAXPROCS=1"))
+		}, root}), &s.dog)
 }
 
 // passedOn are the two files that systemd's stub puts into the initramfs and that count: which PCR 11 the image's maker has signed. Whatever
@@ -124,6 +129,7 @@ func (s *first) find() error {
 	want := [2]guid{guid(raw[:16]), guid(raw[16:])}
 	start, news := time.Now(), diskNews
 	for ; ; time.Sleep(diskPause) {
+		s.dog.Feed()
 		disks, _ := os.ReadDir("/sys/class/block")
 		names := ""
 		for _, d := range disks {
@@ -189,7 +195,7 @@ func (s *first) verify() error {
 	if err = errors.Join(err, bad); err != nil {
 		return err
 	}
-	minor, err := createDevice("bulkhead-root", sb.sectors(), "verity", sb.table(s.root.dev, s.tree.dev, s.hash))
+	minor, err := createDevice(rootName, "CRYPT-VERITY-"+s.hash[:32]+"-"+rootName, sb.sectors(), "verity", sb.table(s.root.dev, s.tree.dev, s.hash))
 	s.node = "/dev/dm-" + strconv.Itoa(minor)
 	return err
 }

@@ -5,11 +5,12 @@ import (
 	"io/fs"
 	"os"
 	"runtime"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-os/bulkhead/init/console"
+	"github.com/bulkhead-os/bulkhead/init/watchdog"
+	"github.com/bulkhead-os/bulkhead/internal/hardening"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
@@ -30,33 +31,27 @@ var secondMounts = []mount{
 // mounts there with everybody, and none elsewhere.
 var Volumes = []string{unit.StateDir, "/var"}
 
-// sysctls are kernel parameters. One with ? may be missing: not every kernel has it, or its module is not loaded.
-var sysctls = []string{
-	"net.ipv4.ip_forward=1",
-	"net.ipv4.conf.all.forwarding=1",
-	"fs.inotify.max_user_instances=8192",
-	"fs.inotify.max_user_watches=524288",
-	"fs.protected_fifos=1",
-	"fs.protected_hardlinks=1",
-	"fs.protected_regular=2",
-	"fs.protected_symlinks=1",
-	"kernel.dmesg_restrict=1",
-	"kernel.kptr_restrict=1",
-	"kernel.unprivileged_bpf_disabled?=1",
-	"kernel.yama.ptrace_scope?=1",
-	"kernel.printk_devkmsg=on", // our own lines are few, and none of them may be dropped
-	"vm.max_map_count=262144",
-	// What kubelet expects with protectKernelDefaults.
-	"kernel.keys.root_maxbytes?=25000000",
-	"kernel.keys.root_maxkeys?=1000000",
-	"kernel.panic=10",
-	"kernel.panic_on_oops=1",
-	"vm.overcommit_memory=1",
-	"vm.panic_on_oom=0",
+// operation are kernel parameters that a node needs for its work. What protects it is in package hardening.
+var operation = []hardening.Param{
+	// First: it sets what depends on whether a machine forwards back to its default.
+	{Name: "net.ipv4.ip_forward", Value: "1"},
+	{Name: "net.ipv4.conf.all.forwarding", Value: "1"},
+	{Name: "fs.inotify.max_user_instances", Value: "8192"},
+	{Name: "fs.inotify.max_user_watches", Value: "524288"},
+	{Name: "kernel.printk_devkmsg", Value: "on"}, // our own lines are few, and none of them may be dropped
+	{Name: "vm.max_map_count", Value: "262144"},
+	// What kubelet expects with protectKernelDefaults; kernel.panic_on_oops is in package hardening.
+	{Name: "kernel.keys.root_maxbytes", Value: "25000000"},
+	{Name: "kernel.keys.root_maxkeys", Value: "1000000"},
+	{Name: "kernel.panic", Value: "10"},
+	{Name: "vm.overcommit_memory", Value: "1"},
+	{Name: "vm.panic_on_oom", Value: "0"},
+	{Name: "net.bridge.bridge-nf-call-iptables", Value: "1", Late: true}, // of a late module
+	{Name: "net.bridge.bridge-nf-call-ip6tables", Value: "1", Late: true},
 }
 
 // Second runs on the verified root and leaves it ready for units.
-func Second() {
+func Second(dog *watchdog.Dog) {
 	unix.Umask(0o022)
 	const tmpfs = "/run: it must be a tmpfs"
 	run(append(mountSteps(secondMounts),
@@ -66,10 +61,12 @@ func Second() {
 		step{"make " + unit.SocketDir, func() error { return os.Mkdir(unit.SocketDir, 0o755) }, tmpfs},
 		step{"hand on what the boot loader passed", handOn, tmpfs},
 		step{"make the machine's id", machineID, tmpfs},
-		step{"load modules", func() error { return rootModules(false) }, "/usr/lib/modules: is it of this kernel?"},
-		step{"set kernel parameters", func() error { return setSysctls(sysctls...) }, "/proc/sys"},
+		// Before links appear, which take their own from the defaults.
+		step{"set kernel parameters", func() error { return setParams(false) }, "/proc/sys"},
+		step{"load modules", func() error { return rootModules(false, func() { dog.Find(); dog.Feed() }) }, "/usr/lib/modules: is it of this kernel?"},
+		step{"show what the firmware keeps", firmware, "the firmware"},
 		step{"take the claim key", claimKey, "QEMU's fw_cfg entry opt/dev.bulkhead/claim-key, or /usr/share/bulkhead/claim-key"},
-	))
+	), dog)
 }
 
 // OnTrial reports whether the boot loader counts this boot: then the version has to prove itself. Without UEFI nothing is counted. The
@@ -127,36 +124,35 @@ func machineID() error {
 	return f.Err
 }
 
-// Late does what only Kubernetes waits for, beside units that run already. What cannot be done is told.
+// Late does what only Kubernetes waits for, beside units that run already, and then closes the kernel for modules. What cannot be
+// done is told.
 func Late() {
 	// A thread of its own, which ends with this goroutine, so that it alone gives way to the daemons.
 	runtime.LockOSThread()
 	unix.Setpriority(unix.PRIO_PROCESS, 0, 10)
-	if err := rootModules(true); err != nil {
+	if err := rootModules(true, func() {}); err != nil {
 		console.Say("bulkhead: cannot load modules: ", err.Error())
 	}
-	setSysctls("net.bridge.bridge-nf-call-iptables?=1", "net.bridge.bridge-nf-call-ip6tables?=1") // of a late module
+	setParams(true)
 }
 
-func rootModules(late bool) error {
+// firmware mounts the firmware's variables, if there is a firmware that has some, and gives the records of kernel panics that it or
+// the memory kept to machined, which stores them and then deletes them there.
+func firmware() error {
+	unix.Mount("efivarfs", "/sys/firmware/efi/efivars", "efivarfs", noExec, "")
+	if os.Chown("/sys/fs/pstore", int(uid.Machined), int(uid.Machined)) == nil { // none: the kernel keeps no records
+		return os.Chmod("/sys/fs/pstore", 0o700)
+	}
+	return nil
+}
+
+func rootModules(late bool, loaded func()) error {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return err
 	}
 	dir := "/usr/lib/modules/" + unix.ByteSliceToString(u.Release[:]) + "/"
-	return modules(dir+"bulkhead.list", dir, late)
-}
-
-func setSysctls(all ...string) error {
-	for _, s := range all {
-		name, value, _ := strings.Cut(s, "=")
-		name, optional := strings.CutSuffix(name, "?")
-		err := os.WriteFile("/proc/sys/"+strings.ReplaceAll(name, ".", "/"), []byte(value+"\n"), 0)
-		if err != nil && !(optional && errors.Is(err, fs.ErrNotExist)) {
-			console.Say("bulkhead: ", name, " is not ", value, ": ", err.Error())
-		}
-	}
-	return nil
+	return modules(dir+"bulkhead.list", dir, late, loaded)
 }
 
 func claimKey() error {

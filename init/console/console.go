@@ -25,16 +25,15 @@ func Say(parts ...string) {
 	}
 }
 
-// GiveUp says why, gives people ten seconds to read it, and restarts the machine. It does not return.
+// GiveUp says why, gives people ten seconds to read it, and ends PID 1, and so the machine: the kernel panics, which keeps its last
+// lines, these among them, where the next boot finds them (pstore), and restarts. It does not return.
 func GiveUp(parts ...string) {
 	Say(parts...)
 	Say("bulkhead: restarting the machine in 10 s")
 	go unix.Sync() // it may hang, and must not hold the restart up
 	time.Sleep(10 * time.Second)
-	for { // PID 1 must not end
-		unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
-		time.Sleep(time.Second)
-	}
+	os.WriteFile("/proc/sys/kernel/panic", []byte("-1\n"), 0) // at once; else after the ten seconds of the command line's panic=10
+	os.Exit(1)
 }
 
 // Seconds is a duration for people: "0.08 s", "2.4 s", "10 s".

@@ -29,7 +29,9 @@ type linux struct {
 
 // New makes what units need before any of them runs, and returns their supervisor. What cannot be made is told: a unit that
 // lacks something does not start, which is better than a machine that does not.
-func New(units []unit.Unit) (*Supervisor, error) {
+//
+// feed is called each second, and report at the start, when the late units are started, and each minute: neither may block.
+func New(units []unit.Unit, feed, report func()) (*Supervisor, error) {
 	k := linux{namespaces: map[string]int{}}
 	var err error
 	if k.null, err = unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
@@ -57,9 +59,7 @@ func New(units []unit.Unit) (*Supervisor, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.dog, err = unix.Open("/dev/watchdog", unix.O_WRONLY|unix.O_CLOEXEC, 0); err == nil {
-		console.Say("bulkhead: the hardware watchdog is on")
-	}
+	s.feed, s.report = feed, report
 	// Go ends a process on most signals that it is not told to hand over, and PID 1 must not end.
 	// To ignore them would be no help: that is inherited.
 	c := make(chan os.Signal, 1)

@@ -23,6 +23,7 @@ const (
 	stopTimeout = 10 * time.Second // of units that say nothing
 	lookOften   = 100 * time.Millisecond
 	lookSeldom  = time.Second
+	reportPause = time.Minute
 	startLimit  = 10 * time.Second // late units wait no longer for early ones to be up
 )
 
@@ -66,7 +67,9 @@ type Supervisor struct {
 	on      map[int]func() // what to do when a descriptor is ready
 	conns   map[int]*conn
 	look    time.Time    // when to look at the log pipes and feed the watchdog
-	dog     int          // the watchdog, or -1
+	feed    func()       // the hardware watchdog
+	report  func()       // what only PID 1 can read
+	next    time.Time    // when to report
 	order   initctl.Verb // Reboot or PowerOff, once somebody has asked
 	halting bool
 	trial   string    // the file that ends it, while this boot is on trial; see Try
@@ -74,7 +77,7 @@ type Supervisor struct {
 }
 
 func newSupervisor(units []*service, k processes, socket string) (s *Supervisor, err error) {
-	s = &Supervisor{kernel: k, units: units, on: map[int]func(){}, conns: map[int]*conn{}, dog: -1}
+	s = &Supervisor{kernel: k, units: units, on: map[int]func(){}, conns: map[int]*conn{}, feed: func() {}, report: func() {}}
 	slices.SortFunc(s.units, func(a, b *service) int { return strings.Compare(a.Name, b.Name) })
 	var f console.First
 	s.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC)
@@ -106,6 +109,7 @@ func (s *Supervisor) begin(prepare func()) {
 		s.nudge()
 	}()
 	s.loop(time.Time{}, func() bool { return s.order != 0 || prepared.Load() })
+	s.next = time.Time{} // it changed what is reported
 	s.start(true)
 }
 
@@ -171,7 +175,11 @@ func (s *Supervisor) timers(now time.Time) (next time.Time) {
 				s.look = now.Add(lookOften)
 			}
 		}
-		s.Feed()
+		s.feed()
+		if !now.Before(s.next) {
+			s.next = now.Add(reportPause)
+			s.report()
+		}
 		s.guard(now)
 	}
 	next = s.look
@@ -186,9 +194,6 @@ func (s *Supervisor) timers(now time.Time) (next time.Time) {
 	}
 	return next
 }
-
-// Feed tells the hardware watchdog that PID 1 lives.
-func (s *Supervisor) Feed() { unix.Write(s.dog, []byte{0}) }
 
 // happen is the one place where a unit's state changes.
 func (s *Supervisor) happen(v *service, e Event) {

@@ -77,6 +77,7 @@ func (d *Daemon) open() (bool, error) {
 		return false, err
 	}
 	d.store = s
+	d.remember()
 	g, damaged := s.Newest()
 	for _, err := range damaged {
 		d.cfg.Log.Error("generation not readable", "err", err.Error())

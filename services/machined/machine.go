@@ -17,6 +17,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/version"
 	"github.com/bulkhead-os/bulkhead/services/machined/logs"
+	"github.com/bulkhead-os/bulkhead/services/machined/security"
 )
 
 // machineServer is machine.v1.Machine.
@@ -49,7 +50,15 @@ func (s *machineServer) GetHealth(ctx context.Context, _ *machinev1.GetHealthReq
 		converged, st := h.report(now.Number)
 		reports[h.daemon] = report{converged, st}
 	}
-	return health(now.Number, s.d.answered.Load(), units, err, reports), nil
+	return health(now.Number, s.d.answered.Load(), units, err, reports, security.Trouble(security.Report(s.d.cfg.facts()))), nil
+}
+
+func (s *machineServer) GetSecurity(context.Context, *machinev1.GetSecurityRequest) (*machinev1.GetSecurityResponse, error) {
+	out := &machinev1.GetSecurityResponse{}
+	for _, x := range security.Report(s.d.cfg.facts()) {
+		out.Settings = append(out.Settings, &machinev1.SecuritySetting{Name: x.Name, Wanted: x.Wanted, Actual: x.Actual, Ok: x.OK, Why: x.Why, Advisory: x.Advisory})
+	}
+	return out, nil
 }
 
 func (s *machineServer) ListServices(ctx context.Context, _ *machinev1.ListServicesRequest) (*machinev1.ListServicesResponse, error) {
@@ -135,11 +144,12 @@ func (s *machineServer) Shutdown(ctx context.Context, _ *machinev1.ShutdownReque
 }
 
 func (d *Daemon) powerOrder(ctx context.Context, what string, do func() error) error {
-	if err := d.order(do); err != nil {
+	text := what + " ordered by " + caller(ctx)
+	if err := d.order(func() error { d.noteOrder(text); return do() }); err != nil {
 		return err
 	}
 	d.cfg.Log.Info("power order", "step", what)
-	d.events.say("machined", typePower, what+" ordered by "+caller(ctx))
+	d.events.say("machined", typePower, text)
 	return nil
 }
 

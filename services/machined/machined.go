@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -28,7 +29,9 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/services/machined/boots"
 	"github.com/bulkhead-os/bulkhead/services/machined/logs"
+	"github.com/bulkhead-os/bulkhead/services/machined/security"
 	"github.com/bulkhead-os/bulkhead/services/machined/store"
 )
 
@@ -42,8 +45,10 @@ type Config struct {
 	StateWait time.Duration
 
 	host  host
+	past  past
 	init  initd
-	links map[string]link // to every daemon of recipients
+	facts func() security.Facts // how the kernel and the machine are hardened
+	links map[string]link       // to every daemon of recipients
 }
 
 // Daemon is machined.
@@ -57,13 +62,16 @@ type Daemon struct {
 	power   chan func() error // orders to carry out once they are answered
 	streams chan struct{}     // slots for streams of logs and events
 	apply   chan struct{}     // held by the one Apply or load that runs
+	journal boots.Journal
+	since   atomic.Int64 // when the kernel's lines begin that the journal does not have yet, in nanoseconds as time.Time.UnixNano has them
 
 	answered atomic.Bool // a call with credentials has come through apid since the start of this process
 
-	mu    sync.Mutex
-	store *store.Store         // guarded by mu; nil until STATE is there
-	logs  map[string]*logs.Log // guarded by mu; by unit
-	state map[string]string    // guarded by mu; each unit's last state, for events
+	mu      sync.Mutex
+	store   *store.Store         // guarded by mu; nil until STATE is there
+	history *boots.History       // guarded by mu; the same, and nil if it cannot be opened
+	logs    map[string]*logs.Log // guarded by mu; by unit
+	state   map[string]string    // guarded by mu; each unit's last state, for events
 }
 
 // running is the configuration that is handed out. It is never changed, only replaced.
@@ -89,7 +97,8 @@ func Run(ctx context.Context, env daemon.Env) error {
 	defer pid1.Close()
 	cfg := Config{
 		Log: env.Log, Metrics: env.Metrics, Runtime: unit.RunDir + "/machined",
-		host: linux{}, init: pid1, links: map[string]link{},
+		host: linux{}, past: linux{}, init: pid1, links: map[string]link{},
+		facts: func() security.Facts { return security.Read("/") },
 	}
 	for _, r := range recipients {
 		l, err := dial(r.daemon)
@@ -126,6 +135,7 @@ func New(cfg Config) (*Daemon, error) {
 		apply:   make(chan struct{}, 1),
 		logs:    map[string]*logs.Log{}, state: map[string]string{},
 	}
+	ev.log.Tap = func(at time.Time, text string) { d.journal.Add(at, "events", strings.ReplaceAll(text, "\t", " ")) }
 	for _, r := range recipients {
 		l := cfg.links[r.daemon]
 		if l == nil {
@@ -152,6 +162,7 @@ func (d *Daemon) work(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return d.load(ctx) })
 	g.Go(func() error { return d.watchUnits(ctx) })
 	g.Go(func() error { return d.obey(ctx) })
+	g.Go(func() error { return d.keepJournal(ctx) })
 }
 
 // callers are those besides apid. A method's own entry goes before its service's, so that apid stands there too.
@@ -170,7 +181,7 @@ func (d *Daemon) Register(s *grpc.Server) {
 func (d *Daemon) close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	err := d.events.log.Close()
+	err := errors.Join(d.events.log.Close(), d.journal.Close())
 	for _, l := range d.logs {
 		err = errors.Join(err, l.Close())
 	}
@@ -192,6 +203,7 @@ func (d *Daemon) obey(ctx context.Context) error {
 		if err := order(); err != nil {
 			d.cfg.Log.Error("order refused by PID 1", "err", err.Error())
 			d.events.say("machined", typePower, "the order was refused: "+err.Error())
+			d.noteOrder("")
 		}
 	}
 }

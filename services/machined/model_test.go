@@ -20,9 +20,12 @@ import (
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	"github.com/bulkhead-os/bulkhead/internal/hardening"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
+	"github.com/bulkhead-os/bulkhead/services/machined/boots"
+	"github.com/bulkhead-os/bulkhead/services/machined/security"
 	"github.com/bulkhead-os/bulkhead/services/machined/store"
 )
 
@@ -32,11 +35,14 @@ type node struct {
 	links   map[string]*modelLink
 	init    *modelInit
 	host    *modelHost
+	past    *modelPast
+	facts   security.Facts
 	runtime string
 }
 
 func newNode(t *testing.T) *node {
-	n := &node{t: t, links: map[string]*modelLink{}, init: &modelInit{watch: make(chan initctl.Status, 64)}, host: &modelHost{files: map[string][]byte{}}, runtime: t.TempDir()}
+	n := &node{t: t, links: map[string]*modelLink{}, init: &modelInit{watch: make(chan initctl.Status, 64)}, host: &modelHost{files: map[string][]byte{}}, runtime: t.TempDir(),
+		past: &modelPast{id: "boot-a", folder: t.TempDir()}, facts: hardened()}
 	for _, r := range recipients {
 		n.links[r.daemon] = newModelLink()
 		n.init.units = append(n.init.units, initctl.Status{Name: r.daemon, State: "up", PID: 10, Since: time.Now()})
@@ -50,7 +56,7 @@ func (n *node) start() (*Daemon, func()) {
 	n.t.Helper()
 	cfg := Config{
 		Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("machined"), Runtime: n.runtime,
-		host: n.host, init: n.init, links: map[string]link{},
+		host: n.host, past: n.past, init: n.init, links: map[string]link{}, facts: func() security.Facts { return n.facts },
 	}
 	for name, l := range n.links {
 		cfg.links[name] = l
@@ -71,6 +77,39 @@ func (n *node) start() (*Daemon, func()) {
 			n.t.Error(err)
 		}
 	}
+}
+
+// hardened is a kernel that is as it should be, in a machine that brings nothing.
+func hardened() security.Facts {
+	f := security.Facts{
+		Cmdline: hardening.CommandLine(), Params: map[string]string{}, Lockdown: "none [integrity] confidentiality", SigEnforce: "Y",
+		LSM: "lockdown,capability,landlock,yama", Filesystems: "ext4", Root: "CRYPT-VERITY-1-bulkhead-root",
+	}
+	for _, p := range hardening.Params {
+		f.Params[p.Name] = p.Value
+	}
+	return f
+}
+
+// modelPast is what is left of the boot before.
+type modelPast struct {
+	id, folder string
+	mu         sync.Mutex
+	found      boots.Evidence // guarded by mu
+}
+
+func (m *modelPast) ID() string     { return m.id }
+func (m *modelPast) Folder() string { return m.folder }
+func (m *modelPast) Evidence() (boots.Evidence, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.found, nil
+}
+func (m *modelPast) Forget() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.found.Panic = ""
+	return nil
 }
 
 func apply(d *Daemon, documents string) (*configv1.ApplyResponse, error) {

@@ -24,8 +24,8 @@ type report struct {
 // area is what a daemon's convergence means to a person, where that is not the daemon's name.
 var area = map[string]string{"kubeletd": "kubernetes", "etcdd": "etcd"}
 
-// health decides whether the node does its job, and if not, why.
-func health(generation uint64, answered bool, units []initctl.Status, unitsErr error, reports map[string]report) *machinev1.GetHealthResponse {
+// health decides whether the node does its job, and if not, why. open is what is wrong with its own protection, "" if nothing is.
+func health(generation uint64, answered bool, units []initctl.Status, unitsErr error, reports map[string]report, open string) *machinev1.GetHealthResponse {
 	out := &machinev1.GetHealthResponse{Healthy: true}
 	add := func(name string, ok bool, detail string) {
 		out.Checks = append(out.Checks, &machinev1.Check{Name: name, Ok: ok, Detail: detail})
@@ -41,6 +41,7 @@ func health(generation uint64, answered bool, units []initctl.Status, unitsErr e
 	} else {
 		add("api.answered", false, "no call with credentials has come through apid since machined was started")
 	}
+	add("security", open == "", open)
 	if unitsErr != nil {
 		add("init.answers", false, unitsErr.Error())
 	}

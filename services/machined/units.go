@@ -91,6 +91,7 @@ func (d *Daemon) newLog(name string) *logs.Log {
 		d.cfg.Log.Error("log not opened", "service", name, "err", err.Error())
 		return nil
 	}
+	l.Tap = func(at time.Time, text string) { d.journal.Add(at, name, text) }
 	d.logs[name] = l
 	return l
 }

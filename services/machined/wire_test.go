@@ -20,6 +20,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/services/machined/security"
 )
 
 // control is a daemon's Control service in front of a model.
@@ -70,7 +71,8 @@ func TestOverSockets(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dialed.Close()
-	cfg := Config{Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("machined"), Runtime: n.runtime, host: n.host, init: n.init, links: map[string]link{}}
+	cfg := Config{Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("machined"), Runtime: n.runtime, host: n.host, past: n.past, init: n.init, links: map[string]link{},
+		facts: func() security.Facts { return n.facts }}
 	for name, l := range n.links {
 		cfg.links[name] = l
 	}

@@ -27,6 +27,69 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type Boot_End int32
+
+const (
+	Boot_END_UNSPECIFIED Boot_End = 0
+	// It is the running boot.
+	Boot_RUNNING Boot_End = 1
+	// Somebody ordered it, and nothing went wrong afterwards.
+	Boot_CLEAN Boot_End = 2
+	// The kernel panicked, and left a record.
+	Boot_PANIC Boot_End = 3
+	// The hardware watchdog reset the machine: the kernel or PID 1 hung.
+	Boot_RESET Boot_End = 4
+	// Without a trace: the power or a reset button, or a hang on a machine without a watchdog.
+	Boot_UNKNOWN Boot_End = 5
+)
+
+// Enum value maps for Boot_End.
+var (
+	Boot_End_name = map[int32]string{
+		0: "END_UNSPECIFIED",
+		1: "RUNNING",
+		2: "CLEAN",
+		3: "PANIC",
+		4: "RESET",
+		5: "UNKNOWN",
+	}
+	Boot_End_value = map[string]int32{
+		"END_UNSPECIFIED": 0,
+		"RUNNING":         1,
+		"CLEAN":           2,
+		"PANIC":           3,
+		"RESET":           4,
+		"UNKNOWN":         5,
+	}
+)
+
+func (x Boot_End) Enum() *Boot_End {
+	p := new(Boot_End)
+	*p = x
+	return p
+}
+
+func (x Boot_End) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Boot_End) Descriptor() protoreflect.EnumDescriptor {
+	return file_machine_v1_machine_proto_enumTypes[0].Descriptor()
+}
+
+func (Boot_End) Type() protoreflect.EnumType {
+	return &file_machine_v1_machine_proto_enumTypes[0]
+}
+
+func (x Boot_End) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Boot_End.Descriptor instead.
+func (Boot_End) EnumDescriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{25, 0}
+}
+
 type GetVersionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1087,6 +1150,480 @@ func (x *DaemonMetrics) GetError() string {
 	return ""
 }
 
+type GetSecurityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSecurityRequest) Reset() {
+	*x = GetSecurityRequest{}
+	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSecurityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSecurityRequest) ProtoMessage() {}
+
+func (x *GetSecurityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSecurityRequest.ProtoReflect.Descriptor instead.
+func (*GetSecurityRequest) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{20}
+}
+
+type GetSecurityResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Settings      []*SecuritySetting     `protobuf:"bytes,1,rep,name=settings,proto3" json:"settings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetSecurityResponse) Reset() {
+	*x = GetSecurityResponse{}
+	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetSecurityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetSecurityResponse) ProtoMessage() {}
+
+func (x *GetSecurityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetSecurityResponse.ProtoReflect.Descriptor instead.
+func (*GetSecurityResponse) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *GetSecurityResponse) GetSettings() []*SecuritySetting {
+	if x != nil {
+		return x.Settings
+	}
+	return nil
+}
+
+type SecuritySetting struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// For example "lockdown", "kernel.kptr_restrict", "firmware.secure-boot". Names do not change between versions.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// "" if nothing is wanted: the setting is only told. A value that is empty is "(empty)".
+	Wanted string `protobuf:"bytes,2,opt,name=wanted,proto3" json:"wanted,omitempty"`
+	// What is, or why that is not known.
+	Actual string `protobuf:"bytes,3,opt,name=actual,proto3" json:"actual,omitempty"`
+	// True if it is as wanted, or nothing is wanted.
+	Ok bool `protobuf:"varint,4,opt,name=ok,proto3" json:"ok,omitempty"`
+	// What it is good for, in one line.
+	Why string `protobuf:"bytes,5,opt,name=why,proto3" json:"why,omitempty"`
+	// True for what the machine, its firmware or its owner bring, or do not. The others are this node's own doing: health says if one
+	// of those is not ok.
+	Advisory      bool `protobuf:"varint,6,opt,name=advisory,proto3" json:"advisory,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SecuritySetting) Reset() {
+	*x = SecuritySetting{}
+	mi := &file_machine_v1_machine_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SecuritySetting) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SecuritySetting) ProtoMessage() {}
+
+func (x *SecuritySetting) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SecuritySetting.ProtoReflect.Descriptor instead.
+func (*SecuritySetting) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *SecuritySetting) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SecuritySetting) GetWanted() string {
+	if x != nil {
+		return x.Wanted
+	}
+	return ""
+}
+
+func (x *SecuritySetting) GetActual() string {
+	if x != nil {
+		return x.Actual
+	}
+	return ""
+}
+
+func (x *SecuritySetting) GetOk() bool {
+	if x != nil {
+		return x.Ok
+	}
+	return false
+}
+
+func (x *SecuritySetting) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *SecuritySetting) GetAdvisory() bool {
+	if x != nil {
+		return x.Advisory
+	}
+	return false
+}
+
+type ListBootsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBootsRequest) Reset() {
+	*x = ListBootsRequest{}
+	mi := &file_machine_v1_machine_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBootsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBootsRequest) ProtoMessage() {}
+
+func (x *ListBootsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBootsRequest.ProtoReflect.Descriptor instead.
+func (*ListBootsRequest) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{23}
+}
+
+type ListBootsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Boots         []*Boot                `protobuf:"bytes,1,rep,name=boots,proto3" json:"boots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBootsResponse) Reset() {
+	*x = ListBootsResponse{}
+	mi := &file_machine_v1_machine_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBootsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBootsResponse) ProtoMessage() {}
+
+func (x *ListBootsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBootsResponse.ProtoReflect.Descriptor instead.
+func (*ListBootsResponse) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ListBootsResponse) GetBoots() []*Boot {
+	if x != nil {
+		return x.Boots
+	}
+	return nil
+}
+
+type Boot struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From 1, growing with each boot that is known of.
+	Number uint64 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	// The kernel's own random id of the boot; "" if the boot ended before STATE was open.
+	Id string `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	// Of Bulkhead; "" as above.
+	Version string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
+	// By the node's clock of that time; missing as above.
+	Started *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=started,proto3" json:"started,omitempty"`
+	End     Boot_End               `protobuf:"varint,5,opt,name=end,proto3,enum=machine.v1.Boot_End" json:"end,omitempty"`
+	// One sentence on the end, for a person: who ordered it, or what the kernel said; "" for the running boot.
+	Detail string `protobuf:"bytes,6,opt,name=detail,proto3" json:"detail,omitempty"`
+	// The newest sign of life that was stored; missing if there is none.
+	LastSeen      *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Boot) Reset() {
+	*x = Boot{}
+	mi := &file_machine_v1_machine_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Boot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Boot) ProtoMessage() {}
+
+func (x *Boot) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Boot.ProtoReflect.Descriptor instead.
+func (*Boot) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *Boot) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Boot) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Boot) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *Boot) GetStarted() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Started
+	}
+	return nil
+}
+
+func (x *Boot) GetEnd() Boot_End {
+	if x != nil {
+		return x.End
+	}
+	return Boot_END_UNSPECIFIED
+}
+
+func (x *Boot) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *Boot) GetLastSeen() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastSeen
+	}
+	return nil
+}
+
+type StreamBootLogRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A boot's number; 0 is the running one, -1 the one before it, and so on.
+	Boot int64 `protobuf:"varint,1,opt,name=boot,proto3" json:"boot,omitempty"`
+	// Only lines of this unit, or "kernel", "panic" (what a kernel that panicked left) or "events"; "" for all.
+	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// Only the last this many; 0: all that is kept.
+	Tail          uint32 `protobuf:"varint,3,opt,name=tail,proto3" json:"tail,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StreamBootLogRequest) Reset() {
+	*x = StreamBootLogRequest{}
+	mi := &file_machine_v1_machine_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StreamBootLogRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StreamBootLogRequest) ProtoMessage() {}
+
+func (x *StreamBootLogRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StreamBootLogRequest.ProtoReflect.Descriptor instead.
+func (*StreamBootLogRequest) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *StreamBootLogRequest) GetBoot() int64 {
+	if x != nil {
+		return x.Boot
+	}
+	return 0
+}
+
+func (x *StreamBootLogRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *StreamBootLogRequest) GetTail() uint32 {
+	if x != nil {
+		return x.Tail
+	}
+	return 0
+}
+
+type BootLogLine struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Time  *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	// The unit, "kernel", "panic" or "events".
+	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// Without the newline.
+	Text          string `protobuf:"bytes,3,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BootLogLine) Reset() {
+	*x = BootLogLine{}
+	mi := &file_machine_v1_machine_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BootLogLine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BootLogLine) ProtoMessage() {}
+
+func (x *BootLogLine) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BootLogLine.ProtoReflect.Descriptor instead.
+func (*BootLogLine) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *BootLogLine) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *BootLogLine) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *BootLogLine) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 type RebootRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1095,7 +1632,7 @@ type RebootRequest struct {
 
 func (x *RebootRequest) Reset() {
 	*x = RebootRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	mi := &file_machine_v1_machine_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1644,7 @@ func (x *RebootRequest) String() string {
 func (*RebootRequest) ProtoMessage() {}
 
 func (x *RebootRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	mi := &file_machine_v1_machine_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1657,7 @@ func (x *RebootRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootRequest.ProtoReflect.Descriptor instead.
 func (*RebootRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{20}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{28}
 }
 
 type RebootResponse struct {
@@ -1131,7 +1668,7 @@ type RebootResponse struct {
 
 func (x *RebootResponse) Reset() {
 	*x = RebootResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	mi := &file_machine_v1_machine_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1143,7 +1680,7 @@ func (x *RebootResponse) String() string {
 func (*RebootResponse) ProtoMessage() {}
 
 func (x *RebootResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	mi := &file_machine_v1_machine_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1156,7 +1693,7 @@ func (x *RebootResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootResponse.ProtoReflect.Descriptor instead.
 func (*RebootResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{21}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{29}
 }
 
 type ShutdownRequest struct {
@@ -1167,7 +1704,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[22]
+	mi := &file_machine_v1_machine_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1179,7 +1716,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[22]
+	mi := &file_machine_v1_machine_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1192,7 +1729,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{22}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{30}
 }
 
 type ShutdownResponse struct {
@@ -1203,7 +1740,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[23]
+	mi := &file_machine_v1_machine_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1215,7 +1752,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[23]
+	mi := &file_machine_v1_machine_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1228,7 +1765,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{23}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{31}
 }
 
 var File_machine_v1_machine_proto protoreflect.FileDescriptor
@@ -1298,11 +1835,47 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\rDaemonMetrics\x12\x16\n" +
 	"\x06daemon\x18\x01 \x01(\tR\x06daemon\x12.\n" +
 	"\bfamilies\x18\x02 \x03(\v2\x12.control.v1.FamilyR\bfamilies\x12\x14\n" +
-	"\x05error\x18\x03 \x01(\tR\x05error\"\x0f\n" +
+	"\x05error\x18\x03 \x01(\tR\x05error\"\x14\n" +
+	"\x12GetSecurityRequest\"N\n" +
+	"\x13GetSecurityResponse\x127\n" +
+	"\bsettings\x18\x01 \x03(\v2\x1b.machine.v1.SecuritySettingR\bsettings\"\x93\x01\n" +
+	"\x0fSecuritySetting\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06wanted\x18\x02 \x01(\tR\x06wanted\x12\x16\n" +
+	"\x06actual\x18\x03 \x01(\tR\x06actual\x12\x0e\n" +
+	"\x02ok\x18\x04 \x01(\bR\x02ok\x12\x10\n" +
+	"\x03why\x18\x05 \x01(\tR\x03why\x12\x1a\n" +
+	"\badvisory\x18\x06 \x01(\bR\badvisory\"\x12\n" +
+	"\x10ListBootsRequest\";\n" +
+	"\x11ListBootsResponse\x12&\n" +
+	"\x05boots\x18\x01 \x03(\v2\x10.machine.v1.BootR\x05boots\"\xce\x02\n" +
+	"\x04Boot\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\tR\aversion\x124\n" +
+	"\astarted\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12&\n" +
+	"\x03end\x18\x05 \x01(\x0e2\x14.machine.v1.Boot.EndR\x03end\x12\x16\n" +
+	"\x06detail\x18\x06 \x01(\tR\x06detail\x127\n" +
+	"\tlast_seen\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\"U\n" +
+	"\x03End\x12\x13\n" +
+	"\x0fEND_UNSPECIFIED\x10\x00\x12\v\n" +
+	"\aRUNNING\x10\x01\x12\t\n" +
+	"\x05CLEAN\x10\x02\x12\t\n" +
+	"\x05PANIC\x10\x03\x12\t\n" +
+	"\x05RESET\x10\x04\x12\v\n" +
+	"\aUNKNOWN\x10\x05\"V\n" +
+	"\x14StreamBootLogRequest\x12\x12\n" +
+	"\x04boot\x18\x01 \x01(\x03R\x04boot\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12\x12\n" +
+	"\x04tail\x18\x03 \x01(\rR\x04tail\"i\n" +
+	"\vBootLogLine\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12\x12\n" +
+	"\x04text\x18\x03 \x01(\tR\x04text\"\x0f\n" +
 	"\rRebootRequest\"\x10\n" +
 	"\x0eRebootResponse\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\xa7\t\n" +
+	"\x10ShutdownResponse2\xee\v\n" +
 	"\aMachine\x12h\n" +
 	"\n" +
 	"GetVersion\x12\x1d.machine.v1.GetVersionRequest\x1a\x1e.machine.v1.GetVersionResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/version\x90\x02\x01\x12d\n" +
@@ -1316,7 +1889,10 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\fStreamEvents\x12\x1f.machine.v1.StreamEventsRequest\x1a\x11.machine.v1.Event\"\x1a\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\f\x12\n" +
 	"/v1/events\x90\x02\x010\x01\x12O\n" +
 	"\tTellEvent\x12\x1c.machine.v1.TellEventRequest\x1a\x1d.machine.v1.TellEventResponse\"\x05\xaa\xbb\x18\x01\x01\x12k\n" +
-	"\vListMetrics\x12\x1e.machine.v1.ListMetricsRequest\x1a\x1f.machine.v1.ListMetricsResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/metrics\x90\x02\x01\x12a\n" +
+	"\vListMetrics\x12\x1e.machine.v1.ListMetricsRequest\x1a\x1f.machine.v1.ListMetricsResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/metrics\x90\x02\x01\x12l\n" +
+	"\vGetSecurity\x12\x1e.machine.v1.GetSecurityRequest\x1a\x1f.machine.v1.GetSecurityResponse\"\x1c\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x0e\x12\f/v1/security\x90\x02\x01\x12c\n" +
+	"\tListBoots\x12\x1c.machine.v1.ListBootsRequest\x1a\x1d.machine.v1.ListBootsResponse\"\x19\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\v\x12\t/v1/boots\x90\x02\x01\x12r\n" +
+	"\rStreamBootLog\x12 .machine.v1.StreamBootLogRequest\x1a\x17.machine.v1.BootLogLine\"$\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x16\x12\x14/v1/boots/{boot}/log\x90\x02\x010\x01\x12a\n" +
 	"\x06Reboot\x12\x19.machine.v1.RebootRequest\x1a\x1a.machine.v1.RebootResponse\" \xaa\xbb\x18\x02\x04\x06\x82\xd3\xe4\x93\x02\x14\"\x12/v1/machine:reboot\x12i\n" +
 	"\bShutdown\x12\x1b.machine.v1.ShutdownRequest\x1a\x1c.machine.v1.ShutdownResponse\"\"\xaa\xbb\x18\x02\x04\x06\x82\xd3\xe4\x93\x02\x16\"\x14/v1/machine:shutdown\x1a\f\xb2\xbb\x18\bmachinedB:Z8github.com/bulkhead-os/bulkhead/api/machine/v1;machinev1b\x06proto3"
 
@@ -1332,70 +1908,92 @@ func file_machine_v1_machine_proto_rawDescGZIP() []byte {
 	return file_machine_v1_machine_proto_rawDescData
 }
 
-var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_machine_v1_machine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_machine_v1_machine_proto_goTypes = []any{
-	(*GetVersionRequest)(nil),      // 0: machine.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),     // 1: machine.v1.GetVersionResponse
-	(*GetHealthRequest)(nil),       // 2: machine.v1.GetHealthRequest
-	(*GetHealthResponse)(nil),      // 3: machine.v1.GetHealthResponse
-	(*Check)(nil),                  // 4: machine.v1.Check
-	(*ListServicesRequest)(nil),    // 5: machine.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),   // 6: machine.v1.ListServicesResponse
-	(*Service)(nil),                // 7: machine.v1.Service
-	(*RestartServiceRequest)(nil),  // 8: machine.v1.RestartServiceRequest
-	(*RestartServiceResponse)(nil), // 9: machine.v1.RestartServiceResponse
-	(*StreamLogsRequest)(nil),      // 10: machine.v1.StreamLogsRequest
-	(*StreamKernelLogRequest)(nil), // 11: machine.v1.StreamKernelLogRequest
-	(*LogLine)(nil),                // 12: machine.v1.LogLine
-	(*StreamEventsRequest)(nil),    // 13: machine.v1.StreamEventsRequest
-	(*Event)(nil),                  // 14: machine.v1.Event
-	(*TellEventRequest)(nil),       // 15: machine.v1.TellEventRequest
-	(*TellEventResponse)(nil),      // 16: machine.v1.TellEventResponse
-	(*ListMetricsRequest)(nil),     // 17: machine.v1.ListMetricsRequest
-	(*ListMetricsResponse)(nil),    // 18: machine.v1.ListMetricsResponse
-	(*DaemonMetrics)(nil),          // 19: machine.v1.DaemonMetrics
-	(*RebootRequest)(nil),          // 20: machine.v1.RebootRequest
-	(*RebootResponse)(nil),         // 21: machine.v1.RebootResponse
-	(*ShutdownRequest)(nil),        // 22: machine.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),       // 23: machine.v1.ShutdownResponse
-	(*timestamppb.Timestamp)(nil),  // 24: google.protobuf.Timestamp
-	(*v1.Family)(nil),              // 25: control.v1.Family
+	(Boot_End)(0),                  // 0: machine.v1.Boot.End
+	(*GetVersionRequest)(nil),      // 1: machine.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),     // 2: machine.v1.GetVersionResponse
+	(*GetHealthRequest)(nil),       // 3: machine.v1.GetHealthRequest
+	(*GetHealthResponse)(nil),      // 4: machine.v1.GetHealthResponse
+	(*Check)(nil),                  // 5: machine.v1.Check
+	(*ListServicesRequest)(nil),    // 6: machine.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),   // 7: machine.v1.ListServicesResponse
+	(*Service)(nil),                // 8: machine.v1.Service
+	(*RestartServiceRequest)(nil),  // 9: machine.v1.RestartServiceRequest
+	(*RestartServiceResponse)(nil), // 10: machine.v1.RestartServiceResponse
+	(*StreamLogsRequest)(nil),      // 11: machine.v1.StreamLogsRequest
+	(*StreamKernelLogRequest)(nil), // 12: machine.v1.StreamKernelLogRequest
+	(*LogLine)(nil),                // 13: machine.v1.LogLine
+	(*StreamEventsRequest)(nil),    // 14: machine.v1.StreamEventsRequest
+	(*Event)(nil),                  // 15: machine.v1.Event
+	(*TellEventRequest)(nil),       // 16: machine.v1.TellEventRequest
+	(*TellEventResponse)(nil),      // 17: machine.v1.TellEventResponse
+	(*ListMetricsRequest)(nil),     // 18: machine.v1.ListMetricsRequest
+	(*ListMetricsResponse)(nil),    // 19: machine.v1.ListMetricsResponse
+	(*DaemonMetrics)(nil),          // 20: machine.v1.DaemonMetrics
+	(*GetSecurityRequest)(nil),     // 21: machine.v1.GetSecurityRequest
+	(*GetSecurityResponse)(nil),    // 22: machine.v1.GetSecurityResponse
+	(*SecuritySetting)(nil),        // 23: machine.v1.SecuritySetting
+	(*ListBootsRequest)(nil),       // 24: machine.v1.ListBootsRequest
+	(*ListBootsResponse)(nil),      // 25: machine.v1.ListBootsResponse
+	(*Boot)(nil),                   // 26: machine.v1.Boot
+	(*StreamBootLogRequest)(nil),   // 27: machine.v1.StreamBootLogRequest
+	(*BootLogLine)(nil),            // 28: machine.v1.BootLogLine
+	(*RebootRequest)(nil),          // 29: machine.v1.RebootRequest
+	(*RebootResponse)(nil),         // 30: machine.v1.RebootResponse
+	(*ShutdownRequest)(nil),        // 31: machine.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),       // 32: machine.v1.ShutdownResponse
+	(*timestamppb.Timestamp)(nil),  // 33: google.protobuf.Timestamp
+	(*v1.Family)(nil),              // 34: control.v1.Family
 }
 var file_machine_v1_machine_proto_depIdxs = []int32{
-	4,  // 0: machine.v1.GetHealthResponse.checks:type_name -> machine.v1.Check
-	7,  // 1: machine.v1.ListServicesResponse.services:type_name -> machine.v1.Service
-	24, // 2: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
-	24, // 3: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	24, // 4: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
-	19, // 5: machine.v1.ListMetricsResponse.daemons:type_name -> machine.v1.DaemonMetrics
-	25, // 6: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
-	0,  // 7: machine.v1.Machine.GetVersion:input_type -> machine.v1.GetVersionRequest
-	2,  // 8: machine.v1.Machine.GetHealth:input_type -> machine.v1.GetHealthRequest
-	5,  // 9: machine.v1.Machine.ListServices:input_type -> machine.v1.ListServicesRequest
-	8,  // 10: machine.v1.Machine.RestartService:input_type -> machine.v1.RestartServiceRequest
-	10, // 11: machine.v1.Machine.StreamLogs:input_type -> machine.v1.StreamLogsRequest
-	11, // 12: machine.v1.Machine.StreamKernelLog:input_type -> machine.v1.StreamKernelLogRequest
-	13, // 13: machine.v1.Machine.StreamEvents:input_type -> machine.v1.StreamEventsRequest
-	15, // 14: machine.v1.Machine.TellEvent:input_type -> machine.v1.TellEventRequest
-	17, // 15: machine.v1.Machine.ListMetrics:input_type -> machine.v1.ListMetricsRequest
-	20, // 16: machine.v1.Machine.Reboot:input_type -> machine.v1.RebootRequest
-	22, // 17: machine.v1.Machine.Shutdown:input_type -> machine.v1.ShutdownRequest
-	1,  // 18: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
-	3,  // 19: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
-	6,  // 20: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
-	9,  // 21: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
-	12, // 22: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
-	12, // 23: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
-	14, // 24: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
-	16, // 25: machine.v1.Machine.TellEvent:output_type -> machine.v1.TellEventResponse
-	18, // 26: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
-	21, // 27: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
-	23, // 28: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
-	18, // [18:29] is the sub-list for method output_type
-	7,  // [7:18] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	5,  // 0: machine.v1.GetHealthResponse.checks:type_name -> machine.v1.Check
+	8,  // 1: machine.v1.ListServicesResponse.services:type_name -> machine.v1.Service
+	33, // 2: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
+	33, // 3: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	33, // 4: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
+	20, // 5: machine.v1.ListMetricsResponse.daemons:type_name -> machine.v1.DaemonMetrics
+	34, // 6: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
+	23, // 7: machine.v1.GetSecurityResponse.settings:type_name -> machine.v1.SecuritySetting
+	26, // 8: machine.v1.ListBootsResponse.boots:type_name -> machine.v1.Boot
+	33, // 9: machine.v1.Boot.started:type_name -> google.protobuf.Timestamp
+	0,  // 10: machine.v1.Boot.end:type_name -> machine.v1.Boot.End
+	33, // 11: machine.v1.Boot.last_seen:type_name -> google.protobuf.Timestamp
+	33, // 12: machine.v1.BootLogLine.time:type_name -> google.protobuf.Timestamp
+	1,  // 13: machine.v1.Machine.GetVersion:input_type -> machine.v1.GetVersionRequest
+	3,  // 14: machine.v1.Machine.GetHealth:input_type -> machine.v1.GetHealthRequest
+	6,  // 15: machine.v1.Machine.ListServices:input_type -> machine.v1.ListServicesRequest
+	9,  // 16: machine.v1.Machine.RestartService:input_type -> machine.v1.RestartServiceRequest
+	11, // 17: machine.v1.Machine.StreamLogs:input_type -> machine.v1.StreamLogsRequest
+	12, // 18: machine.v1.Machine.StreamKernelLog:input_type -> machine.v1.StreamKernelLogRequest
+	14, // 19: machine.v1.Machine.StreamEvents:input_type -> machine.v1.StreamEventsRequest
+	16, // 20: machine.v1.Machine.TellEvent:input_type -> machine.v1.TellEventRequest
+	18, // 21: machine.v1.Machine.ListMetrics:input_type -> machine.v1.ListMetricsRequest
+	21, // 22: machine.v1.Machine.GetSecurity:input_type -> machine.v1.GetSecurityRequest
+	24, // 23: machine.v1.Machine.ListBoots:input_type -> machine.v1.ListBootsRequest
+	27, // 24: machine.v1.Machine.StreamBootLog:input_type -> machine.v1.StreamBootLogRequest
+	29, // 25: machine.v1.Machine.Reboot:input_type -> machine.v1.RebootRequest
+	31, // 26: machine.v1.Machine.Shutdown:input_type -> machine.v1.ShutdownRequest
+	2,  // 27: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
+	4,  // 28: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
+	7,  // 29: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
+	10, // 30: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
+	13, // 31: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
+	13, // 32: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
+	15, // 33: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
+	17, // 34: machine.v1.Machine.TellEvent:output_type -> machine.v1.TellEventResponse
+	19, // 35: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
+	22, // 36: machine.v1.Machine.GetSecurity:output_type -> machine.v1.GetSecurityResponse
+	25, // 37: machine.v1.Machine.ListBoots:output_type -> machine.v1.ListBootsResponse
+	28, // 38: machine.v1.Machine.StreamBootLog:output_type -> machine.v1.BootLogLine
+	30, // 39: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
+	32, // 40: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
+	27, // [27:41] is the sub-list for method output_type
+	13, // [13:27] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_machine_v1_machine_proto_init() }
@@ -1408,13 +2006,14 @@ func file_machine_v1_machine_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_machine_v1_machine_proto_rawDesc), len(file_machine_v1_machine_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   24,
+			NumEnums:      1,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_machine_v1_machine_proto_goTypes,
 		DependencyIndexes: file_machine_v1_machine_proto_depIdxs,
+		EnumInfos:         file_machine_v1_machine_proto_enumTypes,
 		MessageInfos:      file_machine_v1_machine_proto_msgTypes,
 	}.Build()
 	File_machine_v1_machine_proto = out.File

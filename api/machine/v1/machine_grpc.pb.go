@@ -30,6 +30,9 @@ const (
 	Machine_StreamEvents_FullMethodName    = "/machine.v1.Machine/StreamEvents"
 	Machine_TellEvent_FullMethodName       = "/machine.v1.Machine/TellEvent"
 	Machine_ListMetrics_FullMethodName     = "/machine.v1.Machine/ListMetrics"
+	Machine_GetSecurity_FullMethodName     = "/machine.v1.Machine/GetSecurity"
+	Machine_ListBoots_FullMethodName       = "/machine.v1.Machine/ListBoots"
+	Machine_StreamBootLog_FullMethodName   = "/machine.v1.Machine/StreamBootLog"
 	Machine_Reboot_FullMethodName          = "/machine.v1.Machine/Reboot"
 	Machine_Shutdown_FullMethodName        = "/machine.v1.Machine/Shutdown"
 )
@@ -58,6 +61,14 @@ type MachineClient interface {
 	TellEvent(ctx context.Context, in *TellEventRequest, opts ...grpc.CallOption) (*TellEventResponse, error)
 	// ListMetrics returns the figures of every daemon on the node, for Prometheus.
 	ListMetrics(ctx context.Context, in *ListMetricsRequest, opts ...grpc.CallOption) (*ListMetricsResponse, error)
+	// GetSecurity compares how the kernel and the machine are hardened with how they should be.
+	GetSecurity(ctx context.Context, in *GetSecurityRequest, opts ...grpc.CallOption) (*GetSecurityResponse, error)
+	// ListBoots returns the newest boots, the running one first, and how each ended. They are kept on STATE: until that is open, this is
+	// FAILED_PRECONDITION.
+	ListBoots(ctx context.Context, in *ListBootsRequest, opts ...grpc.CallOption) (*ListBootsResponse, error)
+	// StreamBootLog sends the last lines of one boot, of all units and the kernel together, oldest first. A boot that is not kept is
+	// NOT_FOUND; until STATE is open, this is FAILED_PRECONDITION.
+	StreamBootLog(ctx context.Context, in *StreamBootLogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BootLogLine], error)
 	// Reboot stops every unit in order and restarts the machine. It answers before the machine goes down.
 	Reboot(ctx context.Context, in *RebootRequest, opts ...grpc.CallOption) (*RebootResponse, error)
 	// Shutdown stops every unit in order and powers the machine off. It answers before the machine goes down.
@@ -189,6 +200,45 @@ func (c *machineClient) ListMetrics(ctx context.Context, in *ListMetricsRequest,
 	return out, nil
 }
 
+func (c *machineClient) GetSecurity(ctx context.Context, in *GetSecurityRequest, opts ...grpc.CallOption) (*GetSecurityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetSecurityResponse)
+	err := c.cc.Invoke(ctx, Machine_GetSecurity_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *machineClient) ListBoots(ctx context.Context, in *ListBootsRequest, opts ...grpc.CallOption) (*ListBootsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListBootsResponse)
+	err := c.cc.Invoke(ctx, Machine_ListBoots_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *machineClient) StreamBootLog(ctx context.Context, in *StreamBootLogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BootLogLine], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Machine_ServiceDesc.Streams[3], Machine_StreamBootLog_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[StreamBootLogRequest, BootLogLine]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Machine_StreamBootLogClient = grpc.ServerStreamingClient[BootLogLine]
+
 func (c *machineClient) Reboot(ctx context.Context, in *RebootRequest, opts ...grpc.CallOption) (*RebootResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RebootResponse)
@@ -233,6 +283,14 @@ type MachineServer interface {
 	TellEvent(context.Context, *TellEventRequest) (*TellEventResponse, error)
 	// ListMetrics returns the figures of every daemon on the node, for Prometheus.
 	ListMetrics(context.Context, *ListMetricsRequest) (*ListMetricsResponse, error)
+	// GetSecurity compares how the kernel and the machine are hardened with how they should be.
+	GetSecurity(context.Context, *GetSecurityRequest) (*GetSecurityResponse, error)
+	// ListBoots returns the newest boots, the running one first, and how each ended. They are kept on STATE: until that is open, this is
+	// FAILED_PRECONDITION.
+	ListBoots(context.Context, *ListBootsRequest) (*ListBootsResponse, error)
+	// StreamBootLog sends the last lines of one boot, of all units and the kernel together, oldest first. A boot that is not kept is
+	// NOT_FOUND; until STATE is open, this is FAILED_PRECONDITION.
+	StreamBootLog(*StreamBootLogRequest, grpc.ServerStreamingServer[BootLogLine]) error
 	// Reboot stops every unit in order and restarts the machine. It answers before the machine goes down.
 	Reboot(context.Context, *RebootRequest) (*RebootResponse, error)
 	// Shutdown stops every unit in order and powers the machine off. It answers before the machine goes down.
@@ -273,6 +331,15 @@ func (UnimplementedMachineServer) TellEvent(context.Context, *TellEventRequest) 
 }
 func (UnimplementedMachineServer) ListMetrics(context.Context, *ListMetricsRequest) (*ListMetricsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListMetrics not implemented")
+}
+func (UnimplementedMachineServer) GetSecurity(context.Context, *GetSecurityRequest) (*GetSecurityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetSecurity not implemented")
+}
+func (UnimplementedMachineServer) ListBoots(context.Context, *ListBootsRequest) (*ListBootsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListBoots not implemented")
+}
+func (UnimplementedMachineServer) StreamBootLog(*StreamBootLogRequest, grpc.ServerStreamingServer[BootLogLine]) error {
+	return status.Error(codes.Unimplemented, "method StreamBootLog not implemented")
 }
 func (UnimplementedMachineServer) Reboot(context.Context, *RebootRequest) (*RebootResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Reboot not implemented")
@@ -442,6 +509,53 @@ func _Machine_ListMetrics_Handler(srv interface{}, ctx context.Context, dec func
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Machine_GetSecurity_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetSecurityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MachineServer).GetSecurity(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Machine_GetSecurity_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MachineServer).GetSecurity(ctx, req.(*GetSecurityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Machine_ListBoots_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListBootsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MachineServer).ListBoots(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Machine_ListBoots_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MachineServer).ListBoots(ctx, req.(*ListBootsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Machine_StreamBootLog_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(StreamBootLogRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(MachineServer).StreamBootLog(m, &grpc.GenericServerStream[StreamBootLogRequest, BootLogLine]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Machine_StreamBootLogServer = grpc.ServerStreamingServer[BootLogLine]
+
 func _Machine_Reboot_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RebootRequest)
 	if err := dec(in); err != nil {
@@ -510,6 +624,14 @@ var Machine_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Machine_ListMetrics_Handler,
 		},
 		{
+			MethodName: "GetSecurity",
+			Handler:    _Machine_GetSecurity_Handler,
+		},
+		{
+			MethodName: "ListBoots",
+			Handler:    _Machine_ListBoots_Handler,
+		},
+		{
 			MethodName: "Reboot",
 			Handler:    _Machine_Reboot_Handler,
 		},
@@ -532,6 +654,11 @@ var Machine_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "StreamEvents",
 			Handler:       _Machine_StreamEvents_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "StreamBootLog",
+			Handler:       _Machine_StreamBootLog_Handler,
 			ServerStreams: true,
 		},
 	},

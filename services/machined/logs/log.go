@@ -39,7 +39,11 @@ type Line struct {
 
 // Log is one source's lines. Make it with Open; it is safe for concurrent use.
 type Log struct {
+	// Tap, unless it is nil, is called with every line that Append is given. It must be set before the first of them, and must not block.
+	Tap func(time.Time, string)
+
 	path string
+	most int64 // bytes of a segment
 
 	mu      sync.Mutex
 	segment [2]*os.File   // guarded by mu; older (may be nil) and newer
@@ -50,8 +54,11 @@ type Log struct {
 }
 
 // Open opens or makes the log's files, path and path.old. What a crash left half-written is cut off.
-func Open(path string) (*Log, error) {
-	l := &Log{path: path}
+func Open(path string) (*Log, error) { return OpenSmall(path, SegmentSize) }
+
+// OpenSmall is Open for a log whose segments have at most most bytes and one line.
+func OpenSmall(path string, most int64) (*Log, error) {
+	l := &Log{path: path, most: most}
 	for i, name := range []string{path + ".old", path} {
 		flags := os.O_RDWR | os.O_APPEND
 		if i == 1 {
@@ -105,6 +112,20 @@ func (l *Log) Close() error {
 	return err
 }
 
+// Sync returns when all that was appended is on the disk.
+func (l *Log) Sync() error {
+	l.mu.Lock()
+	files := l.segment
+	l.mu.Unlock()
+	var err error
+	for _, f := range files {
+		if f != nil {
+			err = errors.Join(err, f.Sync())
+		}
+	}
+	return err
+}
+
 // Dropped is how many lines could not be kept since Open.
 func (l *Log) Dropped() uint64 {
 	l.mu.Lock()
@@ -114,6 +135,11 @@ func (l *Log) Dropped() uint64 {
 
 // Append adds lines. A line that cannot be written is counted; there is nowhere to say more.
 func (l *Log) Append(now time.Time, lines ...string) {
+	if l.Tap != nil {
+		for _, text := range lines {
+			l.Tap(now, text)
+		}
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for _, text := range lines {
@@ -148,7 +174,7 @@ func Cut(text string, most int) string {
 }
 
 func (l *Log) append(record []byte) error { // mu is held
-	if l.size[1] >= SegmentSize {
+	if l.size[1] >= l.most {
 		if err := l.rotate(); err != nil {
 			return err
 		}
@@ -271,7 +297,7 @@ func (l *Log) Stream(ctx context.Context, tail uint32, follow bool, send func(Li
 		for rest := buf[:n]; len(rest) > 0; {
 			record, after, _ := bytes.Cut(rest, []byte{'\n'})
 			rest = after
-			if err := send(parse(record)); err != nil {
+			if err := send(Parse(record)); err != nil {
 				return err
 			}
 		}
@@ -292,8 +318,8 @@ func (l *Log) Stream(ctx context.Context, tail uint32, follow bool, send func(Li
 	}
 }
 
-// parse reads a record; one that is damaged has no time.
-func parse(record []byte) Line {
+// Parse reads a record; one that is damaged has no time.
+func Parse(record []byte) Line {
 	stamp, text, ok := strings.Cut(string(record), " ")
 	n, err := strconv.ParseInt(stamp, 10, 64)
 	if !ok || err != nil {

@@ -68,6 +68,11 @@ func judge() {
 		return initctl.Status{}
 	}
 
+	if strings.Contains(must(readAll("/proc/cmdline")), "test.freeze") {
+		fmt.Fprintln(console, "TEST PID 1 is stopped now")
+		c.Start("freezer")
+		select {}
+	}
 	plain := wait("plain", "up")
 	confined(plain.PID)
 	answer := ask()
@@ -163,7 +168,7 @@ func judge() {
 	// The control socket.
 	expect(errors.Is(c.Start("nobody"), initctl.NotFound), "no such unit")
 	garbage()
-	expect(len(must(c.Status())) == 13, "all units", len(must(c.Status())))
+	expect(len(must(c.Status())) == 14, "all units", len(must(c.Status())))
 	id := must(readAll("/etc/machine-id"))
 	expect(regexp.MustCompile("^[0-9a-f]{32}\n$").MatchString(id), "machine id", id)
 	fw, err := os.Stat("/run/bulkhead/claim-key")

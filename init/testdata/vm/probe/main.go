@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -30,6 +31,9 @@ func main() {
 		mounter()
 	case "loud":
 		loud()
+	case "freezer":
+		freeze(1)
+		wait()
 	case "exit":
 		var code int
 		fmt.Sscan(os.Args[2], &code)
@@ -49,6 +53,14 @@ func ready() {
 	f := os.NewFile(3, "ready")
 	f.WriteString("\n")
 	f.Close()
+}
+
+// freeze holds a process: it is not scheduled any more.
+func freeze(pid int) {
+	const group = "/sys/fs/cgroup/frozen"
+	if err := errors.Join(os.Mkdir(group, 0o755), os.WriteFile(group+"/cgroup.procs", fmt.Append(nil, pid), 0), os.WriteFile(group+"/cgroup.freeze", []byte("1"), 0)); err != nil {
+		panic(err)
+	}
 }
 
 func wait() {

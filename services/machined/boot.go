@@ -1,0 +1,219 @@
+package machined
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/internal/version"
+	"github.com/bulkhead-os/bulkhead/services/machined/boots"
+)
+
+// How often the journal is written to STATE: often while a boot is young, for that is when one fails; seldom later, to spare the disk.
+const (
+	young       = 10 * time.Minute
+	youngPause  = 2 * time.Second
+	seldomPause = time.Minute
+)
+
+// A past is what is left of the boot before this one, and where boots are kept.
+type past interface {
+	// ID is the kernel's id of the running boot.
+	ID() string
+	// Folder is machined's own on STATE.
+	Folder() string
+	// Evidence reads what this boot found of the one before it. What could be read is returned with an error too.
+	Evidence() (boots.Evidence, error)
+	// Forget deletes a panic's record: it is stored.
+	Forget() error
+}
+
+const (
+	pstore   = "/sys/fs/pstore"
+	watchdog = "/sys/class/watchdog/watchdog0/bootstatus"
+	// cardReset is WDIOF_CARDRESET of linux/watchdog.h: the watchdog reset the machine.
+	cardReset = 0x20
+)
+
+func (linux) ID() string {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(id))
+}
+
+func (linux) Folder() string { return filepath.Join(unit.StateDir, "machined") }
+
+func (linux) Evidence() (boots.Evidence, error) {
+	text, _, err := boots.ReadPanic(pstore)
+	status, rerr := os.ReadFile(watchdog) // a machine may have none
+	why, perr := strconv.ParseUint(strings.TrimSpace(string(status)), 10, 32)
+	return boots.Evidence{Panic: text, Watchdog: rerr == nil && perr == nil && why&cardReset != 0}, err
+}
+
+func (linux) Forget() error {
+	_, names, err := boots.ReadPanic(pstore)
+	for _, name := range names {
+		err = errors.Join(err, os.Remove(filepath.Join(pstore, name)))
+	}
+	return err
+}
+
+// remember opens the history of boots, now that STATE is there. It is worth no more than a warning if that fails: the node does its job
+// without. mu is held.
+func (d *Daemon) remember() {
+	found, err := d.cfg.past.Evidence()
+	if err != nil {
+		d.cfg.Log.Warn("record of the last panic not whole", "err", err.Error())
+	}
+	now := boots.Boot{ID: d.cfg.past.ID(), Version: version.Version, Started: d.cfg.host.Boot()}
+	h, since, err := boots.Open(d.cfg.past.Folder(), now, found, &d.journal)
+	if err != nil {
+		d.cfg.Log.Warn("boots are not remembered", "err", err.Error())
+		return
+	}
+	d.history = h
+	if !since.IsZero() {
+		d.since.Store(since.UnixNano())
+	}
+	if found.Panic != "" {
+		if err := d.cfg.past.Forget(); err != nil {
+			d.cfg.Log.Warn("record of the last panic not deleted", "err", err.Error())
+		}
+	}
+	if last, err := h.Find(-1); err == nil && since.IsZero() && last.End != boots.Clean {
+		d.events.say("machined", typePower, "the boot before this one did not end as ordered: "+last.Detail)
+	}
+}
+
+// noteOrder stores who ordered the end of this boot, and what; "" takes it back.
+func (d *Daemon) noteOrder(text string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.history == nil {
+		return
+	}
+	if err := d.history.Order(text); err != nil {
+		d.cfg.Log.Warn("end of this boot not stored", "err", err.Error())
+	}
+}
+
+// keepJournal moves what is said on the node to STATE, until ctx is done.
+func (d *Daemon) keepJournal(ctx context.Context) error {
+	start := time.Now()
+	var mark []byte // how far the kernel's log was read
+	said := false
+	for {
+		wait := seldomPause
+		if time.Since(start) < young {
+			wait = youngPause
+		}
+		err := pause(ctx, wait)
+		mark = d.readKernel(mark)
+		if ferr := d.journal.Flush(); ferr != nil && !said {
+			said = true // once: it may fail for as long as STATE is full
+			d.cfg.Log.Warn("last lines not stored", "err", ferr.Error())
+		} else if ferr == nil {
+			said = false
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// readKernel adds to the journal what is new in the kernel's log.
+func (d *Daemon) readKernel(mark []byte) []byte {
+	lines, next, err := d.kernel.News(mark)
+	if err != nil {
+		return mark // StreamKernelLog says why, to who asks
+	}
+	for _, l := range lines {
+		if boots.Notable(l.Text) && l.Time.UnixNano() > d.since.Load() {
+			d.journal.Add(l.Time, "kernel", l.Text)
+		}
+	}
+	return next
+}
+
+// pastBoots returns the history, or why there is none. mu is held.
+func (d *Daemon) pastBoots() (*boots.History, error) {
+	if d.history == nil {
+		return nil, errs.New(errs.Precondition, "boots are kept on STATE, which is not open: nothing is known of earlier ones; machined's log says more")
+	}
+	return d.history, nil
+}
+
+var ends = map[boots.End]machinev1.Boot_End{
+	boots.Running: machinev1.Boot_RUNNING, boots.Clean: machinev1.Boot_CLEAN, boots.Panic: machinev1.Boot_PANIC, boots.Reset: machinev1.Boot_RESET, boots.Unknown: machinev1.Boot_UNKNOWN,
+}
+
+func (s *machineServer) ListBoots(context.Context, *machinev1.ListBootsRequest) (*machinev1.ListBootsResponse, error) {
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	h, err := s.d.pastBoots()
+	if err != nil {
+		return nil, err
+	}
+	stamp := func(t time.Time) *timestamppb.Timestamp {
+		if t.IsZero() {
+			return nil
+		}
+		return timestamppb.New(t)
+	}
+	out := &machinev1.ListBootsResponse{}
+	for _, b := range h.List() {
+		out.Boots = append(out.Boots, &machinev1.Boot{
+			Number: b.Number, Id: b.ID, Version: b.Version, Started: stamp(b.Started), End: ends[b.End], Detail: b.Detail, LastSeen: stamp(b.Seen),
+		})
+	}
+	return out, nil
+}
+
+func (s *machineServer) StreamBootLog(r *machinev1.StreamBootLogRequest, stream grpc.ServerStreamingServer[machinev1.BootLogLine]) error {
+	free, err := s.d.slot()
+	if err != nil {
+		return err
+	}
+	defer free()
+	s.d.mu.Lock()
+	h, err := s.d.pastBoots()
+	var b boots.Boot
+	if err == nil {
+		b, err = h.Find(r.GetBoot())
+	}
+	s.d.mu.Unlock()
+	if errors.Is(err, fs.ErrNotExist) {
+		return errs.New(errs.NotFound, "boot %d is not kept; ListBoots shows those that are", r.GetBoot())
+	}
+	if err != nil {
+		return err
+	}
+	if b.End == boots.Running {
+		if err := s.d.journal.Flush(); err != nil {
+			return err
+		}
+	}
+	lines, err := h.Lines(b, r.GetSource(), r.GetTail())
+	if err != nil {
+		return err
+	}
+	for _, l := range lines {
+		if err := stream.Send(&machinev1.BootLogLine{Time: timestamppb.New(l.Time), Source: l.Source, Text: l.Text}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
