@@ -122,6 +122,7 @@ func TestSecurity(t *testing.T) {
 				}
 			}
 		}
+		d.answered.Store(true)
 		check(true, "")
 		n.facts.Lockdown = "[none] integrity confidentiality"
 		check(false, "lockdown is none, wanted integrity")
