@@ -227,6 +227,10 @@ func (a *app) waitGood(ctx context.Context, version string, say func(string)) er
 	for {
 		var st *updatev1.Status
 		err := ask.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
+			// Asking machined is the proof that the API answers: see docs/updated.md.
+			if _, err := machinev1.NewMachineClient(conn).GetVersion(ctx, &machinev1.GetVersionRequest{}); err != nil {
+				return err
+			}
 			st, err = updatev1.NewUpdateClient(conn).GetStatus(ctx, &updatev1.GetStatusRequest{})
 			return err
 		})
