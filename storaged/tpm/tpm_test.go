@@ -339,6 +339,41 @@ func TestLeavesNothing(t *testing.T) {
 	}
 }
 
+// restless extends PCR 10 while a policy is gone through, as the kernel does for each module that it loads.
+type restless struct {
+	*machine
+	left int // how often
+}
+
+func (r *restless) Send(command []byte) ([]byte, error) {
+	const policyPCR = 0x17f
+	if be.Uint32(command[6:]) == policyPCR && r.left > 0 {
+		r.left--
+		answer, err := r.soft.Send(command)
+		r.extend(10, sha256.Sum256([]byte("a module")))
+		return answer, err
+	}
+	return r.soft.Send(command)
+}
+
+func (r *restless) Close() error { return nil }
+
+func TestPCRsChangeMeanwhile(t *testing.T) {
+	m := newMachine(t)
+	image := m.boot(secure, "bulkhead", signer, 1)
+	key := secret.New(32)
+	s := m.seal(key)
+	r := &restless{machine: m, left: 25}
+	got, err := New(r).Unseal(s, image, m.log)
+	if err != nil || !got.Equal(key) || r.left > 0 {
+		t.Errorf("%v, %d left", err, r.left)
+	}
+	r.left = 1 << 30
+	if _, err := New(r).Unseal(s, image, m.log); !errors.Is(err, tpm2.TPMRCPCRChanged) {
+		t.Errorf("for ever: %v", err)
+	}
+}
+
 // What is spoilt on the disk is an error and no panic.
 func TestSpoiltBlob(t *testing.T) {
 	m := newMachine(t)
