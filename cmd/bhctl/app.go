@@ -108,7 +108,7 @@ func explain(err error) string {
 		return text + "\n  Ask an administrator for a credential with that role: bhctl token --role ROLE."
 	case codes.Unavailable:
 		if strings.Contains(text, "certificate") {
-			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, or was it reset?"
+			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, was it reset, or is its volume STATE\n  locked? Its console says so; then: bhctl unlock."
 		}
 		return text + "\n  Is the node up, and the endpoint right? bhctl config show; for a local machine: bhctl status."
 	case codes.DeadlineExceeded:

@@ -30,11 +30,13 @@ type Image struct {
 	Epoch     int
 }
 
-// maxSessions bounds how often a policy session is begun anew because PCRs were extended meanwhile; each takes a TPM some tenths of a second.
-const maxSessions = 100
-
-// maxBlob is more than a sealed key of 128 bytes takes.
-const maxBlob = 1 << 10
+const (
+	// maxBlob is more than a sealed key of 128 bytes takes.
+	maxBlob = 1 << 10
+	// changedTries is how often unsealing begins anew because some PCR was extended while it went on. With Secure Boot the kernel measures each
+	// module that it loads into PCR 10, and modules are loaded for many seconds while the machine starts.
+	changedTries = 500
+)
 
 // Seal seals a key of at most 128 bytes for images that the key has signed, and PCR 7 as it is now. Prepare must have been called.
 // events are those of PCR 7 in the firmware's log, for Explain; they may be missing.
@@ -68,9 +70,7 @@ func (m *TPM) Seal(key secret.Bytes, signer *rsa.PublicKey, events []Event) (Sea
 // Unseal returns the key. If the TPM refuses, the error is a *Refusal that says what is not as it must be; log is the firmware's, for the words.
 func (m *TPM) Unseal(s Sealed, image Image, log []byte) (secret.Bytes, error) {
 	key, err := m.unseal(s, image)
-	// A session is void as soon as any PCR is extended, by whomever: the kernel measures each module that it loads. It is begun anew then, as
-	// TPM 2.0 Part 1 (PCR update counter) says; what is asked of the PCRs is the same each time.
-	for try := 1; errors.Is(err, tpm2.TPMRCPCRChanged) && try < maxSessions; try++ {
+	for i := 0; i < changedTries && errors.Is(err, tpm2.TPMRCPCRChanged); i++ {
 		key, err = m.unseal(s, image)
 	}
 	if err == nil {
@@ -109,13 +109,18 @@ func (m *TPM) unseal(s Sealed, image Image) (secret.Bytes, error) {
 		return secret.Bytes{}, fmt.Errorf("load the sealed key: %w", err)
 	}
 	defer m.flush(item.ObjectHandle) // if not, the resource manager does it
-	// Not tpm2.Policy with a callback: it leaves the session in the TPM if that fails.
+	ticket, err := image.verify(m.t)
+	if err != nil {
+		return secret.Bytes{}, err
+	}
+	// From here on no PCR may change: nothing is in the session that could be before it. Not tpm2.Policy with a callback: it leaves the
+	// session in the TPM if that fails.
 	policy, end, err := tpm2.PolicySession(m.t, tpm2.TPMAlgSHA256, 16, encryptOut, tpm2.Salted(srk.handle, srk.public))
 	if err != nil {
 		return secret.Bytes{}, fmt.Errorf("start a session with the TPM: %w", err)
 	}
 	defer end() // if not, the resource manager does it
-	if err := image.satisfy(m.t, policy.Handle()); err != nil {
+	if err := image.satisfy(m.t, policy.Handle(), ticket); err != nil {
 		return secret.Bytes{}, err
 	}
 	r, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: item.ObjectHandle, Name: item.Name, Auth: policy}}.Execute(m.t)
@@ -125,16 +130,46 @@ func (m *TPM) unseal(s Sealed, image Image) (secret.Bytes, error) {
 	return secret.From(r.OutData.Buffer), nil
 }
 
+// verified is a TPM's word that a signature is right.
+type verified struct {
+	key    tpm2.TPM2BName
+	ticket tpm2.TPMTTKVerified
+}
+
+// verify lets the TPM verify the signature of the policy.
+func (i Image) verify(t transport.TPM) (verified, error) {
+	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](pcrpolicy.KeyPublic(i.Key))
+	if err != nil {
+		return verified{}, err
+	}
+	key, err := tpm2.LoadExternal{InPublic: tpm2.New2B(*public), Hierarchy: tpm2.TPMRHOwner}.Execute(t)
+	if err != nil {
+		return verified{}, fmt.Errorf("load the key of the PCR policy: %w", err)
+	}
+	defer tpm2.FlushContext{FlushHandle: key.ObjectHandle}.Execute(t) // if not, the resource manager does it
+	hashed := sha256.Sum256(i.Signature.Policy[:])
+	r, err := tpm2.VerifySignature{
+		KeyHandle: key.ObjectHandle, Digest: tpm2.TPM2BDigest{Buffer: hashed[:]},
+		Signature: tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgRSASSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgRSASSA, &tpm2.TPMSSignatureRSA{
+			Hash: tpm2.TPMAlgSHA256, Sig: tpm2.TPM2BPublicKeyRSA{Buffer: i.Signature.Signature},
+		})},
+	}.Execute(t)
+	if err != nil {
+		return verified{}, fmt.Errorf("verify the PCR policy's signature: %w", err)
+	}
+	return verified{key.Name, r.Validation}, nil
+}
+
 // satisfy goes through the policy of package pcrpolicy in a session.
-func (i Image) satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
+func (i Image) satisfy(t transport.TPM, session tpm2.TPMISHPolicy, signature verified) error {
+	bits, err := pcrpolicy.EpochBits(i.Epoch)
+	if err != nil {
+		return err
+	}
 	for _, pcr := range []uint{pcrpolicy.PCRImage, pcrpolicy.PCRAdded} {
 		if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(pcr)}).Execute(t); err != nil {
 			return fmt.Errorf("policy of PCR %d: %w", pcr, err)
 		}
-	}
-	bits, err := pcrpolicy.EpochBits(i.Epoch)
-	if err != nil {
-		return err
 	}
 	if _, err := (tpm2.PolicyNV{
 		AuthHandle: index(), NVIndex: indexNamed(), PolicySession: session,
@@ -142,41 +177,13 @@ func (i Image) satisfy(t transport.TPM, session tpm2.TPMISHPolicy) error {
 	}).Execute(t); err != nil {
 		return fmt.Errorf("policy of the epoch: %w", err)
 	}
-	if err := i.authorize(t, session); err != nil {
-		return err
+	if _, err := (tpm2.PolicyAuthorize{
+		PolicySession: session, ApprovedPolicy: tpm2.TPM2BDigest{Buffer: i.Signature.Policy[:]}, KeySign: signature.key, CheckTicket: signature.ticket,
+	}).Execute(t); err != nil {
+		return fmt.Errorf("the signed PCR policy is not what the TPM finds: %w", err)
 	}
 	if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(pcrpolicy.PCRSecureBoot)}).Execute(t); err != nil {
 		return fmt.Errorf("policy of PCR %d: %w", pcrpolicy.PCRSecureBoot, err)
-	}
-	return nil
-}
-
-// authorize lets the TPM verify the signature, and takes its word for it into the session.
-func (i Image) authorize(t transport.TPM, session tpm2.TPMISHPolicy) error {
-	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](pcrpolicy.KeyPublic(i.Key))
-	if err != nil {
-		return err
-	}
-	key, err := tpm2.LoadExternal{InPublic: tpm2.New2B(*public), Hierarchy: tpm2.TPMRHOwner}.Execute(t)
-	if err != nil {
-		return fmt.Errorf("load the key of the PCR policy: %w", err)
-	}
-	defer tpm2.FlushContext{FlushHandle: key.ObjectHandle}.Execute(t) // if not, the resource manager does it
-	hashed := sha256.Sum256(i.Signature.Policy[:])
-	ticket, err := tpm2.VerifySignature{
-		KeyHandle: key.ObjectHandle, Digest: tpm2.TPM2BDigest{Buffer: hashed[:]},
-		Signature: tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgRSASSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgRSASSA, &tpm2.TPMSSignatureRSA{
-			Hash: tpm2.TPMAlgSHA256, Sig: tpm2.TPM2BPublicKeyRSA{Buffer: i.Signature.Signature},
-		})},
-	}.Execute(t)
-	if err != nil {
-		return fmt.Errorf("verify the PCR policy's signature: %w", err)
-	}
-	_, err = tpm2.PolicyAuthorize{
-		PolicySession: session, ApprovedPolicy: tpm2.TPM2BDigest{Buffer: i.Signature.Policy[:]}, KeySign: key.Name, CheckTicket: ticket.Validation,
-	}.Execute(t)
-	if err != nil {
-		return fmt.Errorf("the signed PCR policy is not what the TPM finds: %w", err)
 	}
 	return nil
 }
