@@ -1,7 +1,6 @@
 package tpm
 
 import (
-	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
