@@ -175,9 +175,9 @@ func TestLayout(t *testing.T) {
 	}
 }
 
-// TestCPIO lets cpio(1) read what we write.
+// TestCPIO lets cpio(1) read what we write. What is for machines without UEFI stands last in the list, with its parameters.
 func TestCPIO(t *testing.T) {
-	tree, err := initramfsTree("", []module{{name: "a", path: "x/a.ko", data: []byte("aaa")}, {name: "b", path: "y/b.ko", data: []byte("bbbb")}})
+	tree, err := initramfsTree("", []module{{name: "a", path: "x/a.ko", data: []byte("aaa")}, {name: "ramoops", path: "x/ramoops.ko"}, {name: "b", path: "y/b.ko", data: []byte("bbbb")}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -191,12 +191,12 @@ func TestCPIO(t *testing.T) {
 	}
 	cmd := exec.Command("cpio", "-i", "--to-stdout", "--quiet", "modules.list", "modules/b.ko")
 	cmd.Stdin = bytes.NewReader(b.Bytes())
-	if out, err := cmd.CombinedOutput(); err != nil || string(out) != "bbbb/modules/a.ko\n/modules/b.ko\n" {
+	if out, err := cmd.CombinedOutput(); err != nil || string(out) != "bbbb/modules/a.ko\n/modules/b.ko\n\n/modules/ramoops.ko "+moduleParams["ramoops"]+"\n" {
 		t.Errorf("content: %v\n%s", err, out)
 	}
 	cmd = exec.Command("cpio", "-t", "--quiet")
 	cmd.Stdin = bytes.NewReader(b.Bytes())
-	if out, err := cmd.CombinedOutput(); err != nil || strings.Join(strings.Fields(string(out)), " ") != "dev modules modules/a.ko modules/b.ko modules.list proc sys link" {
+	if out, err := cmd.CombinedOutput(); err != nil || strings.Join(strings.Fields(string(out)), " ") != "dev modules modules/a.ko modules/b.ko modules/ramoops.ko modules.list proc sys link" {
 		t.Errorf("list: %v\n%s", err, out)
 	}
 }

@@ -101,7 +101,7 @@ func unxz(ctx context.Context, data []byte) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
-// initramfsTree plans the initramfs: PID 1, the modules that lead to the root, and their list. Pure.
+// initramfsTree plans the initramfs: PID 1, the modules of stage 1, and their list. Pure.
 func initramfsTree(init string, modules []module) (Tree, error) {
 	b := newBuilder()
 	for _, d := range []string{"/proc", "/sys", "/dev"} {
@@ -110,12 +110,16 @@ func initramfsTree(init string, modules []module) (Tree, error) {
 	if init != "" {
 		b.host("/init", 0o755, init, "bulkhead")
 	}
-	var list []string
+	var list, bare strings.Builder
 	for _, m := range modules {
 		name := "/modules/" + path.Base(m.path)
 		b.file(name, 0o644, m.data, "kernel")
-		list = append(list, strings.TrimSpace(name+" "+moduleParams[m.name]))
+		part := &list
+		if withoutUEFI[m.name] {
+			part = &bare
+		}
+		fmt.Fprintln(part, strings.TrimSpace(name+" "+moduleParams[m.name]))
 	}
-	b.file("/modules.list", 0o644, []byte(strings.Join(slices.Concat(list, []string{""}), "\n")), "mkimage")
+	b.file("/modules.list", 0o644, []byte(list.String()+"\n"+bare.String()), "mkimage")
 	return b.tree()
 }

@@ -15,6 +15,9 @@ import (
 // Debian's cloud kernel, and so are the records of a server's own hardware (ERST).
 var stage1 = []string{"i6300esb", "wdat_wdt", "efi_pstore", "ramoops", "virtio_blk", "dm_verity", "squashfs"}
 
+// withoutUEFI are those of stage 1 that PID 1 loads only where there is no such firmware. They stand behind the list's empty line.
+var withoutUEFI = map[string]bool{"ramoops": true}
+
 // moduleParams are the parameters that PID 1 gives a module of stage 1.
 var moduleParams = map[string]string{
 	"ramoops": "mem_name=oops record_size=65536 console_size=0 ftrace_size=0 pmsg_size=0",

@@ -73,18 +73,17 @@ func mountSteps(table []mount) (steps []step) {
 }
 
 // modules loads kernel modules, given as one path in each line, relative to dir, with the module's parameters behind a blank: those
-// before the list's empty line, or those after it. One that cannot be loaded is told and left: it may be for a device that this
-// machine does not have. loaded is called after each.
-func modules(list, dir string, late bool, loaded func()) error {
+// before the list's empty line, or those after it. It returns their number. One that cannot be loaded is told and left: it may be for
+// a device that this machine does not have. loaded is called after each.
+func modules(list, dir string, rest bool, loaded func()) (n int, err error) {
 	text, err := os.ReadFile(list)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return 0, nil
 	}
-	now, rest, _ := strings.Cut(string(text), "\n\n")
-	if late {
-		now = rest
+	now, after, _ := strings.Cut(string(text), "\n\n")
+	if rest {
+		now = after
 	}
-	start, n := time.Now(), 0
 	for line := range strings.Lines(now) {
 		path, params, _ := strings.Cut(strings.TrimSpace(line), " ")
 		if err := load(dir+path, params); err == nil || err == unix.EEXIST {
@@ -94,8 +93,11 @@ func modules(list, dir string, late bool, loaded func()) error {
 		}
 		loaded()
 	}
+	return n, err
+}
+
+func sayModules(n int, start time.Time) {
 	console.Say("bulkhead: ", strconv.Itoa(n), " modules loaded in ", console.Seconds(time.Since(start)))
-	return err
 }
 
 func load(path, params string) error {

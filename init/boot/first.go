@@ -53,9 +53,7 @@ func First() {
 			os.WriteFile("/sys/kernel/mm/transparent_hugepage/enabled", []byte("madvise"), 0)
 			return nil
 		}, ""},
-		step{"load modules", func() error {
-			return modules("/modules.list", "", false, func() { s.dog.Find(); s.dog.Feed() }) // its own are the first ones
-		}, "the initramfs: /modules.list"},
+		step{"load modules", s.modules, "the initramfs: /modules.list"},
 		step{"find the root partition", s.find, "the disk: is it attached, is its driver among the modules, and is it of this kernel's image?"},
 		step{"verify the root", s.verify, "the VERITY partition: it must be of the same image as the kernel"},
 		step{"mount the root", s.mount, "the lines of the kernel above: a damaged block shows as device-mapper: verity"},
@@ -95,6 +93,20 @@ func openConsole() error {
 	for i := 0; i <= 2 && err == nil; i++ {
 		err = unix.Dup3(fd, i, 0)
 	}
+	return err
+}
+
+// modules loads those of the initramfs: the watchdog's own are the first.
+func (s *first) modules() error {
+	const list = "/modules.list"
+	loaded := func() { s.dog.Find(); s.dog.Feed() }
+	start := time.Now()
+	n, err := modules(list, "", false, loaded)
+	if _, uefi := os.Stat("/sys/firmware/efi"); uefi != nil {
+		m, merr := modules(list, "", true, loaded)
+		n, err = n+m, errors.Join(err, merr)
+	}
+	sayModules(n, start)
 	return err
 }
 

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"runtime"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -152,7 +153,10 @@ func rootModules(late bool, loaded func()) error {
 		return err
 	}
 	dir := "/usr/lib/modules/" + unix.ByteSliceToString(u.Release[:]) + "/"
-	return modules(dir+"bulkhead.list", dir, late, loaded)
+	start := time.Now()
+	n, err := modules(dir+"bulkhead.list", dir, late, loaded)
+	sayModules(n, start)
+	return err
 }
 
 func claimKey() error {
