@@ -70,9 +70,6 @@ func (m *TPM) Seal(key secret.Bytes, signer *rsa.PublicKey, events []Event) (Sea
 // Unseal returns the key. If the TPM refuses, the error is a *Refusal that says what is not as it must be; log is the firmware's, for the words.
 func (m *TPM) Unseal(s Sealed, image Image, log []byte) (secret.Bytes, error) {
 	key, err := m.unseal(s, image)
-	for i := 0; i < changedTries && errors.Is(err, tpm2.TPMRCPCRChanged); i++ {
-		key, err = m.unseal(s, image)
-	}
 	if err == nil {
 		return key, nil
 	}
@@ -113,8 +110,18 @@ func (m *TPM) unseal(s Sealed, image Image) (secret.Bytes, error) {
 	if err != nil {
 		return secret.Bytes{}, err
 	}
-	// From here on no PCR may change: nothing is in the session that could be before it. Not tpm2.Policy with a callback: it leaves the
-	// session in the TPM if that fails.
+	for range changedTries {
+		key, err := m.open(srk, tpm2.NamedHandle{Handle: item.ObjectHandle, Name: item.Name}, image, ticket)
+		if !errors.Is(err, tpm2.TPMRCPCRChanged) {
+			return key, err
+		}
+	}
+	return secret.Bytes{}, fmt.Errorf("unseal the key: other PCRs changed each time: %w", tpm2.TPMRCPCRChanged)
+}
+
+// open goes through the policy and takes the key out. No PCR may change meanwhile, so nothing is in here that could be before it.
+func (m *TPM) open(srk key, item tpm2.NamedHandle, image Image, ticket verified) (secret.Bytes, error) {
+	// Not tpm2.Policy with a callback: it leaves the session in the TPM if that fails.
 	policy, end, err := tpm2.PolicySession(m.t, tpm2.TPMAlgSHA256, 16, encryptOut, tpm2.Salted(srk.handle, srk.public))
 	if err != nil {
 		return secret.Bytes{}, fmt.Errorf("start a session with the TPM: %w", err)
@@ -123,7 +130,7 @@ func (m *TPM) unseal(s Sealed, image Image) (secret.Bytes, error) {
 	if err := image.satisfy(m.t, policy.Handle(), ticket); err != nil {
 		return secret.Bytes{}, err
 	}
-	r, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: item.ObjectHandle, Name: item.Name, Auth: policy}}.Execute(m.t)
+	r, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: item.Handle, Name: item.Name, Auth: policy}}.Execute(m.t)
 	if err != nil {
 		return secret.Bytes{}, fmt.Errorf("unseal the key: %w", err)
 	}
