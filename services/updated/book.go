@@ -33,7 +33,8 @@ func (b *book) load() (bool, error) {
 	if b.open {
 		return true, nil
 	}
-	if _, err := os.Stat(b.dir); errors.Is(err, fs.ErrNotExist) {
+	// Below the empty folder /state of the image, which is root's alone, nothing can be seen before STATE is mounted on it.
+	if _, err := os.Stat(b.dir); errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
 		return false, nil
 	}
 	j, err := readJournal(b.dir)

@@ -54,6 +54,7 @@ func TestUpgrade(t *testing.T) {
 		}
 		t.Logf("» upgraded and found good after %s", time.Since(start).Round(time.Second))
 		n.runs(t, "9.1.0", generations)
+		n.remembers(t, `installed +9\.1\.0`, `started +9\.1\.0`, `good +9\.1\.0`)
 	})
 	t.Run("a bad version gives way", func(t *testing.T) {
 		start := time.Now()
@@ -66,6 +67,7 @@ func TestUpgrade(t *testing.T) {
 		if out, _ := n.try(t.Context(), time.Minute, "bhctl", "why"); !strings.Contains(out, "9.2.0") {
 			t.Errorf("bhctl why does not tell of the version that was left:\n%s", out)
 		}
+		n.remembers(t, `good +9\.1\.0`, `failed +9\.2\.0`)
 	})
 	t.Run("back by hand", func(t *testing.T) {
 		out, err := n.try(t.Context(), 8*time.Minute, "bhctl", "upgrade", "--image", filepath.Join(n.root, "out/image"))
@@ -131,6 +133,17 @@ func (n *node) runs(t *testing.T, version, generations string) {
 		t.Errorf("generations %s, were %s", out, generations)
 	}
 	n.encrypted(t)
+}
+
+// remembers wants lines of the versions' history, which outlives the versions.
+func (n *node) remembers(t *testing.T, lines ...string) {
+	t.Helper()
+	out := n.run(t, "bhctl", "get", "versions")
+	for _, l := range lines {
+		if !regexp.MustCompile(l).MatchString(out) {
+			t.Errorf("the history has no line %q:\n%s", l, out)
+		}
+	}
 }
 
 func (n *node) unlock(t *testing.T, key string) (string, error) {
