@@ -114,6 +114,8 @@ func (s State) why(q Partition) string {
 	switch {
 	case q.Why != "":
 		return q.Why
+	case q.LUKS.Has(vault.State):
+		return "its key lies on STATE"
 	case q.LUKS.Has(vault.TPM) && !s.TPM.TPM:
 		return "tpm: the machine has none"
 	case q.LUKS.Has(vault.TPM) && s.TPM.Capped:

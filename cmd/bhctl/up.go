@@ -117,6 +117,9 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, endpoint string) 
 			if e == nil {
 				return a.saveLocal(m, endpoint, cred)
 			}
+			if errs.Is(e, errs.Precondition) && strings.Contains(e.Error(), "bhctl unlock") {
+				return e // nothing here opens STATE: a person must
+			}
 			if known == nil || !errs.Is(e, errs.Precondition) {
 				err = e
 			}

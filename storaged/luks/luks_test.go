@@ -178,7 +178,7 @@ func TestPowerCut(t *testing.T) {
 		}
 		states := 0
 		for cut := range len(dev.rounds) + 1 {
-			for range 10 {
+			for range 5 {
 				disk := &memory{b: bytes.Clone(before)}
 				for i, round := range dev.rounds {
 					for _, w := range round {
