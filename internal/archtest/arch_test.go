@@ -24,6 +24,8 @@ var forbid = func() []rule {
 		{"init/...", "go.yaml.in/yaml/v3", "PID 1 parses nothing"},
 		{"config", "google.golang.org/grpc", "the document is pure"},
 		{"config", module + "internal/daemon", "the document knows no daemon"},
+		{"internal/hardening", "fmt", "PID 1 links it"},
+		{"internal/hardening", "os", "it is tables: PID 1 and machined read and write"},
 		{"cmd/bulkheadd", "github.com/spf13/cobra", "no command line on a node"},
 		{"cmd/bulkheadd", "k8s.io/client-go/rest", "heavy libraries stay in kubeletd"},
 		{"cmd/bulkheadd", "go.etcd.io/etcd/server/v3", "heavy libraries stay in etcdd"},

@@ -18,6 +18,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/bulkhead-os/bulkhead/internal/version"
 	"github.com/bulkhead-os/bulkhead/services/machined/boots"
+	"github.com/bulkhead-os/bulkhead/services/machined/logs"
 )
 
 // How often the journal is written to STATE: often while a boot is young, for that is when one fails; seldom later, to spare the disk.
@@ -37,7 +38,12 @@ type past interface {
 	Evidence() (boots.Evidence, error)
 	// Forget deletes a panic's record: it is stored.
 	Forget() error
+	// Kernel calls f with the kernel's lines that are new since the last call; at is by the kernel's clock. One goroutine may call it.
+	Kernel(boot time.Time, f func(level int, l logs.Line)) error
 }
+
+// linuxPast is Linux itself.
+type linuxPast struct{ kmsg *logs.Kmsg }
 
 const (
 	pstore   = "/sys/fs/pstore"
@@ -46,7 +52,7 @@ const (
 	cardReset = 0x20
 )
 
-func (linux) ID() string {
+func (*linuxPast) ID() string {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return ""
@@ -54,21 +60,32 @@ func (linux) ID() string {
 	return strings.TrimSpace(string(id))
 }
 
-func (linux) Folder() string { return filepath.Join(unit.StateDir, "machined") }
+func (*linuxPast) Folder() string { return filepath.Join(unit.StateDir, "machined") }
 
-func (linux) Evidence() (boots.Evidence, error) {
+func (*linuxPast) Evidence() (boots.Evidence, error) {
 	text, _, err := boots.ReadPanic(pstore)
 	status, rerr := os.ReadFile(watchdog) // a machine may have none
 	why, perr := strconv.ParseUint(strings.TrimSpace(string(status)), 10, 32)
 	return boots.Evidence{Panic: text, Watchdog: rerr == nil && perr == nil && why&cardReset != 0}, err
 }
 
-func (linux) Forget() error {
+func (*linuxPast) Forget() error {
 	_, names, err := boots.ReadPanic(pstore)
 	for _, name := range names {
 		err = errors.Join(err, os.Remove(filepath.Join(pstore, name)))
 	}
 	return err
+}
+
+func (l *linuxPast) Kernel(boot time.Time, f func(int, logs.Line)) error {
+	if l.kmsg == nil {
+		k, err := logs.OpenKmsg("/dev/kmsg")
+		if err != nil {
+			return err
+		}
+		l.kmsg = k
+	}
+	return l.kmsg.Read(boot, f)
 }
 
 // remember opens the history of boots, now that STATE is there. It is worth no more than a warning if that fails: the node does its job
@@ -113,7 +130,6 @@ func (d *Daemon) noteOrder(text string) {
 // keepJournal moves what is said on the node to STATE, until ctx is done.
 func (d *Daemon) keepJournal(ctx context.Context) error {
 	start := time.Now()
-	var mark []byte // how far the kernel's log was read
 	said := false
 	for {
 		wait := seldomPause
@@ -121,8 +137,8 @@ func (d *Daemon) keepJournal(ctx context.Context) error {
 			wait = youngPause
 		}
 		err := pause(ctx, wait)
-		mark = d.readKernel(mark)
-		if ferr := d.journal.Flush(); ferr != nil && !said {
+		ferr := errors.Join(d.readKernel(), d.journal.Flush())
+		if ferr != nil && !said {
 			said = true // once: it may fail for as long as STATE is full
 			d.cfg.Log.Warn("last lines not stored", "err", ferr.Error())
 		} else if ferr == nil {
@@ -135,17 +151,12 @@ func (d *Daemon) keepJournal(ctx context.Context) error {
 }
 
 // readKernel adds to the journal what is new in the kernel's log.
-func (d *Daemon) readKernel(mark []byte) []byte {
-	lines, next, err := d.kernel.News(mark)
-	if err != nil {
-		return mark // StreamKernelLog says why, to who asks
-	}
-	for _, l := range lines {
-		if boots.Notable(l.Text) && l.Time.UnixNano() > d.since.Load() {
+func (d *Daemon) readKernel() error {
+	return d.cfg.past.Kernel(d.cfg.host.Boot(), func(level int, l logs.Line) {
+		if boots.Notable(level, l.Text) && l.Time.UnixNano() > d.since.Load() {
 			d.journal.Add(l.Time, "kernel", l.Text)
 		}
-	}
-	return next
+	})
 }
 
 // pastBoots returns the history, or why there is none. mu is held.

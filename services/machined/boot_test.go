@@ -55,6 +55,9 @@ func TestBoots(t *testing.T) {
 		if lines, err := bootLines(t.Context(), d, 0, "events"); err != nil || len(lines) < len(recipients) || !strings.Contains(lines[0], "service up, process 10") {
 			t.Errorf("got %q, %v", lines, err)
 		}
+		if lines, err := bootLines(t.Context(), d, 0, "kernel"); err != nil || len(lines) == 0 || lines[0] != "kernel: init: bulkhead: hello" || strings.Contains(fmt.Sprint(lines), "of no interest") {
+			t.Errorf("got %q, %v", lines, err)
+		}
 		stop() // machined alone is started again: the same boot
 		d, stop = n.start()
 		synctest.Wait()

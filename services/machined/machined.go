@@ -97,7 +97,7 @@ func Run(ctx context.Context, env daemon.Env) error {
 	defer pid1.Close()
 	cfg := Config{
 		Log: env.Log, Metrics: env.Metrics, Runtime: unit.RunDir + "/machined",
-		host: linux{}, past: linux{}, init: pid1, links: map[string]link{},
+		host: linux{}, past: &linuxPast{}, init: pid1, links: map[string]link{},
 		facts: func() security.Facts { return security.Read("/") },
 	}
 	for _, r := range recipients {

@@ -25,6 +25,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 	"github.com/bulkhead-os/bulkhead/services/machined/boots"
+	"github.com/bulkhead-os/bulkhead/services/machined/logs"
 	"github.com/bulkhead-os/bulkhead/services/machined/security"
 	"github.com/bulkhead-os/bulkhead/services/machined/store"
 )
@@ -104,6 +105,11 @@ func (m *modelPast) Evidence() (boots.Evidence, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.found, nil
+}
+func (m *modelPast) Kernel(boot time.Time, f func(int, logs.Line)) error {
+	f(7, logs.Line{Time: boot, Text: "init: bulkhead: hello"})
+	f(6, logs.Line{Time: boot, Text: "of no interest"})
+	return nil
 }
 func (m *modelPast) Forget() error {
 	m.mu.Lock()

@@ -276,9 +276,13 @@ func TestHeld(t *testing.T) {
 }
 
 func TestNotable(t *testing.T) {
-	for text, want := range map[string]bool{"init: bulkhead: x": true, "err: disk": true, "warning: y": true, "emerg: z": true, "usb 1-1: new": false, "initcall": false} {
-		if Notable(text) != want {
-			t.Errorf("%q: %v", text, !want)
+	for _, c := range []struct {
+		level int
+		text  string
+		want  bool
+	}{{7, "init: bulkhead: x", true}, {3, "disk", true}, {4, "y", true}, {0, "z", true}, {6, "usb 1-1: new", false}, {7, "initcall", false}} {
+		if Notable(c.level, c.text) != c.want {
+			t.Errorf("%d %q: %v", c.level, c.text, !c.want)
 		}
 	}
 }

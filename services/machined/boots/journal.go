@@ -139,12 +139,6 @@ func (j *Journal) Close() error {
 	return err
 }
 
-// Notable says whether a line of the kernel's log belongs into a journal: warnings and worse, and what PID 1 says.
-func Notable(text string) bool {
-	for _, level := range []string{"init: ", "warning: ", "err: ", "crit: ", "alert: ", "emerg: "} {
-		if strings.HasPrefix(text, level) {
-			return true
-		}
-	}
-	return false
-}
+// Notable says whether a line of the kernel's log belongs into a journal: warnings and worse, and what PID 1 says. level is as in
+// syslog(3).
+func Notable(level int, text string) bool { return level <= 4 || strings.HasPrefix(text, "init: ") }

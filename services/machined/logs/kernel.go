@@ -30,7 +30,13 @@ func (k *Kernel) Stream(ctx context.Context, tail uint32, follow bool, pause tim
 	k.mu.Lock()
 	k.readers++
 	k.mu.Unlock()
-	defer k.leave()
+	defer func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if k.readers--; k.readers == 0 {
+			k.buf = nil
+		}
+	}()
 	boot := k.Boot()
 	text, mark, err := k.news(nil)
 	if err != nil {
@@ -59,32 +65,6 @@ func (k *Kernel) Stream(ctx context.Context, tail uint32, follow bool, pause tim
 		if text, mark, err = k.news(mark); err != nil {
 			return err
 		}
-	}
-}
-
-// News returns the kernel's lines behind mark, which is nil or what News returned before, and the next mark.
-func (k *Kernel) News(mark []byte) (lines []Line, next []byte, err error) {
-	k.mu.Lock()
-	k.readers++
-	k.mu.Unlock()
-	defer k.leave()
-	text, next, err := k.news(mark)
-	if err != nil {
-		return nil, mark, err
-	}
-	boot := k.Boot()
-	for line := range strings.Lines(text) {
-		lines = append(lines, kernelLine(strings.TrimSuffix(line, "\n"), boot))
-	}
-	return lines, next, nil
-}
-
-// leave forgets the buffer when its last reader goes.
-func (k *Kernel) leave() {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.readers--; k.readers == 0 {
-		k.buf = nil
 	}
 }
 
