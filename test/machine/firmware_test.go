@@ -27,7 +27,7 @@ func TestFirmware(t *testing.T) {
 	}
 	t.Logf("» configured %s after power-on, through firmware, Secure Boot and TPM", time.Since(start).Round(100*time.Millisecond))
 	log := n.run(t, "bhctl", "dmesg")
-	for _, want := range []string{"Secure boot enabled", "Kernel is locked down from EFI Secure Boot", "MSFT0101"} {
+	for _, want := range []string{"Secure boot enabled", "Kernel is locked down from command line", "MSFT0101"} {
 		if !strings.Contains(log, want) {
 			t.Errorf("the kernel's log does not say %q", want)
 		}
