@@ -62,6 +62,10 @@ func (n *node) keep(t *testing.T) {
 	if data, err := os.ReadFile(filepath.Join(n.machineDir(), "console.log")); err == nil {
 		_ = os.WriteFile(filepath.Join(dir, "console.log"), data, 0o644)
 	}
+	if _, err := n.try(context.Background(), 10*time.Second, "bhctl", "version"); err != nil { // twenty logs would each be waited for
+		t.Logf("the console is in out/test-vm/%s; the node does not answer any more: %v", t.Name(), err)
+		return
+	}
 	save := func(file string, args ...string) {
 		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 		defer cancel()
