@@ -155,6 +155,8 @@ func TestBootEnds(t *testing.T) {
 	if out := n.run(t, "bhctl", "events"); !strings.Contains(out, "the boot before this one did not end as ordered: the hardware watchdog") {
 		t.Errorf("no event tells of the hang:\n%s", out)
 	}
+	n.run(t, "bhctl", "reboot")
+	n.back(t, "6 clean reboot ordered by") // the watchdog's word was of the boot before, and is not told twice
 }
 
 // ends compares what "bhctl get boots" tells, newest first, each as number, end, and how the detail begins.

@@ -77,6 +77,8 @@ func (n *node) keep(t *testing.T) {
 	save("specs.json", "bhctl", "get", "specs", "-o", "json")
 	save("dmesg.txt", "bhctl", "dmesg")
 	save("events.txt", "bhctl", "events")
+	save("boots.txt", "bhctl", "get", "boots")
+	save("boot-before.txt", "bhctl", "logs", "--boot", "-1", "-t")
 	for _, u := range []string{"machined", "apid", "gateway", "networkd", "storaged", "trustd", "updated", "etcdd", "kubeletd", "containerd", "kubelet", "kube-proxy", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "image-load"} {
 		save("log-"+u+".txt", "bhctl", "logs", u)
 	}

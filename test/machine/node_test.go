@@ -299,6 +299,13 @@ func testWorkload(t *testing.T, n *node) {
 		_, err := n.try(t.Context(), time.Minute, "kubectl", "exec", "-n", "kube-system", "inspect", "--", "/hello", "env")
 		return err
 	})
+	eventually(t, 2*time.Minute, "a pod with users of its own runs", func() error {
+		phase, err := n.try(t.Context(), time.Minute, "kubectl", "get", "pod", "own-users", "-o", "jsonpath={.status.phase}")
+		if err == nil && phase != "Running" {
+			err = fmt.Errorf("it is %s", phase)
+		}
+		return err
+	})
 	// Pod Security "baseline" holds where it should.
 	if out, err := n.try(t.Context(), time.Minute, "kubectl", "run", "bad", "--image=bulkhead.dev/hello:1", "--privileged"); err == nil || !strings.Contains(err.Error(), "baseline") {
 		t.Errorf("a privileged pod in default was not refused: %s %v", out, err)
