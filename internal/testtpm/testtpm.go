@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -28,6 +29,17 @@ type TPM struct {
 // Start returns a new TPM that was started up. Without swtpm the test is skipped; with REQUIRE_ROOT=1, as in CI, it fails.
 func Start(t testing.TB) *TPM {
 	t.Helper()
+	return start(t, nil)
+}
+
+// Open is Start with a copy of what another TPM keeps: the folder of its state.
+func Open(t testing.TB, state string) *TPM {
+	t.Helper()
+	return start(t, os.DirFS(state))
+}
+
+func start(t testing.TB, state fs.FS) *TPM {
+	t.Helper()
 	Need(t, "swtpm")
 	dir, err := os.MkdirTemp("", "tpm")
 	if err != nil {
@@ -40,6 +52,11 @@ func Start(t testing.TB) *TPM {
 			t.Error(err)
 		}
 	})
+	if state != nil {
+		if err := os.CopyFS(filepath.Join(dir, "state"), state); err != nil {
+			t.Fatal(err)
+		}
+	}
 	m.start()
 	return m
 }

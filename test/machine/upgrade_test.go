@@ -79,8 +79,12 @@ func TestUpgrade(t *testing.T) {
 		}
 		n.runs(t, "9.1.0", generations)
 	})
-	t.Run("another machine's TPM", func(t *testing.T) {
+	t.Run("others agree", func(t *testing.T) {
+		s := n.says(t)
 		n.off(t, m)
+		s.agree(t, m, filepath.Join(n.root, "out/image/db.crt"), key[1])
+	})
+	t.Run("another machine's TPM", func(t *testing.T) {
 		if err := os.RemoveAll(filepath.Join(m.Dir, "tpm")); err != nil {
 			t.Fatal(err)
 		}
