@@ -17,3 +17,9 @@ func KernelRoot(r io.ReaderAt, size int64) (bundle.Digest, error) {
 
 // OpenBlock opens a partition of any disk by its device.
 func OpenBlock(node string, size int64, mode Mode) (Part, error) { return openBlock(node, size, mode) }
+
+// Running returns the root hash that a kernel's command line names.
+func Running(cmdline string) (bundle.Digest, error) {
+	k, err := parseCmdline(cmdline)
+	return k.root, err
+}
