@@ -179,6 +179,8 @@ func (p *planner) make() error {
 	switch {
 	case d.Unreadable != "":
 		return errs.New(errs.Precondition, "%s cannot be read: %s; %s", d, d.Unreadable, p.another())
+	case d.ReadOnly && d.System && !p.want.Install.Wanted():
+		return errs.New(errs.Precondition, "%s, which the system was started from, is read-only; say in Storage.install.disk which disk the system is to be installed to: %s", d, p.have.others(d))
 	case d.ReadOnly:
 		return errs.New(errs.Precondition, "%s is read-only; STATE and VAR must be written: %s, or make it writable", d, p.another())
 	case d.SectorSize != gpt.SectorSize:

@@ -22,6 +22,7 @@ func (d *Daemon) heed(ctx context.Context) error {
 			if err := pause(ctx, restartPause); err != nil {
 				return err
 			}
+			d.noteOrder("restart: " + why)
 			if err := d.cfg.init.Reboot(); err != nil {
 				d.cfg.Log.Error("no restart", "err", err.Error())
 				if err := pause(ctx, restartPause); err != nil {
