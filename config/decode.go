@@ -88,6 +88,9 @@ func (p *parser) mapping(n *yaml.Node, v reflect.Value, at string, depth int) {
 		}
 		p.node(value, v.Field(index), field, depth+1)
 	}
+	if r := rule(at); r.some && len(have) == 0 {
+		p.problem(n.Line, at, "is empty; allowed: %s", r.allowed)
+	}
 	for _, name := range all {
 		if field := at + "." + name; rule(field).required && have[name] == 0 {
 			p.problem(n.Line, field, "is missing; allowed: %s", rule(field).permits())

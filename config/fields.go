@@ -17,6 +17,7 @@ type field struct {
 	doc      string            // one sentence for people
 	standard string            // the default, as people would write it; "" if there is none
 	required bool              // it must be written
+	some     bool              // of a mapping: at least one of its fields must be written
 	oneOf    []string          // the only values there are
 	min, max int64             // of a number or, in bytes, of a size; both 0: no limit
 	zero     bool              // 0 is fine too, whatever min says
@@ -76,6 +77,16 @@ var fields = map[string]field{
 		allowed: `a name like "opt/org.example/key", at most 55 characters`, pattern: `^opt/[A-Za-z0-9_./-]{1,51}$`},
 	"Storage.keys.address": {doc: "For kms: host and port of the key service.", ok: isHostPort, allowed: `a host and port like "10.0.0.9:4050"`, pattern: `^[^ /]+:[0-9]+$`},
 	"Storage.keys.pin":     {doc: "For kms: digest of the public key in the server's certificate.", ok: isPin, allowed: `"sha256:" and 64 hex digits`, pattern: `^sha256:[0-9a-f]{64}$`},
+	"Storage.install": {doc: "Copy the system from the medium that the machine was started from to a disk, and put STATE and VAR there. A machine that runs from its own disk is not changed."},
+	"Storage.install.disk": {doc: "What the disk is like: all of it must hold, of exactly one disk. In texts, * stands for any characters.", required: true, some: true,
+		allowed: "a mapping with at least one of device, transport, model, serial, wwn, size"},
+	"Storage.install.disk.device":    {doc: "Its name, which may be another one after a restart.", ok: isDevice, allowed: `a device like "/dev/sda"`, pattern: `^/dev/[^ ]+$`},
+	"Storage.install.disk.transport": {doc: "What it is attached by.", oneOf: []string{"nvme", "sata", "scsi", "virtio", "mmc", "usb", "xen"}},
+	"Storage.install.disk.model":     {doc: "What it says that it is.", ok: isShown, allowed: `printable characters like "Samsung SSD 980*", at most 128`, pattern: `^[ -~]{1,128}$`},
+	"Storage.install.disk.serial":    {doc: "Its serial number.", ok: isShown, allowed: `printable characters like "S649N*", at most 128`, pattern: `^[ -~]{1,128}$`},
+	"Storage.install.disk.wwn":       {doc: "Its name that no other disk has.", ok: isShown, allowed: `printable characters like "eui.0025385b21404321", at most 128`, pattern: `^[ -~]{1,128}$`},
+	"Storage.install.disk.size": {doc: "One comparison (<, <=, =, >=, >), or two.", ok: isComparison, allowed: `a comparison like ">= 100GiB" or "> 100GiB, < 2TiB"`,
+		pattern: `^ *(<|<=|=|>=|>) *[1-9][0-9]*(KiB|MiB|GiB|TiB) *(, *(<|<=|=|>=|>) *[1-9][0-9]*(KiB|MiB|GiB|TiB) *)?$`},
 
 	"Cluster":      {doc: "What all nodes of a cluster agree on."},
 	"Cluster.name": {doc: "The cluster's name.", standard: "bulkhead", ok: isLabel, allowed: "lower-case letters, digits and -, at most 63 characters", pattern: labelPattern},
@@ -223,16 +234,30 @@ func isLinkName(s string) bool {
 	return true
 }
 
-func isDisk(s string) bool {
-	if s == "system" {
-		return true
-	}
+func isDisk(s string) bool { return s == "system" || isDevice(s) }
+
+func isDevice(s string) bool {
 	for i := range len(s) {
 		if s[i] <= ' ' || s[i] >= 0x7f {
 			return false
 		}
 	}
 	return strings.HasPrefix(s, "/dev/") && path.Clean(s) == s && len(s) <= 255
+}
+
+// isShown: what a device says of itself, as it is shown.
+func isShown(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return s != "" && len(s) <= 128 && strings.TrimSpace(s) == s
+}
+
+func isComparison(s string) bool {
+	_, err := ParseComparisons(s)
+	return err == nil
 }
 
 // isPartitionName: Bulkhead's own partitions hold no keys.

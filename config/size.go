@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -24,6 +25,44 @@ func ParseSize(s string) (Size, error) {
 		}
 	}
 	return 0, fmt.Errorf("%q is not a size like \"256MiB\" (KiB, MiB, GiB or TiB)", s)
+}
+
+// A Comparison is one condition on a size.
+type Comparison struct {
+	Op   string // "<", "<=", "=", ">=" or ">"
+	Size Size
+}
+
+// ParseComparisons reads one or two comparisons that must both hold: ">= 100GiB, < 2TiB".
+func ParseComparisons(s string) ([]Comparison, error) {
+	bad := fmt.Errorf("%q is not a comparison like \">= 100GiB\" or \"> 100GiB, < 2TiB\"", s)
+	var out []Comparison
+	for part := range strings.SplitSeq(s, ",") {
+		part = strings.TrimSpace(part)
+		c := Comparison{Op: part[:len(part)-len(strings.TrimLeft(part, "<=>"))]}
+		size, err := ParseSize(strings.TrimSpace(part[len(c.Op):]))
+		if !slices.Contains([]string{"<", "<=", "=", ">=", ">"}, c.Op) || err != nil || len(out) == 2 {
+			return nil, bad
+		}
+		c.Size = size
+		out = append(out, c)
+	}
+	return out, nil
+}
+
+// Holds reports whether a number of bytes fits.
+func (c Comparison) Holds(n uint64) bool {
+	switch c.Op {
+	case "<":
+		return n < uint64(c.Size)
+	case "<=":
+		return n <= uint64(c.Size)
+	case ">=":
+		return n >= uint64(c.Size)
+	case ">":
+		return n > uint64(c.Size)
+	}
+	return n == uint64(c.Size)
 }
 
 // String writes a size so that ParseSize reads it; a size that is no whole number of KiB is written in bytes, and cannot be read.

@@ -105,6 +105,31 @@ type Storage struct {
 	// Keys are what opens STATE at boot (VAR's key lies on STATE), besides the recovery key, which there always is. None: the TPM, if
 	// there is one that can.
 	Keys []StorageKey `yaml:"keys,omitempty"`
+	// Install copies the system from the medium that the machine was started from to a disk, which STATE and VAR then are on, too. A machine that
+	// runs from its own disk is not changed by it. The zero value installs nothing.
+	Install Install `yaml:"install,omitempty"`
+}
+
+// Install says where the system is to be installed.
+type Install struct {
+	// Disk chooses the disk: exactly one must match. Required.
+	Disk DiskSelector `yaml:"disk"`
+}
+
+// Wanted reports whether there is anything to install.
+func (i Install) Wanted() bool { return i != Install{} }
+
+// DiskSelector says what a disk must be like; all that is written must hold. In texts, * stands for any characters.
+type DiskSelector struct {
+	// Device is a name like "/dev/sda". It may be another one after a restart.
+	Device string `yaml:"device,omitempty"`
+	// Transport is "nvme", "sata", "scsi", "virtio", "mmc", "usb" or "xen".
+	Transport string `yaml:"transport,omitempty"`
+	Model     string `yaml:"model,omitempty"`
+	Serial    string `yaml:"serial,omitempty"`
+	WWN       string `yaml:"wwn,omitempty"`
+	// Size is one or two comparisons: ">= 100GiB", "> 100GiB, < 2TiB". See ParseComparisons.
+	Size string `yaml:"size,omitempty"`
 }
 
 // Encryption says whether volumes are encrypted.

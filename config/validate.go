@@ -113,6 +113,9 @@ func cross(s Set) []Problem {
 
 // keys checks that each key says where it is, and nothing that is for another kind.
 func (c *checker) keys(s *Storage) {
+	if s.Install.Wanted() && s.Disk != "system" {
+		c.add("Storage.disk", "%q is one choice of a disk and Storage.install another; STATE and VAR go where the system is installed: remove Storage.disk", s.Disk)
+	}
 	if len(s.Keys) > 0 && s.Encryption != EncryptionLUKS2 {
 		c.add("Storage.keys", "keys are for encrypted volumes; set Storage.encryption to luks2")
 	}

@@ -31,7 +31,60 @@ func conditions(have State) (out []*controlv1.Condition) {
 		}
 		out = append(out, c)
 	}
+	if where, disk := have.installed(); where == installWaiting || where == installMedium {
+		out = append(out, &controlv1.Condition{Name: "install", Trouble: installTrouble(where, disk)})
+	}
 	return out
+}
+
+// Where an installation stands; storage.v1.Install says what the words mean.
+const (
+	installCopying    = "copying"
+	installWaiting    = "waiting"
+	installRestarting = "restarting"
+	installMedium     = "medium"
+	installRunning    = "running"
+)
+
+// installed says how things stand with the disk that the node is to run from; "" if there is none.
+func (s State) installed() (string, Disk) {
+	for _, d := range s.Disks {
+		if d.installing() && !d.System {
+			return installCopying, d
+		}
+	}
+	home, err := s.home("")
+	if home == nil || err != nil {
+		return "", Disk{}
+	}
+	_, hasState := home.volume(volumeNamed(StateVolume))
+	switch {
+	case home.System:
+		return installRunning, *home
+	case !hasState || !home.bootable(): // volumes only, by Storage.disk
+		return "", Disk{}
+	case !s.Install.Began:
+		return installMedium, *home
+	case s.Install.Recovery:
+		return installWaiting, *home
+	}
+	return installRestarting, *home
+}
+
+// restart asks for the restart that ends an installation, for the boot that has done it: a firmware that starts the medium again must not
+// make the machine restart for ever.
+func restart(have State) string {
+	if where, disk := have.installed(); where == installRestarting {
+		return "the system was installed on " + disk.String() + " and runs from there next"
+	}
+	return ""
+}
+
+func installTrouble(where string, d Disk) string {
+	if where == installWaiting {
+		return "the system is installed on " + d.Device + "; the machine restarts from there when the recovery key was written down: bhctl storage keys recovery"
+	}
+	return "the system is installed on " + d.Device + ", but the firmware started another disk: take that away, or put " + d.Device + " first in the firmware's order, and restart"
 }
 
 // unlocks says whether an encrypted volume is open, and will be after a restart without a person, where it has a key for that.

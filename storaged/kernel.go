@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/layout"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
@@ -31,17 +32,24 @@ type linux struct {
 	runtime        string // folder that lives as long as the machine runs
 	vault          *vault.Vault
 
+	loader func() (gpt.GUID, error) // the EFI partition that the machine was started from
+
+	mu       sync.Mutex
+	progress Progress // guarded by mu; of the installation
+
 	tables sync.Mutex // held while a partition table is read, changed and written: slots are labelled beside the loop
 }
 
 func newLinux(log *slog.Logger, v *vault.Vault) *linux {
-	return &linux{sys: "/sys", dev: "/dev", proc: "/proc", runtime: runtimeFolder, vault: v, include: isDisk, log: log, rootDev: func() string {
+	l := &linux{sys: "/sys", dev: "/dev", proc: "/proc", runtime: runtimeFolder, vault: v, include: isDisk, log: log, rootDev: func() string {
 		var st unix.Stat_t
 		if unix.Stat("/", &st) != nil {
 			return ""
 		}
 		return devText(st.Dev)
 	}}
+	l.loader = sync.OnceValues(l.bootESP) // it does not change while the machine runs
+	return l
 }
 
 func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev)) }
@@ -56,6 +64,7 @@ func (l *linux) Read(context.Context) (State, error) {
 	if s.Disks, err = l.disks(s.Mounts); err != nil {
 		return State{}, err
 	}
+	s.Install = l.installation(s.Disks)
 	for _, v := range volumes {
 		for _, d := range s.Disks {
 			p, ok := d.volume(v)
@@ -114,6 +123,14 @@ func (l *linux) Do(ctx context.Context, s Step) error {
 		return l.table(s.Disk, func(_ *os.File, t *gpt.Table) error { return growVolume(t, s) })
 	case opTell:
 		return l.tell(s)
+	case opLay:
+		return l.lay(s)
+	case opRoot:
+		return l.installRoot(ctx, s)
+	case opBoot:
+		return l.installBoot(ctx, s)
+	case opDone:
+		return l.mark(s.Disk, layout.ESP, gpt.GUID{}, gpt.GUID{})
 	case opMkfs:
 		return l.mkfs(ctx, s)
 	case opFsck:
@@ -286,23 +303,27 @@ func (l *linux) tell(s Step) error {
 	if _, err := l.inTable(s); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(s.Disk, os.O_RDWR, 0)
+	return l.tellKernel(s.Disk, s.Number, s.Start, s.Size)
+}
+
+func (l *linux) tellKernel(disk string, number int, start, size int64) error {
+	f, err := os.OpenFile(disk, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	for _, k := range l.partitions(filepath.Base(s.Disk), nil) {
+	for _, k := range l.partitions(filepath.Base(disk), nil) {
 		switch {
-		case k.Number != s.Number:
-		case k.KernelStart != s.Start || k.KernelSize > s.Size:
+		case k.Number != number:
+		case k.KernelStart != start || k.KernelSize > size:
 			return fmt.Errorf("the kernel has it at byte %d, %s long; restart the machine", k.KernelStart, sizeText(k.KernelSize))
-		case k.KernelSize == s.Size:
+		case k.KernelSize == size:
 			return nil
 		default:
-			return blkpg(f, unix.BLKPG_RESIZE_PARTITION, s.Number, s.Start, s.Size)
+			return blkpg(f, unix.BLKPG_RESIZE_PARTITION, number, start, size)
 		}
 	}
-	return blkpg(f, unix.BLKPG_ADD_PARTITION, s.Number, s.Start, s.Size)
+	return blkpg(f, unix.BLKPG_ADD_PARTITION, number, start, size)
 }
 
 // inTable returns the entry of the table for the step's volume. If there is none as planned, an earlier step has failed.

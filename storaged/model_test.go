@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/layout"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
@@ -64,6 +65,8 @@ func (m *model) do(s Step) error {
 	case opRepair:
 		d.Repair = ""
 		return nil
+	case opLay, opRoot, opBoot, opDone:
+		return m.doInstall(d, s)
 	case opAdd:
 		if d.Tail.Data() {
 			m.lost = append(m.lost, d.Tail.String())
@@ -204,10 +207,59 @@ func (m *model) doLUKS(p *Partition, s Step) error {
 	return nil
 }
 
+// doInstall copies the system, which is not more than marks.
+func (m *model) doInstall(d *Disk, s Step) error {
+	whole, _ := d.laid()
+	switch {
+	case s.Op == opLay:
+		m.Install.Began = true
+		if whole {
+			return nil
+		}
+		if len(d.Partitions) > 0 {
+			return fmt.Errorf("%s has partitions", d)
+		}
+		if d.Tail.Data() {
+			m.lost = append(m.lost, d.Tail.String())
+		}
+		for _, q := range layout.Partitions(func(string) gpt.GUID { return gpt.GUID{} }) {
+			if q.Name == layout.ESP || q.Name == layout.RootA {
+				q.Attributes |= unformatted
+			}
+			p := Partition{Partition: q, Device: node(d.Device, q.Number), KernelStart: q.Start(), KernelSize: q.Size()}
+			p.Dev = p.Device
+			d.Partitions = append(d.Partitions, p)
+		}
+		d.Tail = probe.Result{Kind: probe.Empty}
+		return d.fits()
+	case !whole || !d.installing():
+		return fmt.Errorf("no installation was begun on %s", d)
+	case s.Op == opDone && d.System:
+		d.part(1).Attributes &^= unformatted
+		return nil
+	case d.System:
+		return fmt.Errorf("%s is the system", d)
+	}
+	m.Install.Began = true
+	if s.Op == opRoot {
+		d.part(2).Attributes &^= unformatted
+		return nil
+	}
+	if d.part(2).Attributes&unformatted != 0 {
+		return fmt.Errorf("the root is not there yet")
+	}
+	if _, ok := m.mounted("/state"); !ok {
+		return fmt.Errorf("%s becomes a system without a STATE", d)
+	}
+	d.part(1).Attributes &^= unformatted
+	return nil
+}
+
 // boot forgets what a restart of the machine forgets; the kernel reads the tables anew.
 func (m *model) boot() {
 	m.Mounts, m.Entries = nil, map[VolumeName]map[string]found{}
 	m.TPM.Capped = false
+	m.Install.Began = false
 	if m.inside == nil {
 		m.inside = map[VolumeName]probe.Result{}
 	}

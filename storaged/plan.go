@@ -27,6 +27,12 @@ func planBare(have State) ([]Step, error) {
 // plan returns the steps that lead to the spec, and why there is no way if there is none; then the steps still are worth doing:
 // a disk that cannot be made larger is no reason not to mount it. Equal inputs give equal steps.
 func plan(want config.Storage, have State) ([]Step, error) {
+	if want.Filesystem != "" && want.Filesystem != "ext4" {
+		return nil, errs.New(errs.Invalid, "Storage.filesystem: %q is not known; \"ext4\" is", want.Filesystem)
+	}
+	if want.Install.Wanted() {
+		return planInstall(want, have)
+	}
 	target, err := have.target(want.Disk)
 	device := ""
 	if target != nil {
@@ -35,9 +41,6 @@ func plan(want config.Storage, have State) ([]Step, error) {
 	home, homeErr := have.home(device)
 	if homeErr != nil {
 		return nil, homeErr
-	}
-	if want.Filesystem != "" && want.Filesystem != "ext4" {
-		return nil, errs.New(errs.Invalid, "Storage.filesystem: %q is not known; \"ext4\" is", want.Filesystem)
 	}
 	if home != nil && (target == nil || home.Device != target.Device) {
 		p := planner{have: have, disk: *home}
@@ -143,6 +146,8 @@ type planner struct {
 	state  bool // STATE is, or will be, mounted
 	crypt  bool // STATE is, or will be, encrypted
 	sealed bool // and has, or will have, a key in the TPM
+
+	install bool // the system is to be on the disk, too
 }
 
 func (p *planner) add(s Step) { p.steps = append(p.steps, s) }
@@ -173,11 +178,13 @@ func (p *planner) make() error {
 	d := &p.disk
 	switch {
 	case d.Unreadable != "":
-		return errs.New(errs.Precondition, "%s cannot be read: %s; name another disk in Storage.disk", d, d.Unreadable)
+		return errs.New(errs.Precondition, "%s cannot be read: %s; %s", d, d.Unreadable, p.another())
+	case d.ReadOnly && d.System && !p.want.Install.Wanted():
+		return errs.New(errs.Precondition, "%s, which the system was started from, is read-only; say in Storage.install.disk which disk the system is to be installed to: %s", d, p.have.others(d))
 	case d.ReadOnly:
-		return errs.New(errs.Precondition, "%s is read-only; STATE and VAR must be written: name another disk in Storage.disk, or make it writable", d)
+		return errs.New(errs.Precondition, "%s is read-only; STATE and VAR must be written: %s, or make it writable", d, p.another())
 	case d.SectorSize != gpt.SectorSize:
-		return errs.New(errs.Precondition, "%s has sectors of %d bytes, only %d can be used; name another disk in Storage.disk", d, d.SectorSize, gpt.SectorSize)
+		return errs.New(errs.Precondition, "%s has sectors of %d bytes, only %d can be used; %s", d, d.SectorSize, gpt.SectorSize, p.another())
 	}
 	if _, ok := d.volume(volumeNamed(StateVolume)); !ok {
 		if _, err := p.stateKeys(); err != nil { // before anything is written
@@ -187,6 +194,13 @@ func (p *planner) make() error {
 	steps, err := p.clear()
 	if err != nil {
 		return err
+	}
+	if p.install {
+		laid, err := p.lay()
+		if err != nil {
+			return err
+		}
+		steps = append(steps, laid...)
 	}
 	adds, err := p.place()
 	if err != nil {
@@ -200,7 +214,7 @@ func (p *planner) make() error {
 func (p *planner) clear() ([]Step, error) {
 	d := &p.disk
 	lost := func(what string) error {
-		return errs.New(errs.Precondition, "%s holds %s, which would be lost; set Storage.wipe to true to allow that, or name another disk in Storage.disk", d, what)
+		return errs.New(errs.Precondition, "%s holds %s, which would be lost; set Storage.wipe to true to allow that, or %s", d, what, p.another())
 	}
 	if !d.HasTable {
 		what, step := d.Content.String(), Step{Op: opCreate, Disk: d.Device, Wipe: p.want.Wipe}
@@ -211,9 +225,9 @@ func (p *planner) clear() ([]Step, error) {
 		case d.TableError != "":
 			// It may be a table of ours: no wish of the user's covers that.
 			return nil, errs.New(errs.Precondition, "%s has a damaged partition table (%s), so it cannot be told what would be lost; repair it, "+
-				"or write zeros over the first and the last mebibyte, or name another disk in Storage.disk", d, d.TableError)
+				"or write zeros over the first and the last mebibyte, or %s", d, d.TableError, p.another())
 		case d.Busy || d.System || slices.ContainsFunc(d.Partitions, func(q Partition) bool { return q.Busy }):
-			return nil, errs.New(errs.Precondition, "%s holds %s and is in use; name another disk in Storage.disk", d, what)
+			return nil, errs.New(errs.Precondition, "%s holds %s and is in use; %s", d, what, p.another())
 		case d.Content.Data() && !p.want.Wipe:
 			return nil, lost(what)
 		}
@@ -229,7 +243,7 @@ func (p *planner) clear() ([]Step, error) {
 		names = append(names, q.describe())
 		steps = append(steps, Step{Op: opRemove, Disk: d.Device, Device: q.Device, Number: q.Number, Start: q.Start(), Size: q.Size(), Over: q.describe(), Wipe: true})
 		if q.Busy {
-			return nil, errs.New(errs.Precondition, "%s holds %s, which is in use; name another disk in Storage.disk", d, q.describe())
+			return nil, errs.New(errs.Precondition, "%s holds %s, which is in use; %s", d, q.describe(), p.another())
 		}
 	}
 	if len(names) > 0 && !p.want.Wipe {
@@ -255,7 +269,7 @@ func (p *planner) place() ([]Step, error) {
 	if haveVar && !haveState {
 		// Ours are made in the order STATE, VAR. A new STATE here would have a new owner, who would get the old one's data.
 		return nil, errs.New(errs.Precondition, "%s holds VAR of a node whose STATE is gone; restore its partition table, or, to give the data up, "+
-			"write zeros over the first and the last mebibyte, or name another disk in Storage.disk", d)
+			"write zeros over the first and the last mebibyte, or %s", d, p.another())
 	}
 	state := int64(0)
 	need := []string{}
@@ -272,8 +286,8 @@ func (p *planner) place() ([]Step, error) {
 		need = append(need, "VAR at least "+sizeText(minVar))
 	}
 	if room < least {
-		return nil, errs.New(errs.Precondition, "%s is too small: %s free behind its last partition, %s; use a disk of at least %s, or name another one in Storage.disk",
-			d, sizeText(room), strings.Join(need, " and "), sizeText(start+least+align))
+		return nil, errs.New(errs.Precondition, "%s is too small: %s free behind its last partition, %s; use a disk of at least %s, or %s",
+			d, sizeText(room), strings.Join(need, " and "), sizeText(start+least+align), p.another())
 	}
 	over := ""
 	if d.Tail.Data() {

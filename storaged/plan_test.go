@@ -119,11 +119,7 @@ func TestPlan(t *testing.T) {
 	file := config.StorageKey{Kind: config.KeyFile, Partition: "KEY"}
 	keys := func(k ...config.StorageKey) *config.Storage { return &config.Storage{Encryption: luks2, Keys: k} }
 	auto := config.Storage{}
-	tests := []struct {
-		name string
-		want *config.Storage // nil: before there is a spec
-		m    *model
-	}{
+	tests := []situation{
 		{"a new machine, before its configuration", nil, machine(imageDisk("/dev/vda", 20*gib))},
 		{"a new machine", &config.Storage{Disk: "system", StateSize: 512 * mib}, machine(imageDisk("/dev/vda", 20*gib))},
 		{"an nvme disk", &config.Storage{}, machine(imageDisk("/dev/nvme0n1", 20*gib))},
@@ -246,6 +242,19 @@ func TestPlan(t *testing.T) {
 		{"encrypted, another key wanted", keys(service, file), crypt(*keys(service), nil)},
 		{"not encrypted, keys wanted", keys(service), done(20*gib, nil)},
 	}
+	golden(t, "plan.txt", tests)
+}
+
+// A situation is one of a golden file.
+type situation struct {
+	name string
+	want *config.Storage // nil: before there is a spec
+	m    *model
+}
+
+// golden compares what is planned with a file of testdata.
+func golden(t *testing.T, file string, tests []situation) {
+	t.Helper()
 	var out strings.Builder
 	for _, tt := range tests {
 		before := fmt.Sprint(tt.m.State)
@@ -276,18 +285,18 @@ func TestPlan(t *testing.T) {
 		}
 		fmt.Fprintln(&out)
 	}
-	golden := filepath.Join("testdata", "plan.txt")
+	path := filepath.Join("testdata", file)
 	if *update {
-		if err := os.WriteFile(golden, []byte(out.String()), 0o644); err != nil {
+		if err := os.WriteFile(path, []byte(out.String()), 0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
-	want, err := os.ReadFile(golden)
+	want, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if out.String() != string(want) {
-		t.Errorf("plan.txt differs; look at what changed after -update. Got:\n%s", out.String())
+		t.Errorf("%s differs; look at what changed after -update. Got:\n%s", file, out.String())
 	}
 }
 

@@ -27,7 +27,7 @@ var slotCallers = peer.List{slotv1.Slots_ServiceDesc.ServiceName: {uid.Updated}}
 func newSlots(l *linux, log *slog.Logger) *slots.Server {
 	disk := slots.NewLinux(func(disk string, change func(*gpt.Table) error) error {
 		return l.table(disk, func(_ *os.File, t *gpt.Table) error { return change(t) })
-	})
+	}, func() string { return l.under(l.rootDev(), 0) })
 	return &slots.Server{Linux: disk, Store: slots.New(slots.Config{
 		Disk: disk, Epochs: epochs{l.vault}, Architecture: runtime.GOARCH, Version: strings.TrimPrefix(version.Version, "v"), Log: log,
 		Keys: func() (bundle.Keys, error) {

@@ -18,6 +18,19 @@ type State struct {
 	// Entries has, for every mounted volume, what is in the place of each of its entries; see found.
 	Entries map[VolumeName]map[string]found
 	TPM     vault.Machine
+	Install Installation
+}
+
+// Installation is what was seen of one that this machine may be in.
+type Installation struct {
+	// NoBoot is why nothing can be installed: the machine was not started by a firmware from a disk that has boot files. "" if it was.
+	NoBoot string
+	// Began is true if this boot has copied something: so it was started from a medium, and should be restarted when all is there.
+	Began bool
+	// Recovery is true while a recovery key waits to be written down.
+	Recovery bool
+	// Progress is of the step that runs.
+	Progress Progress
 }
 
 // Disk is one whole disk.
@@ -28,7 +41,9 @@ type Disk struct {
 	Transport  string
 	Model      string
 	Serial     string
+	WWN        string // "eui.0025…", "naa.5000…": what no other disk has
 	ReadOnly   bool
+	Removable  bool // the medium can be taken out
 	Rotational bool
 	System     bool // the running system was started from it
 	Busy       bool // the disk itself, not a partition, is mounted or part of another device

@@ -3,6 +3,7 @@ package storaged
 import (
 	"cmp"
 	"slices"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -36,7 +37,7 @@ func status(have State, loop *controlv1.State) *storagev1.Status {
 	for _, d := range have.Disks {
 		st.Disks = append(st.Disks, &storagev1.Disk{
 			Device: d.Device, SizeBytes: uint64(d.Size), Transport: d.Transport, Model: d.Model, Serial: d.Serial,
-			ReadOnly: d.ReadOnly, Rotational: d.Rotational, Content: string(d.Content.Kind), System: d.System,
+			ReadOnly: d.ReadOnly, Rotational: d.Rotational, Content: string(d.Content.Kind), System: d.System, Wwn: d.WWN, Removable: d.Removable,
 		})
 		for _, p := range d.Partitions {
 			q := &storagev1.Partition{
@@ -57,8 +58,25 @@ func status(have State, loop *controlv1.State) *storagev1.Status {
 	}
 	t := have.TPM
 	st.Tpm = &storagev1.Tpm{Present: t.TPM, Unusable: t.Useless(), Capped: t.Capped, Owned: t.Owned, Epoch: uint32(t.Epoch), ImageEpoch: uint32(t.ImageEpoch)}
+	st.Install = installStatus(have)
 	slices.SortStableFunc(st.Mounts, func(a, b *storagev1.Mount) int { return cmp.Compare(a.Target, b.Target) })
 	return st
+}
+
+func installStatus(have State) *storagev1.Install {
+	where, disk := have.installed()
+	if where == "" {
+		return nil
+	}
+	out := &storagev1.Install{Disk: disk.Device, State: where}
+	if p := have.Install.Progress; where == installCopying && p.Step != "" && p.Disk == disk.Device {
+		elapsed := p.At.Sub(p.Since)
+		out.Step, out.DoneBytes, out.TotalBytes, out.ElapsedSeconds = p.Step, uint64(p.Done), uint64(p.Total), uint32(elapsed.Seconds())
+		if p.Done > 0 {
+			out.ExpectedSeconds = uint32((time.Duration(float64(elapsed) * float64(p.Total) / float64(p.Done))).Seconds())
+		}
+	}
+	return out
 }
 
 func volumeStatus(have State, v volume) *storagev1.Volume {

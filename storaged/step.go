@@ -24,6 +24,11 @@ const (
 	opGrowFS Op = "grow" // makes a mounted file system as large as its partition
 	opEntry  Op = "entry"
 
+	opLay  Op = "install partitions" // adds those of the system, ESP and ROOT-A with the mark that they hold nothing
+	opRoot Op = "install root"       // copies it and its hash tree, reads them back, and takes ROOT-A's mark away
+	opBoot Op = "install boot files" // copies them, reads them back, makes the disk one that a firmware starts, and takes the ESP's mark away
+	opDone Op = "install done"       // takes the ESP's mark away
+
 	opLUKS    Op = "luks format" // makes an encrypted volume and opens it
 	opOpen    Op = "luks open"   // by what opens it without a person
 	opClose   Op = "luks close"
@@ -75,6 +80,10 @@ func (s Step) String() string {
 		return fmt.Sprintf("gpt add %s %s on %s%s", s.Volume, sizeText(s.Size), s.Disk, over)
 	case opGrow:
 		return fmt.Sprintf("gpt grow %s to %s on %s", s.Volume, sizeText(s.Size), s.Disk)
+	case opLay:
+		return fmt.Sprintf("%s %s on %s", s.Op, sizeText(s.Size), s.Disk)
+	case opRoot, opBoot, opDone:
+		return fmt.Sprintf("%s on %s", s.Op, s.Disk)
 	case opTell:
 		return fmt.Sprintf("partition %s at %s size %s", s.Device, sizeText(s.Start), sizeText(s.Size))
 	case opEntry:

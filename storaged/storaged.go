@@ -91,7 +91,7 @@ func newDaemon(cfg Config, k kernel, v *vault.Vault, folder folderOf) *Daemon {
 	}
 	d.status.Set(&storagev1.Status{})
 	d.loop = reconcile.New(reconcile.System[config.Storage, State, Step]{
-		Parse: parse, Observe: k.Read, Plan: plan, Bare: planBare, Apply: k.Do, Conditions: conditions, Report: d.report,
+		Parse: parse, Observe: k.Read, Plan: plan, Bare: planBare, Apply: k.Do, Conditions: conditions, Restart: restart, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)
 	return d
 }

@@ -1,6 +1,7 @@
 package storaged
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -100,6 +101,8 @@ func (l *linux) disk(name string, used map[string]bool) Disk {
 		Transport:  l.transport(at),
 		Model:      attr(at, "device/model"),
 		Serial:     serial(at),
+		WWN:        cmp.Or(attr(at, "wwid"), attr(at, "device/wwid")),
+		Removable:  attr(at, "removable") == "1",
 		ReadOnly:   attr(at, "ro") == "1",
 		Rotational: attr(at, "queue/rotational") == "1",
 		Busy:       used[attr(at, "dev")] || held(at),

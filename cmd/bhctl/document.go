@@ -46,7 +46,7 @@ func (a *app) readDocuments(files []string) (name, text string, err error) {
 
 func (a *app) applyCmd() *cobra.Command {
 	var files []string
-	var dry bool
+	var dry, noWait bool
 	c := &cobra.Command{Use: "apply -f FILE", Short: "Give the node a new configuration", Args: cobra.NoArgs,
 		Long:    "Give the node a new configuration. It is checked whole here and on the node, and applied whole or refused whole.\nThe documents replace the running ones; a kind that is left out gets its defaults.",
 		Example: "  bhctl apply -f node.yaml --dry-run\n  bhctl apply -f node.yaml",
@@ -56,7 +56,7 @@ func (a *app) applyCmd() *cobra.Command {
 				return err
 			}
 			// The first apply makes file systems: that is slow on slow disks.
-			return a.stream(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
+			err = a.stream(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
 				r, err := configv1.NewConfigClient(conn).Apply(ctx, &configv1.ApplyRequest{Documents: text, Name: name, DryRun: dry})
 				if err != nil {
 					return err
@@ -67,7 +67,12 @@ func (a *app) applyCmd() *cobra.Command {
 				_, err = a.showRecovery(ctx, storagev1.NewKeysClient(conn)) // of volumes that this has made
 				return err
 			})
+			if err != nil || dry || noWait || a.format != "table" || !wantsInstall(text) {
+				return err
+			}
+			return a.install(cmd.Context(), a.progress())
 		}}
+	c.Flags().BoolVar(&noWait, "no-wait", false, "do not wait until the node runs from the disk that it is installed on (Storage.install)")
 	c.Flags().StringArrayVarP(&files, "file", "f", nil, "file with documents; - is standard input; may be given more than once")
 	c.Flags().BoolVar(&dry, "dry-run", false, "print what would be done, and do nothing")
 	return c

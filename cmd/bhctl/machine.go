@@ -25,8 +25,8 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 	}
 	m, err := qemu.Load(f.name)
 	if err == nil {
-		if f.firmware != "" && f.firmware != m.Firmware || f.secureBoot && !m.SecureBoot || f.tpm && !m.TPM {
-			return nil, fmt.Errorf("machine %s was made with another firmware or without a TPM: bhctl down --name %s removes it, with all that is on it", m.Name, m.Name)
+		if f.firmware != "" && f.firmware != m.Firmware || f.secureBoot && !m.SecureBoot || f.tpm && !m.TPM || f.install && !m.Medium {
+			return nil, fmt.Errorf("machine %s was made with another firmware, without a TPM or without an installation medium: bhctl down --name %s removes it, with all that is on it", m.Name, m.Name)
 		}
 		return &m, nil
 	}
@@ -37,7 +37,7 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 		return nil, err
 	}
 	m.Memory, m.CPUs, m.DiskSize = f.memoryMiB, f.cpus, int64(f.diskGiB)<<30
-	m.Firmware, m.SecureBoot, m.TPM = f.firmware, f.secureBoot, f.tpm
+	m.Firmware, m.SecureBoot, m.TPM, m.Medium = f.firmware, f.secureBoot, f.tpm, f.install
 	m.Forwards = []qemu.Forward{
 		{Name: "api", Host: f.apiPort, Guest: 50000, Flag: "--api-port"},
 		{Name: "gateway", Host: f.gatewayPort, Guest: 50001, Flag: "--gateway-port"},

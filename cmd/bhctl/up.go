@@ -28,7 +28,7 @@ type upFlags struct {
 	files, forwards                      []string
 	apiPort, gatewayPort, kubernetesPort int
 	memoryMiB, cpus, diskGiB             int
-	noBootstrap                          bool
+	noBootstrap, install                 bool
 }
 
 func (a *app) upCmd() *cobra.Command {
@@ -50,12 +50,16 @@ func (a *app) upCmd() *cobra.Command {
 	fl.StringVar(&f.firmware, "firmware", "", "uefi boots the disk as a real machine does; without it QEMU starts the image's kernel, which is quicker")
 	fl.BoolVar(&f.secureBoot, "secure-boot", false, "with --firmware uefi: start nothing that the image's keys have not signed")
 	fl.BoolVar(&f.tpm, "tpm", false, "a TPM 2.0 in software, which is kept with the machine")
+	fl.BoolVar(&f.install, "install", false, "start the image's installation medium beside an empty disk, and install to that; implies --firmware uefi")
 	fl.BoolVar(&f.noBootstrap, "no-bootstrap", false, "stop after the configuration: no cluster, no Kubernetes")
 	return c
 }
 
 // up does the steps that are not done yet. Each looks first, so that a second call is quick and changes nothing.
 func (a *app) up(ctx context.Context, f upFlags) error {
+	if f.install && f.firmware == "" {
+		f.firmware = qemu.UEFI
+	}
 	m, err := openMachine(f)
 	if err != nil {
 		return err
@@ -72,6 +76,11 @@ func (a *app) up(ctx context.Context, f upFlags) error {
 	a.contextName, a.endpoint = f.name, ""
 	if err := p.step(ctx, "apply the configuration", 60*time.Second, func(ctx context.Context) error { return a.applyLocal(ctx, f) }); err != nil {
 		return a.withConsole(err, m)
+	}
+	if m.Medium {
+		if err := a.install(ctx, p); err != nil {
+			return a.withConsole(err, m)
+		}
 	}
 	if f.noBootstrap {
 		return nil
@@ -177,8 +186,19 @@ name: %s
 names: [localhost, 127.0.0.1]
 `
 
+// localInstall is for a machine that is installed: its only disk.
+const localInstall = `---
+apiVersion: bulkhead.dev/v1
+kind: Storage
+install:
+  disk: {size: ">= 1GiB"}
+`
+
 func (a *app) applyLocal(ctx context.Context, f upFlags) error {
 	name, text := "the default document", fmt.Sprintf(localDocuments, f.name, f.name)
+	if f.install {
+		text += localInstall
+	}
 	if len(f.files) > 0 {
 		var err error
 		if name, text, err = a.readDocuments(f.files); err != nil {

@@ -8,45 +8,30 @@ import (
 	"os"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	disk "github.com/bulkhead-os/bulkhead/internal/layout"
 	"github.com/bulkhead-os/bulkhead/internal/verity"
 )
 
 const (
 	mib = 1 << 20
 
-	// slotSize is that of a ROOT partition. It never changes: an upgrade must fit the slot that an old image made.
-	slotSize = 256 * mib
-	// treeSize holds the hash tree of a full slot: 1/128 of it, a little for the upper levels, a superblock.
-	treeSize = 4 * mib
+	slotSize = disk.SlotSize
+	treeSize = disk.TreeSize
 )
 
 // layout returns the partition table and the size of the disk for an image with that root hash. Pure.
 func layout(root [32]byte) (gpt.Table, int64) {
-	t := gpt.Table{DiskGUID: derived("disk", root)}
-	next := int64(mib)
-	for i, p := range []struct {
-		name string
-		typ  gpt.GUID
-		id   gpt.GUID
-		size int64
-	}{
-		{"ESP", gpt.EFISystem, derived("ESP", root), espSize},
-		{"ROOT-A", gpt.Root, gpt.GUID(root[:16]), slotSize},
-		{"VERITY-A", gpt.RootVerity, gpt.GUID(root[16:]), treeSize},
-		{"ROOT-B", gpt.Root, derived("ROOT-B", root), slotSize},
-		{"VERITY-B", gpt.RootVerity, derived("VERITY-B", root), treeSize},
-	} {
-		attributes := gpt.AttrReadOnly | gpt.AttrNoAutoMount
-		if p.typ == gpt.EFISystem {
-			attributes = gpt.AttrNoAutoMount
+	t := gpt.Table{DiskGUID: derived("disk", root), Partitions: disk.Partitions(func(name string) gpt.GUID {
+		switch name {
+		case disk.RootA:
+			return gpt.GUID(root[:16])
+		case disk.TreeA:
+			return gpt.GUID(root[16:])
 		}
-		t.Partitions = append(t.Partitions, gpt.Partition{
-			Number: i + 1, Type: p.typ, GUID: p.id, Name: p.name, Attributes: attributes,
-			First: uint64(next / gpt.SectorSize), Last: uint64((next+p.size)/gpt.SectorSize) - 1,
-		})
-		next += p.size
-	}
-	return t, next + mib // room for the backup table
+		return derived(name, root)
+	})}
+	end := t.Partitions[len(t.Partitions)-1]
+	return t, end.Start() + end.Size() + mib // room for the backup table
 }
 
 // derived makes a GUID that follows from the image, so that builds are reproducible.

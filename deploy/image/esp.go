@@ -10,11 +10,12 @@ import (
 	"path"
 	"slices"
 	"strings"
+
+	disk "github.com/bulkhead-os/bulkhead/internal/layout"
 )
 
 const (
-	// espSize is that of the EFI partition. It never changes, as slotSize.
-	espSize = 128 * mib
+	espSize = disk.ESPSize
 
 	// FAT32 with clusters of two sectors: the largest that leave enough of them for FAT32 in 128 MiB.
 	fatSector   = 512

@@ -11,9 +11,9 @@ import (
 
 // stage1 is what the initramfs loads. First what a boot that fails needs: the hardware watchdog, which ends one that hangs, and
 // where the kernel's last lines are kept, in the firmware's variables or, where there are none, in memory that a restart spares.
-// Then what leads to the root: the disk, its verification, its file system. NVMe, ext4 and virtio's PCI transport are built into
+// Then what leads to the root: the firmware's variables, which say which disk was started from, the disk, its verification, its file system. NVMe, ext4 and virtio's PCI transport are built into
 // Debian's cloud kernel, and so are the records of a server's own hardware (ERST).
-var stage1 = []string{"i6300esb", "wdat_wdt", "efi_pstore", "ramoops", "virtio_blk", "dm_verity", "squashfs"}
+var stage1 = []string{"i6300esb", "wdat_wdt", "efi_pstore", "ramoops", "efivarfs", "virtio_blk", "dm_verity", "squashfs"}
 
 // withoutUEFI are those of stage 1 that PID 1 loads only where there is no such firmware. They stand behind the list's empty line.
 var withoutUEFI = map[string]bool{"ramoops": true}
@@ -24,13 +24,13 @@ var moduleParams = map[string]string{
 }
 
 // stage2 is loaded by PID 1 from the root, in this order. There is no modprobe on a node, so everything that somebody
-// may ask for is here. What the daemons and networkd's firewall need comes first: the firmware's variables and encrypted volumes, too.
+// may ask for is here. What the daemons and networkd's firewall need comes first: encrypted volumes, too.
 // The rest is for the EFI partition, which only upgrades mount, for Kubernetes and for configured links. An empty line of the list stands between the two: PID 1 loads the rest when the light daemons are up, and starts the
 // heavy ones, which start what needs it, after that.
 var stage2 = struct{ early, late []string }{
 	early: []string{
 		"qemu_fw_cfg", "virtio_net", "virtio_rng", "i6300esb",
-		"efivarfs", "dm_crypt", "xts", "aesni_intel",
+		"dm_crypt", "xts", "aesni_intel",
 		"nf_tables", "nft_compat", "nf_conntrack", "xt_conntrack", "xt_tcpudp",
 	},
 	late: []string{

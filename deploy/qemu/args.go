@@ -50,6 +50,9 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 		"-machine", machine, "-accel", accelerator, "-cpu", cpu, "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprint(m.Memory),
 	}
 	a = append(a, boot...)
+	if m.Medium { // before the disk: so a kernel that takes the first root that it finds takes the wrong one
+		a = append(a, "-drive", "file="+mediumFile+",format=raw,if=none,id=medium,readonly=on", "-device", "virtio-blk-pci,drive=medium,serial=medium,bootindex=1")
+	}
 	a = append(a,
 		"-drive", "file="+diskFile+",format=raw,if=none,id=disk,discard=unmap,cache="+cache,
 		"-device", disk,

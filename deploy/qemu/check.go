@@ -6,7 +6,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -91,14 +90,14 @@ func memAvailable(meminfo string) (int, bool) {
 }
 
 // roomFor says whether the disk has a chance to fit.
-func (m Machine) roomFor(imageDir string) error {
+func (m Machine) roomFor(image string) error {
 	var fs unix.Statfs_t
 	if err := unix.Statfs(m.Dir, &fs); err != nil {
 		return fmt.Errorf("%s: %w", m.Dir, err)
 	}
 	free := int64(fs.Bavail) * fs.Bsize
 	var st unix.Stat_t
-	if err := unix.Stat(filepath.Join(imageDir, diskFile), &st); err != nil {
+	if err := unix.Stat(image, &st); err != nil {
 		return err
 	}
 	if need := min(m.DiskSize, st.Blocks*512+reserve); free < need {

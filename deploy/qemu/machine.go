@@ -26,6 +26,9 @@ const (
 	qmpSocket    = "qmp.sock"
 	ClaimKeyFile = "claim-key" // what the node is claimed with, if anything
 
+	mediumFile = "medium.iso" // an installation medium, in the machine's folder as in an image's, where it is called isoFile
+	isoFile    = "bulkhead.iso"
+
 	bootFile = "vmlinux" // made from the vmlinuz of the image
 )
 
@@ -47,6 +50,9 @@ type Machine struct {
 	Firmware   string `json:"firmware,omitempty"`
 	SecureBoot bool   `json:"secure_boot,omitempty"` // only what the image's keys have signed is started
 	TPM        bool   `json:"tpm,omitempty"`         // a TPM 2.0 in software, kept with the machine
+
+	// Medium says that the machine has an installation medium attached, as a disk that cannot be written, and at first an empty disk. It needs UEFI.
+	Medium bool `json:"medium,omitempty"`
 
 	Isolated bool     `json:"isolated,omitempty"` // the guest reaches nothing; forwards still work
 	Durable  bool     `json:"durable,omitempty"`  // the disk survives a crash of the host, and is slower
@@ -139,6 +145,8 @@ func (m Machine) Validate() error {
 		return fmt.Errorf("machine %s: firmware %q: want uefi, or nothing to start the kernel directly", m.Name, m.Firmware)
 	case m.SecureBoot && m.Firmware != UEFI:
 		return fmt.Errorf("machine %s: secure boot is a matter of the firmware uefi", m.Name)
+	case m.Medium && m.Firmware != UEFI:
+		return fmt.Errorf("machine %s: an installation medium is started by the firmware uefi", m.Name)
 	case m.Append != "" && m.Firmware == UEFI:
 		return fmt.Errorf("machine %s: append: with the firmware uefi the kernel's command line is part of the signed image", m.Name)
 	case m.Accel != "" && m.Accel != accelKVM && m.Accel != accelTCG:
@@ -162,9 +170,12 @@ func (m Machine) Create(imageDir string, claimKey []byte) (err error) {
 	if m.SecureBoot {
 		files = append(files, certificates...)
 	}
+	if m.Medium {
+		files[0] = isoFile
+	}
 	for _, name := range files {
 		if _, err := os.Stat(filepath.Join(imageDir, name)); err != nil {
-			return fmt.Errorf("%w: \"make image\" makes it", err)
+			return fmt.Errorf("%w: \"make image\" makes it (an ISO: \"make dist\")", err)
 		}
 	}
 	if err := os.MkdirAll(filepath.Dir(m.Dir), 0o755); err != nil {
@@ -180,18 +191,19 @@ func (m Machine) Create(imageDir string, claimKey []byte) (err error) {
 			os.RemoveAll(m.Dir)
 		}
 	}()
-	if err := m.roomFor(imageDir); err != nil {
+	if err := m.roomFor(filepath.Join(imageDir, files[0])); err != nil {
 		return err
 	}
 	for _, name := range files {
-		if err := copySparse(filepath.Join(m.Dir, name), filepath.Join(imageDir, name)); err != nil {
+		to := name
+		if name == isoFile {
+			to = mediumFile
+		}
+		if err := copySparse(filepath.Join(m.Dir, to), filepath.Join(imageDir, name)); err != nil {
 			return err
 		}
 	}
-	if err := errors.Join(m.unpack(), m.makeVars()); err != nil {
-		return err
-	}
-	if err := grow(filepath.Join(m.Dir, diskFile), m.DiskSize); err != nil {
+	if err := errors.Join(m.unpack(), m.makeVars(), m.makeDisk()); err != nil {
 		return err
 	}
 	if len(claimKey) > 0 {
@@ -200,6 +212,29 @@ func (m Machine) Create(imageDir string, claimKey []byte) (err error) {
 		}
 	}
 	return m.save()
+}
+
+// makeDisk gives the disk its size; one that is to be installed to is empty.
+func (m Machine) makeDisk() error {
+	disk := filepath.Join(m.Dir, diskFile)
+	if m.Medium {
+		if err := os.WriteFile(disk, nil, 0o600); err != nil {
+			return err
+		}
+	}
+	return grow(disk, m.DiskSize)
+}
+
+// Eject takes the installation medium out of a machine that is off.
+func (m *Machine) Eject() error {
+	if m.running() != nil {
+		return fmt.Errorf("machine %s is running", m.Name)
+	}
+	m.Medium = false
+	if err := m.save(); err != nil {
+		return err
+	}
+	return os.Remove(filepath.Join(m.Dir, mediumFile))
 }
 
 // unpack makes the kernel that QEMU boots; one that is not understood is booted as it is.

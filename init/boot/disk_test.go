@@ -10,7 +10,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 )
 
-var wanted = [2]guid{
+var wanted = [3]guid{
 	{0x4f, 0x68, 0xbc, 0xe3, 0xe8, 0xcd, 0x4d, 0xb1, 0x96, 0xe7, 0xfb, 0xca, 0xf9, 0x84, 0xb7, 0x09},
 	{0x2c, 0x73, 0x57, 0xed, 0xeb, 0xd2, 0x46, 0xd9, 0xae, 0xc1, 0x23, 0xd4, 0x37, 0xec, 0x2b, 0xf5},
 }
@@ -33,7 +33,7 @@ func diskWith(t testing.TB, guids ...guid) []byte {
 	return disk
 }
 
-func find(disk []byte) ([2]int, error) {
+func find(disk []byte) ([3]int, error) {
 	return locate(bytes.NewReader(disk), 512, uint64(len(disk)/512), wanted)
 }
 
@@ -42,12 +42,22 @@ func TestLocate(t *testing.T) {
 		t.Errorf("text is %s", got)
 	}
 	good := diskWith(t, guid{9}, wanted[0], wanted[1])
-	if got, err := find(good); err != nil || got != [2]int{3, 5} {
+	if got, err := find(good); err != nil || got != [3]int{3, 5} {
 		t.Errorf("got %v, %v; want partitions 3 and 5", got, err)
+	}
+	third := guid{7, 7}
+	for _, c := range []struct {
+		guids []guid
+		want  [3]int
+	}{{[]guid{third, wanted[0], wanted[1]}, [3]int{3, 5, 1}}, {[]guid{{9}, wanted[0], wanted[1]}, [3]int{3, 5, 0}}} {
+		disk := diskWith(t, c.guids...)
+		if got, err := locate(bytes.NewReader(disk), 512, uint64(len(disk)/512), [3]guid{wanted[0], wanted[1], third}); err != nil || got != c.want {
+			t.Errorf("got %v, %v; want %v", got, err, c.want)
+		}
 	}
 	damaged := bytes.Clone(good)
 	damaged[512+60]++
-	if got, err := find(damaged); err != nil || got != [2]int{3, 5} {
+	if got, err := find(damaged); err != nil || got != [3]int{3, 5} {
 		t.Errorf("with a damaged first table: %v, %v; want the one at the end", got, err)
 	}
 	if _, err := find(diskWith(t, wanted[0])); err == nil {

@@ -19,6 +19,7 @@ const (
 	diskLimit = 30 * time.Second      // a disk that takes longer to appear is not there
 	diskNews  = 5 * time.Second       // between two lines about the wait
 	diskPause = 10 * time.Millisecond // between two looks
+	preferred = 3 * time.Second       // that the disk may take which the boot loader came from, when another has the root, too
 )
 
 // first is what the steps of stage 1 pass on.
@@ -135,24 +136,25 @@ func rootHash(line string) (found string, err error) {
 	return found, nil
 }
 
-// find waits until the two partitions are there whose GUIDs follow from the root hash.
+// find waits until the two partitions are there whose GUIDs follow from the root hash. An installation medium and the disk that was made from
+// it both have them: then it is the disk that the boot loader was started from.
 func (s *first) find() error {
 	raw := fromHex(s.hash)
-	want := [2]guid{guid(raw[:16]), guid(raw[16:])}
+	want := [3]guid{guid(raw[:16]), guid(raw[16:]), loaderGUID()}
 	start, news := time.Now(), diskNews
 	for ; ; time.Sleep(diskPause) {
 		s.dog.Feed()
 		disks, _ := os.ReadDir("/sys/class/block")
-		names := ""
+		names, waited := "", time.Since(start)
 		for _, d := range disks {
-			pair, err := partitions(d.Name(), want)
-			if err == nil {
+			pair, booted, err := partitions(d.Name(), want)
+			if err == nil && (booted || want[2] == guid{} || waited > preferred) {
 				s.root, s.tree = pair[0], pair[1]
 				return nil
 			}
 			names += " " + d.Name()
 		}
-		if waited := time.Since(start); waited > diskLimit {
+		if waited > diskLimit {
 			return errors.New("no disk has a partition " + want[0].String() + "; block devices are:" + names)
 		} else if waited > news {
 			news += diskNews
@@ -161,28 +163,43 @@ func (s *first) find() error {
 	}
 }
 
-// partitions returns those of a disk that have these GUIDs.
-func partitions(disk string, want [2]guid) (pair [2]device, err error) {
+// loaderGUID is that of the EFI partition that systemd-boot was started from, by its word; zero if it has none. It only chooses between disks whose
+// roots are the same. The firmware's variables stay mounted: they go along to the root.
+func loaderGUID() (g guid) {
+	unix.Mount("efivarfs", variables, "efivarfs", noExec, "")
+	b, _ := os.ReadFile(variables + "/LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f")
+	text := ""
+	for i := 4; i < len(b); i += 2 { // UTF-16 behind the variable's attributes
+		if c := b[i]; c != '-' && c != 0 {
+			text += string(rune(c))
+		}
+	}
+	copy(g[:], fromHex(text))
+	return g
+}
+
+// partitions returns those of a disk that have the first two of these GUIDs, and whether the third is there, too.
+func partitions(disk string, want [3]guid) (pair [2]device, third bool, err error) {
 	const sys = "/sys/class/block/"
 	f, err := os.Open("/dev/" + strings.ReplaceAll(disk, "!", "/"))
 	if err != nil {
-		return pair, err
+		return pair, false, err
 	}
 	defer f.Close()
 	block := number(sys + disk + "/queue/logical_block_size") // partitions have no queue
 	numbers, err := locate(f, block, number(sys+disk+"/size")*512/max(block, 512), want)
-	for i, n := range numbers {
+	for i := range pair {
 		name := disk
 		if last := disk[len(disk)-1]; last >= '0' && last <= '9' {
 			name += "p"
 		}
-		name += strconv.Itoa(n)
+		name += strconv.Itoa(numbers[i])
 		pair[i] = device{name, text(sys + name + "/dev"), number(sys+name+"/size") * 512}
 		if err == nil && pair[i].dev == "" {
 			err = errors.New(name + " does not show yet")
 		}
 	}
-	return pair, err
+	return pair, numbers[2] != 0, err
 }
 
 // text returns a file's content without the newline, "" if there is none.

@@ -20,9 +20,9 @@ func (g guid) onDisk() guid {
 
 const gptMaximum = 1 << 20 // most bytes of all entries; usual are 16 KiB
 
-// locate returns the numbers, from 1, of the partitions with these unique GUIDs. If the first table is damaged it reads the one at
+// locate returns the numbers, from 1, of the partitions with these unique GUIDs, of which the third need not be there. If the first table is damaged it reads the one at
 // the disk's end. block is the size of the disk's blocks, blocks their number.
-func locate(disk io.ReaderAt, block, blocks uint64, want [2]guid) (numbers [2]int, err error) {
+func locate(disk io.ReaderAt, block, blocks uint64, want [3]guid) (numbers [3]int, err error) {
 	if block < 512 || block > 65536 || block&(block-1) != 0 || blocks < 3 {
 		return numbers, errors.New("not a disk")
 	}
@@ -32,7 +32,7 @@ func locate(disk io.ReaderAt, block, blocks uint64, want [2]guid) (numbers [2]in
 	}
 	for i := 0; err == nil && i < len(entries); i += size {
 		for w := range want {
-			if guid(entries[i+16:i+32]) == want[w].onDisk() {
+			if guid(entries[i+16:i+32]) == want[w].onDisk() && want[w] != (guid{}) {
 				if numbers[w] != 0 {
 					return numbers, errors.New("two partitions are " + want[w].String())
 				}

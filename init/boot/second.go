@@ -65,19 +65,14 @@ func Second(dog *watchdog.Dog) {
 		// Before links appear, which take their own from the defaults.
 		step{"set kernel parameters", func() error { return setParams(false) }, "/proc/sys"},
 		step{"load modules", func() error { return rootModules(false, func() { dog.Find(); dog.Feed() }) }, "/usr/lib/modules: is it of this kernel?"},
-		step{"show what the firmware keeps", firmware, "the firmware"},
+		step{"hand out what the firmware keeps", firmware, "the firmware"},
 		step{"take the claim key", claimKey, "QEMU's fw_cfg entry opt/dev.bulkhead/claim-key, or /usr/share/bulkhead/claim-key"},
 	), dog)
 }
 
-// OnTrial reports whether the boot loader counts this boot: then the version has to prove itself. Without UEFI nothing is counted. The
-// firmware's variables are looked at for this and stay out of everybody's way.
+// OnTrial reports whether the boot loader counts this boot: then the version has to prove itself. Without UEFI nothing is counted.
 func OnTrial() bool {
-	const vars = "/sys/firmware/efi/efivars"
-	if unix.Mount("efivarfs", vars, "efivarfs", noExec|unix.MS_RDONLY, "") == nil {
-		defer unix.Unmount(vars, unix.MNT_DETACH)
-	}
-	_, err := os.Stat(vars + "/LoaderBootCountPath-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f") // systemd-boot's
+	_, err := os.Stat(variables + "/LoaderBootCountPath-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f") // systemd-boot's
 	if err == nil {
 		console.Say("bulkhead: this version is on trial")
 	}
@@ -137,10 +132,11 @@ func Late() {
 	setParams(true)
 }
 
-// firmware mounts the firmware's variables, if there is a firmware that has some, and gives the records of kernel panics that it or
-// the memory kept to machined, which stores them and then deletes them there.
+// variables is where stage 1 mounts the firmware's, if there is a firmware that has some.
+const variables = "/sys/firmware/efi/efivars"
+
+// firmware gives the records of kernel panics that the firmware or the memory kept to machined, which stores them and then deletes them there.
 func firmware() error {
-	unix.Mount("efivarfs", "/sys/firmware/efi/efivars", "efivarfs", noExec, "")
 	if os.Chown("/sys/fs/pstore", int(uid.Machined), int(uid.Machined)) == nil { // none: the kernel keeps no records
 		return os.Chmod("/sys/fs/pstore", 0o700)
 	}

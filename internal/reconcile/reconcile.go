@@ -34,6 +34,8 @@ type System[Spec, State any, Step fmt.Stringer] struct {
 	Apply func(context.Context, Step) error
 	// Conditions are what a look found well or not that no step mends; the names are always the same. It must be pure. It may be nil.
 	Conditions func(State) []*controlv1.Condition
+	// Restart says why the machine has to be restarted now; "" if it need not. It must be pure. It may be nil.
+	Restart func(State) string
 	// Report is called after each round with what was read back; it must not block. It may be nil.
 	Report func(State)
 }
@@ -163,6 +165,9 @@ func (l *Loop[Spec, State, Step]) round(ctx context.Context) bool {
 	}
 	if l.sys.Conditions != nil {
 		st.Conditions = l.sys.Conditions(have)
+	}
+	if l.sys.Restart != nil {
+		st.Restart = l.sys.Restart(have)
 	}
 	if err != nil {
 		st.Error = errs.Text(err)

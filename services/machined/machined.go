@@ -162,6 +162,7 @@ func (d *Daemon) work(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return d.load(ctx) })
 	g.Go(func() error { return d.watchUnits(ctx) })
 	g.Go(func() error { return d.obey(ctx) })
+	g.Go(func() error { return d.heed(ctx) })
 	g.Go(func() error { return d.keepJournal(ctx) })
 }
 

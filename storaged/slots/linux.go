@@ -24,13 +24,16 @@ type Linux struct {
 	sys, dev, proc string // "/sys", "/dev", "/proc", but for tests
 	// edit changes the partition table of a disk in the order that survives a power cut.
 	edit func(disk string, change func(*gpt.Table) error) error
+	// system returns the name of the disk that the root file system is on, "" if that cannot be told.
+	system func() string
 	// notMedia are the names of devices that never hold a bundle: made by others out of disks.
 	notMedia []string
 }
 
-// NewLinux returns the machine's disk. edit must be the one way in which the partition table is written.
-func NewLinux(edit func(disk string, change func(*gpt.Table) error) error) *Linux {
-	return &Linux{"/sys", "/dev", "/proc", edit, []string{"loop", "ram", "zram", "dm-", "md", "mtdblock"}}
+// NewLinux returns the machine's disk. edit must be the one way in which the partition table is written; system returns the name of the disk that
+// the root file system is on.
+func NewLinux(edit func(disk string, change func(*gpt.Table) error) error, system func() string) *Linux {
+	return &Linux{"/sys", "/dev", "/proc", edit, system, []string{"loop", "ram", "zram", "dm-", "md", "mtdblock"}}
 }
 
 // kernel reads what the running kernel was told.
@@ -42,31 +45,44 @@ func (l *Linux) kernel() (kernel, error) {
 	return parseCmdline(string(line))
 }
 
-// find returns the name of the disk that the running root is on, and its table. A clone of the disk is not told apart.
+// find returns the name of the disk that the running root is on, and its table. Several disks may have such a root, as an installation
+// medium and the disk that was made from it: the one in use counts.
 func (l *Linux) find(running bundle.Digest) (disk string, t gpt.Table, err error) {
 	all, err := os.ReadDir(filepath.Join(l.sys, "class/block"))
 	if err != nil {
 		return "", gpt.Table{}, err
 	}
+	system := l.system()
 	for _, e := range all {
 		if _, err := os.Stat(filepath.Join(l.sys, "class/block", e.Name(), "partition")); err == nil {
 			continue
 		}
-		f, err := os.Open(filepath.Join(l.dev, e.Name()))
-		if err != nil {
+		other, err := readTable(filepath.Join(l.dev, e.Name()))
+		if _, ok := other.ByGUID(gpt.GUID(running[:16])); err != nil || !ok || disk != "" && e.Name() != system {
 			continue
 		}
-		_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) // it may have been read before it was changed
-		size, err := f.Seek(0, io.SeekEnd)
-		if err == nil {
-			t, _, err = gpt.Read(f, size)
-		}
-		f.Close()
-		if _, ok := t.ByGUID(gpt.GUID(running[:16])); err == nil && ok {
-			return e.Name(), t, nil
-		}
+		disk, t = e.Name(), other
 	}
-	return "", gpt.Table{}, fmt.Errorf("no disk has a partition with the GUID of the running root %s", running)
+	if disk == "" {
+		return "", gpt.Table{}, fmt.Errorf("no disk has a partition with the GUID of the running root %s", running)
+	}
+	return disk, t, nil
+}
+
+// readTable reads a disk's partition table, as it is now.
+func readTable(path string) (gpt.Table, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return gpt.Table{}, err
+	}
+	defer f.Close()
+	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) // it may have been read before it was changed
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return gpt.Table{}, err
+	}
+	t, _, err := gpt.Read(f, size)
+	return t, err
 }
 
 // Look reads command line and table.

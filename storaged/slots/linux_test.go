@@ -70,7 +70,7 @@ func attach(t *testing.T, content []byte) string {
 func newBench(t *testing.T, running bundle.Digest, disks ...string) *Linux {
 	t.Helper()
 	dir := t.TempDir()
-	l := &Linux{sys: dir + "/sys", dev: "/dev", proc: dir + "/proc"}
+	l := &Linux{sys: dir + "/sys", dev: "/dev", proc: dir + "/proc", system: func() string { return "" }}
 	must(t, errors.Join(os.MkdirAll(dir+"/sys/class/block", 0o755), os.MkdirAll(dir+"/sys/firmware/efi", 0o755), os.Mkdir(dir+"/proc", 0o755)))
 	for _, d := range disks {
 		must(t, os.Symlink("/sys/class/block/"+d, dir+"/sys/class/block/"+d))
@@ -206,7 +206,7 @@ func TestLoop(t *testing.T) {
 }
 
 func TestStrangers(t *testing.T) {
-	l := &Linux{sys: t.TempDir(), dev: "/dev", proc: t.TempDir()}
+	l := &Linux{sys: t.TempDir(), dev: "/dev", proc: t.TempDir(), system: func() string { return "" }}
 	for _, who := range []uid.ID{uid.Apid, uid.Machined, uid.Root} {
 		if _, err := serve(t, l, "0.1.0", who).Get(t.Context(), &slotv1.GetRequest{}, grpc.WaitForReady(false)); err == nil {
 			t.Errorf("%s was let in", who.Name())

@@ -345,7 +345,10 @@ type State struct {
 	// Of the last round; "" if it had none.
 	Error string `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
 	// What the last look found besides the spec: things that no step of the daemon mends. Sorted by name.
-	Conditions    []*Condition `protobuf:"bytes,5,rep,name=conditions,proto3" json:"conditions,omitempty"`
+	Conditions []*Condition `protobuf:"bytes,5,rep,name=conditions,proto3" json:"conditions,omitempty"`
+	// Why the machine has to be restarted now, for the spec to be brought about whole; "" if it need not. machined does it, once the generation is
+	// stored.
+	Restart       string `protobuf:"bytes,6,opt,name=restart,proto3" json:"restart,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -413,6 +416,13 @@ func (x *State) GetConditions() []*Condition {
 		return x.Conditions
 	}
 	return nil
+}
+
+func (x *State) GetRestart() string {
+	if x != nil {
+		return x.Restart
+	}
+	return ""
 }
 
 // Condition is one thing that is well or not, for a person to act on.
@@ -690,7 +700,7 @@ const file_control_v1_control_proto_rawDesc = "" +
 	"\x04spec\x18\x01 \x01(\v2\x10.control.v1.SpecR\x04spec\"(\n" +
 	"\x10PlanSpecResponse\x12\x14\n" +
 	"\x05steps\x18\x01 \x03(\tR\x05steps\"\x13\n" +
-	"\x11WatchStateRequest\"\xac\x01\n" +
+	"\x11WatchStateRequest\"\xc6\x01\n" +
 	"\x05State\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
@@ -700,7 +710,8 @@ const file_control_v1_control_proto_rawDesc = "" +
 	"\x05error\x18\x04 \x01(\tR\x05error\x125\n" +
 	"\n" +
 	"conditions\x18\x05 \x03(\v2\x15.control.v1.ConditionR\n" +
-	"conditions\"9\n" +
+	"conditions\x12\x18\n" +
+	"\arestart\x18\x06 \x01(\tR\arestart\"9\n" +
 	"\tCondition\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\atrouble\x18\x02 \x01(\tR\atrouble\"\x14\n" +

@@ -1032,16 +1032,18 @@ func (*WatchStatusRequest) Descriptor() ([]byte, []int) {
 
 // Status is the storage of the node. Lists are sorted.
 type Status struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Generation    uint64                 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"`
-	Converged     bool                   `protobuf:"varint,2,opt,name=converged,proto3" json:"converged,omitempty"`
-	Pending       []string               `protobuf:"bytes,3,rep,name=pending,proto3" json:"pending,omitempty"`
-	Error         string                 `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
-	Disks         []*Disk                `protobuf:"bytes,5,rep,name=disks,proto3" json:"disks,omitempty"`
-	Partitions    []*Partition           `protobuf:"bytes,6,rep,name=partitions,proto3" json:"partitions,omitempty"`
-	Volumes       []*Volume              `protobuf:"bytes,7,rep,name=volumes,proto3" json:"volumes,omitempty"`
-	Mounts        []*Mount               `protobuf:"bytes,8,rep,name=mounts,proto3" json:"mounts,omitempty"`
-	Tpm           *Tpm                   `protobuf:"bytes,9,opt,name=tpm,proto3" json:"tpm,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Generation uint64                 `protobuf:"varint,1,opt,name=generation,proto3" json:"generation,omitempty"`
+	Converged  bool                   `protobuf:"varint,2,opt,name=converged,proto3" json:"converged,omitempty"`
+	Pending    []string               `protobuf:"bytes,3,rep,name=pending,proto3" json:"pending,omitempty"`
+	Error      string                 `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
+	Disks      []*Disk                `protobuf:"bytes,5,rep,name=disks,proto3" json:"disks,omitempty"`
+	Partitions []*Partition           `protobuf:"bytes,6,rep,name=partitions,proto3" json:"partitions,omitempty"`
+	Volumes    []*Volume              `protobuf:"bytes,7,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	Mounts     []*Mount               `protobuf:"bytes,8,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	Tpm        *Tpm                   `protobuf:"bytes,9,opt,name=tpm,proto3" json:"tpm,omitempty"`
+	// Not there as long as there is no disk to run from.
+	Install       *Install `protobuf:"bytes,10,opt,name=install,proto3" json:"install,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1139,6 +1141,111 @@ func (x *Status) GetTpm() *Tpm {
 	return nil
 }
 
+func (x *Status) GetInstall() *Install {
+	if x != nil {
+		return x.Install
+	}
+	return nil
+}
+
+// Install is how things stand with the disk that the node is to run from.
+type Install struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// For example "/dev/vda".
+	Disk string `protobuf:"bytes,1,opt,name=disk,proto3" json:"disk,omitempty"`
+	// "copying"; "waiting", for the recovery key to be acknowledged; "restarting"; "medium": all is on the disk, but the firmware started something
+	// else; "running": from the disk.
+	State string `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	// What is being done, "copy the root", and how far it is; empty between two steps.
+	Step       string `protobuf:"bytes,3,opt,name=step,proto3" json:"step,omitempty"`
+	DoneBytes  uint64 `protobuf:"varint,4,opt,name=done_bytes,json=doneBytes,proto3" json:"done_bytes,omitempty"`
+	TotalBytes uint64 `protobuf:"varint,5,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	// Of the step: how long it has taken, and how long it probably takes in all; 0: unknown.
+	ElapsedSeconds  uint32 `protobuf:"varint,6,opt,name=elapsed_seconds,json=elapsedSeconds,proto3" json:"elapsed_seconds,omitempty"`
+	ExpectedSeconds uint32 `protobuf:"varint,7,opt,name=expected_seconds,json=expectedSeconds,proto3" json:"expected_seconds,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Install) Reset() {
+	*x = Install{}
+	mi := &file_storage_v1_storage_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Install) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Install) ProtoMessage() {}
+
+func (x *Install) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Install.ProtoReflect.Descriptor instead.
+func (*Install) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Install) GetDisk() string {
+	if x != nil {
+		return x.Disk
+	}
+	return ""
+}
+
+func (x *Install) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Install) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *Install) GetDoneBytes() uint64 {
+	if x != nil {
+		return x.DoneBytes
+	}
+	return 0
+}
+
+func (x *Install) GetTotalBytes() uint64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *Install) GetElapsedSeconds() uint32 {
+	if x != nil {
+		return x.ElapsedSeconds
+	}
+	return 0
+}
+
+func (x *Install) GetExpectedSeconds() uint32 {
+	if x != nil {
+		return x.ExpectedSeconds
+	}
+	return 0
+}
+
 type Tpm struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Present bool                   `protobuf:"varint,1,opt,name=present,proto3" json:"present,omitempty"`
@@ -1157,7 +1264,7 @@ type Tpm struct {
 
 func (x *Tpm) Reset() {
 	*x = Tpm{}
-	mi := &file_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_storage_v1_storage_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1169,7 +1276,7 @@ func (x *Tpm) String() string {
 func (*Tpm) ProtoMessage() {}
 
 func (x *Tpm) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_storage_v1_storage_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1182,7 +1289,7 @@ func (x *Tpm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tpm.ProtoReflect.Descriptor instead.
 func (*Tpm) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Tpm) GetPresent() bool {
@@ -1241,14 +1348,18 @@ type Disk struct {
 	// What is on it: "empty", "gpt", "ext4", "xfs", "luks", "lvm", "mbr", …
 	Content string `protobuf:"bytes,8,opt,name=content,proto3" json:"content,omitempty"`
 	// The running system was started from it.
-	System        bool `protobuf:"varint,9,opt,name=system,proto3" json:"system,omitempty"`
+	System bool `protobuf:"varint,9,opt,name=system,proto3" json:"system,omitempty"`
+	// What no other disk has: "eui.0025…", "naa.5000…".
+	Wwn string `protobuf:"bytes,10,opt,name=wwn,proto3" json:"wwn,omitempty"`
+	// Its medium can be taken out.
+	Removable     bool `protobuf:"varint,11,opt,name=removable,proto3" json:"removable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_storage_v1_storage_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1260,7 +1371,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_storage_v1_storage_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1273,7 +1384,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{22}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Disk) GetDevice() string {
@@ -1339,6 +1450,20 @@ func (x *Disk) GetSystem() bool {
 	return false
 }
 
+func (x *Disk) GetWwn() string {
+	if x != nil {
+		return x.Wwn
+	}
+	return ""
+}
+
+func (x *Disk) GetRemovable() bool {
+	if x != nil {
+		return x.Removable
+	}
+	return false
+}
+
 type Partition struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Device string                 `protobuf:"bytes,1,opt,name=device,proto3" json:"device,omitempty"`
@@ -1356,7 +1481,7 @@ type Partition struct {
 
 func (x *Partition) Reset() {
 	*x = Partition{}
-	mi := &file_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_storage_v1_storage_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1368,7 +1493,7 @@ func (x *Partition) String() string {
 func (*Partition) ProtoMessage() {}
 
 func (x *Partition) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_storage_v1_storage_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1381,7 +1506,7 @@ func (x *Partition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Partition.ProtoReflect.Descriptor instead.
 func (*Partition) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{23}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Partition) GetDevice() string {
@@ -1461,7 +1586,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_storage_v1_storage_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1473,7 +1598,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_storage_v1_storage_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1486,7 +1611,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Volume) GetName() string {
@@ -1564,7 +1689,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_storage_v1_storage_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1576,7 +1701,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_storage_v1_storage_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1589,7 +1714,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Mount) GetSource() string {
@@ -1684,7 +1809,7 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\x1dAcknowledgeRecoveryKeyRequest\" \n" +
 	"\x1eAcknowledgeRecoveryKeyResponse\"\x12\n" +
 	"\x10GetStatusRequest\"\x14\n" +
-	"\x12WatchStatusRequest\"\xd1\x02\n" +
+	"\x12WatchStatusRequest\"\x80\x03\n" +
 	"\x06Status\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
@@ -1698,7 +1823,19 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"partitions\x12,\n" +
 	"\avolumes\x18\a \x03(\v2\x12.storage.v1.VolumeR\avolumes\x12)\n" +
 	"\x06mounts\x18\b \x03(\v2\x11.storage.v1.MountR\x06mounts\x12!\n" +
-	"\x03tpm\x18\t \x01(\v2\x0f.storage.v1.TpmR\x03tpm\"\xa0\x01\n" +
+	"\x03tpm\x18\t \x01(\v2\x0f.storage.v1.TpmR\x03tpm\x12-\n" +
+	"\ainstall\x18\n" +
+	" \x01(\v2\x13.storage.v1.InstallR\ainstall\"\xdb\x01\n" +
+	"\aInstall\x12\x12\n" +
+	"\x04disk\x18\x01 \x01(\tR\x04disk\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x12\n" +
+	"\x04step\x18\x03 \x01(\tR\x04step\x12\x1d\n" +
+	"\n" +
+	"done_bytes\x18\x04 \x01(\x04R\tdoneBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\x05 \x01(\x04R\n" +
+	"totalBytes\x12'\n" +
+	"\x0felapsed_seconds\x18\x06 \x01(\rR\x0eelapsedSeconds\x12)\n" +
+	"\x10expected_seconds\x18\a \x01(\rR\x0fexpectedSeconds\"\xa0\x01\n" +
 	"\x03Tpm\x12\x18\n" +
 	"\apresent\x18\x01 \x01(\bR\apresent\x12\x1a\n" +
 	"\bunusable\x18\x02 \x01(\tR\bunusable\x12\x16\n" +
@@ -1706,7 +1843,7 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\x05owned\x18\x04 \x01(\bR\x05owned\x12\x14\n" +
 	"\x05epoch\x18\x05 \x01(\rR\x05epoch\x12\x1f\n" +
 	"\vimage_epoch\x18\x06 \x01(\rR\n" +
-	"imageEpoch\"\xf8\x01\n" +
+	"imageEpoch\"\xa8\x02\n" +
 	"\x04Disk\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x1d\n" +
 	"\n" +
@@ -1719,7 +1856,10 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"rotational\x18\a \x01(\bR\n" +
 	"rotational\x12\x18\n" +
 	"\acontent\x18\b \x01(\tR\acontent\x12\x16\n" +
-	"\x06system\x18\t \x01(\bR\x06system\"\xd6\x01\n" +
+	"\x06system\x18\t \x01(\bR\x06system\x12\x10\n" +
+	"\x03wwn\x18\n" +
+	" \x01(\tR\x03wwn\x12\x1c\n" +
+	"\tremovable\x18\v \x01(\bR\tremovable\"\xd6\x01\n" +
 	"\tPartition\x12\x16\n" +
 	"\x06device\x18\x01 \x01(\tR\x06device\x12\x12\n" +
 	"\x04disk\x18\x02 \x01(\tR\x04disk\x12\x16\n" +
@@ -1780,7 +1920,7 @@ func file_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_storage_v1_storage_proto_rawDescData
 }
 
-var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_storage_v1_storage_proto_goTypes = []any{
 	(*ChallengeRequest)(nil),               // 0: storage.v1.ChallengeRequest
 	(*ChallengeResponse)(nil),              // 1: storage.v1.ChallengeResponse
@@ -1803,48 +1943,50 @@ var file_storage_v1_storage_proto_goTypes = []any{
 	(*GetStatusRequest)(nil),               // 18: storage.v1.GetStatusRequest
 	(*WatchStatusRequest)(nil),             // 19: storage.v1.WatchStatusRequest
 	(*Status)(nil),                         // 20: storage.v1.Status
-	(*Tpm)(nil),                            // 21: storage.v1.Tpm
-	(*Disk)(nil),                           // 22: storage.v1.Disk
-	(*Partition)(nil),                      // 23: storage.v1.Partition
-	(*Volume)(nil),                         // 24: storage.v1.Volume
-	(*Mount)(nil),                          // 25: storage.v1.Mount
+	(*Install)(nil),                        // 21: storage.v1.Install
+	(*Tpm)(nil),                            // 22: storage.v1.Tpm
+	(*Disk)(nil),                           // 23: storage.v1.Disk
+	(*Partition)(nil),                      // 24: storage.v1.Partition
+	(*Volume)(nil),                         // 25: storage.v1.Volume
+	(*Mount)(nil),                          // 26: storage.v1.Mount
 }
 var file_storage_v1_storage_proto_depIdxs = []int32{
 	2,  // 0: storage.v1.ChallengeResponse.challenges:type_name -> storage.v1.Challenge
 	5,  // 1: storage.v1.ListKeysResponse.keys:type_name -> storage.v1.Key
 	5,  // 2: storage.v1.AddKeyResponse.key:type_name -> storage.v1.Key
 	5,  // 3: storage.v1.RotateKeyResponse.key:type_name -> storage.v1.Key
-	22, // 4: storage.v1.Status.disks:type_name -> storage.v1.Disk
-	23, // 5: storage.v1.Status.partitions:type_name -> storage.v1.Partition
-	24, // 6: storage.v1.Status.volumes:type_name -> storage.v1.Volume
-	25, // 7: storage.v1.Status.mounts:type_name -> storage.v1.Mount
-	21, // 8: storage.v1.Status.tpm:type_name -> storage.v1.Tpm
-	5,  // 9: storage.v1.Volume.keys:type_name -> storage.v1.Key
-	18, // 10: storage.v1.Storage.GetStatus:input_type -> storage.v1.GetStatusRequest
-	19, // 11: storage.v1.Storage.WatchStatus:input_type -> storage.v1.WatchStatusRequest
-	0,  // 12: storage.v1.Unlock.Challenge:input_type -> storage.v1.ChallengeRequest
-	3,  // 13: storage.v1.Unlock.Unlock:input_type -> storage.v1.UnlockRequest
-	6,  // 14: storage.v1.Keys.ListKeys:input_type -> storage.v1.ListKeysRequest
-	8,  // 15: storage.v1.Keys.AddKey:input_type -> storage.v1.AddKeyRequest
-	10, // 16: storage.v1.Keys.RemoveKey:input_type -> storage.v1.RemoveKeyRequest
-	12, // 17: storage.v1.Keys.RotateKey:input_type -> storage.v1.RotateKeyRequest
-	14, // 18: storage.v1.Keys.GetRecoveryKey:input_type -> storage.v1.GetRecoveryKeyRequest
-	16, // 19: storage.v1.Keys.AcknowledgeRecoveryKey:input_type -> storage.v1.AcknowledgeRecoveryKeyRequest
-	20, // 20: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
-	20, // 21: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
-	1,  // 22: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
-	4,  // 23: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
-	7,  // 24: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
-	9,  // 25: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
-	11, // 26: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
-	13, // 27: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
-	15, // 28: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
-	17, // 29: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
-	20, // [20:30] is the sub-list for method output_type
-	10, // [10:20] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	23, // 4: storage.v1.Status.disks:type_name -> storage.v1.Disk
+	24, // 5: storage.v1.Status.partitions:type_name -> storage.v1.Partition
+	25, // 6: storage.v1.Status.volumes:type_name -> storage.v1.Volume
+	26, // 7: storage.v1.Status.mounts:type_name -> storage.v1.Mount
+	22, // 8: storage.v1.Status.tpm:type_name -> storage.v1.Tpm
+	21, // 9: storage.v1.Status.install:type_name -> storage.v1.Install
+	5,  // 10: storage.v1.Volume.keys:type_name -> storage.v1.Key
+	18, // 11: storage.v1.Storage.GetStatus:input_type -> storage.v1.GetStatusRequest
+	19, // 12: storage.v1.Storage.WatchStatus:input_type -> storage.v1.WatchStatusRequest
+	0,  // 13: storage.v1.Unlock.Challenge:input_type -> storage.v1.ChallengeRequest
+	3,  // 14: storage.v1.Unlock.Unlock:input_type -> storage.v1.UnlockRequest
+	6,  // 15: storage.v1.Keys.ListKeys:input_type -> storage.v1.ListKeysRequest
+	8,  // 16: storage.v1.Keys.AddKey:input_type -> storage.v1.AddKeyRequest
+	10, // 17: storage.v1.Keys.RemoveKey:input_type -> storage.v1.RemoveKeyRequest
+	12, // 18: storage.v1.Keys.RotateKey:input_type -> storage.v1.RotateKeyRequest
+	14, // 19: storage.v1.Keys.GetRecoveryKey:input_type -> storage.v1.GetRecoveryKeyRequest
+	16, // 20: storage.v1.Keys.AcknowledgeRecoveryKey:input_type -> storage.v1.AcknowledgeRecoveryKeyRequest
+	20, // 21: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
+	20, // 22: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
+	1,  // 23: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
+	4,  // 24: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
+	7,  // 25: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
+	9,  // 26: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
+	11, // 27: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
+	13, // 28: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
+	15, // 29: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
+	17, // 30: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
+	21, // [21:31] is the sub-list for method output_type
+	11, // [11:21] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_storage_v1_storage_proto_init() }
@@ -1858,7 +2000,7 @@ func file_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_storage_v1_storage_proto_rawDesc), len(file_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   3,
 		},
