@@ -31,6 +31,7 @@ type linux struct {
 	runtime        string // folder that lives as long as the machine runs
 	vault          *vault.Vault
 
+	wiped  sync.Map   // VolumeName to wipe.How, of volumes that were destroyed since the start of this process
 	tables sync.Mutex // held while a partition table is read, changed and written: slots are labelled beside the loop
 }
 
@@ -48,7 +49,7 @@ func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), u
 
 // Read looks at everything. It changes nothing but the word for trustd, and may be called by several goroutines.
 func (l *linux) Read(context.Context) (State, error) {
-	s := State{Volumes: map[VolumeName]Space{}, Entries: map[VolumeName]map[string]found{}, TPM: l.vault.Machine()}
+	s := State{Volumes: map[VolumeName]Space{}, Entries: map[VolumeName]map[string]found{}, TPM: l.vault.Machine(), Reset: l.held()}
 	var err error
 	if s.Mounts, err = l.mounts(); err != nil {
 		return State{}, err
@@ -128,6 +129,8 @@ func (l *linux) Do(ctx context.Context, s Step) error {
 		return l.growFS(s)
 	case opEntry:
 		return l.entry(s)
+	case opHold, opRelease, opDoom, opLeave, opDestroy, opDrop, opRemoveOS:
+		return l.reset(s)
 	}
 	return l.locks(ctx, s)
 }

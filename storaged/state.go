@@ -18,6 +18,7 @@ type State struct {
 	// Entries has, for every mounted volume, what is in the place of each of its entries; see found.
 	Entries map[VolumeName]map[string]found
 	TPM     vault.Machine
+	Reset   bool // the node is being reset: nothing is made, opened or mounted until it restarts
 }
 
 // Disk is one whole disk.

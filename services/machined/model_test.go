@@ -286,6 +286,26 @@ func (m *modelInit) did() []string {
 	return slices.Clone(m.orders)
 }
 
+func (m *modelInit) Start(unit string) error {
+	m.set(unit, "up")
+	return m.order("start " + unit)
+}
+
+func (m *modelInit) Stop(unit string) error {
+	m.set(unit, "down")
+	return m.order("stop " + unit)
+}
+
+func (m *modelInit) set(unit, state string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range m.units {
+		if m.units[i].Name == unit {
+			m.units[i].State = state
+		}
+	}
+}
+
 func (m *modelInit) Restart(unit string) error { return m.order("restart " + unit) }
 func (m *modelInit) Reboot() error             { return m.order("reboot") }
 func (m *modelInit) PowerOff() error           { return m.order("power off") }
