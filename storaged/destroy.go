@@ -83,7 +83,7 @@ func (l *linux) leave(s Step) error {
 	if m.Device == "" {
 		return nil
 	}
-	return l.vault.Close(string(s.Volume))
+	return l.close(s.Volume)
 }
 
 // shutdown is the ioctl EXT4_IOC_SHUTDOWN (linux/fs/ext4/ext4.h) without a flush of the log: the file system does no I/O any more.

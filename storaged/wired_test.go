@@ -57,8 +57,13 @@ func (f *fake) Wiped(v VolumeName) wipe.How {
 }
 
 // serve runs a storaged on a model; callers are whom who says.
-func serve(t *testing.T, m *model, who uid.ID) *grpc.ClientConn {
-	return serveKernel(t, &fake{m: m}, noVault(t.TempDir()), t.TempDir(), func(net.Conn) (uid.ID, error) { return who, nil })
+func serve(t *testing.T, m *model, caller uid.ID) *grpc.ClientConn {
+	return serveKernel(t, &fake{m: m}, noVault(t.TempDir()), t.TempDir(), who(caller))
+}
+
+// who says that all callers are one.
+func who(id uid.ID) func(net.Conn) (uid.ID, error) {
+	return func(net.Conn) (uid.ID, error) { return id, nil }
 }
 
 // serveKernel runs a storaged on a kernel with a vault of its own; folder is storaged's on STATE.

@@ -24,6 +24,8 @@ const (
 	resetFile = "reset"
 	// memberTime bounds the question whether the node is one of several.
 	memberTime = 10 * time.Second
+	// lockTime is how long the end of an apply is waited for.
+	lockTime = 5 * time.Second
 	// drainTime is longer than any unit may take to stop; PID 1 kills it before.
 	drainTime = 45 * time.Second
 	// destroyTries is how often storaged is asked again if it is started anew meanwhile.
@@ -69,9 +71,10 @@ func (s *machineServer) Reset(r *machinev1.ResetRequest, stream grpc.ServerStrea
 	if now, _ := d.running.Get(); now.Number != 0 && r.GetNode() != now.set.Machine.Hostname || now.Number == 0 && r.GetNode() != "" {
 		return errs.New(errs.Invalid, "node: %.64q is not the name of this node, and nothing was changed: its name is %q", r.GetNode(), nameOf(now))
 	}
-	select {
-	case d.apply <- struct{}{}:
-	default:
+	ctx, cancel := context.WithTimeout(stream.Context(), lockTime)
+	defer cancel()
+	unlock, err := d.lock(ctx)
+	if err != nil {
 		return errs.New(errs.Unavailable, "an apply or a reset runs already; try again")
 	}
 	start := time.Now()
@@ -83,7 +86,7 @@ func (s *machineServer) Reset(r *machinev1.ResetRequest, stream grpc.ServerStrea
 	run.say = func(step string) { send(&machinev1.ResetProgress{Step: step}) }
 	facts, err := run.all(context.WithoutCancel(stream.Context()))
 	if err != nil && !run.begun {
-		<-d.apply
+		unlock()
 		return err
 	}
 	if err == nil {
