@@ -141,7 +141,7 @@ func (l *linux) locks(ctx context.Context, s Step) error {
 	case opCap:
 		return l.vault.Cap()
 	case opClose:
-		return l.vault.Close(string(s.Volume))
+		return l.close(s.Volume)
 	}
 	p, t, err := l.target(s)
 	if err != nil {
@@ -179,6 +179,13 @@ func (l *linux) locks(ctx context.Context, s Step) error {
 		return err
 	}
 	return fmt.Errorf("unknown step %q", s.Op)
+}
+
+// close takes the open device of a volume away, when nobody looks at it.
+func (l *linux) close(v VolumeName) error {
+	l.looks.Lock()
+	defer l.looks.Unlock()
+	return l.vault.Close(string(v))
 }
 
 // luks makes an encrypted volume.

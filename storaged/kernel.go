@@ -37,7 +37,9 @@ type linux struct {
 	mu       sync.Mutex
 	progress Progress // guarded by mu; of the installation
 
-	tables sync.Mutex // held while a partition table is read, changed and written: slots are labelled beside the loop
+	wiped  sync.Map     // VolumeName to wipe.How, of volumes that were destroyed since the start of this process
+	looks  sync.RWMutex // held for reading while devices are looked at: one that is being looked at cannot be closed
+	tables sync.Mutex   // held while a partition table is read, changed and written: slots are labelled beside the loop
 }
 
 func newLinux(log *slog.Logger, v *vault.Vault) *linux {
@@ -56,7 +58,9 @@ func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), u
 
 // Read looks at everything. It changes nothing but the word for trustd, and may be called by several goroutines.
 func (l *linux) Read(context.Context) (State, error) {
-	s := State{Volumes: map[VolumeName]Space{}, Entries: map[VolumeName]map[string]found{}, TPM: l.vault.Machine()}
+	l.looks.RLock()
+	defer l.looks.RUnlock()
+	s := State{Volumes: map[VolumeName]Space{}, Entries: map[VolumeName]map[string]found{}, TPM: l.vault.Machine(), Reset: l.held()}
 	var err error
 	if s.Mounts, err = l.mounts(); err != nil {
 		return State{}, err
@@ -145,6 +149,8 @@ func (l *linux) Do(ctx context.Context, s Step) error {
 		return l.growFS(s)
 	case opEntry:
 		return l.entry(s)
+	case opHold, opRelease, opDoom, opLeave, opDestroy, opDrop, opRemoveOS:
+		return l.reset(s)
 	}
 	return l.locks(ctx, s)
 }

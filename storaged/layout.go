@@ -27,6 +27,10 @@ const (
 // Bits 48 to 63 belong to the partition's type, and the type is ours.
 const unformatted uint64 = 1 << 48
 
+// doomed is set in the same place when a volume is to be destroyed. It is never opened or mounted again, and storaged destroys it as soon as it sees
+// it, whatever the configuration says.
+const doomed uint64 = 1 << 49
+
 // VolumeName is "STATE" or "VAR", as in the partition table.
 type VolumeName string
 

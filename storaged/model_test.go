@@ -9,6 +9,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/layout"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
+	"github.com/bulkhead-os/bulkhead/storaged/wipe"
 )
 
 // model is a machine made of a State: it does steps as linux does, and keeps account of what is lost.
@@ -16,6 +17,8 @@ type model struct {
 	State
 	lost   []string                    // what steps destroyed
 	inside map[VolumeName]probe.Result // of encrypted volumes that are locked
+	wiped  map[VolumeName]wipe.How     // how volumes were destroyed
+	open   map[VolumeName]bool         // files of somebody's are open on the volume
 }
 
 func (m *model) disk(device string) *Disk {
@@ -50,6 +53,10 @@ func (m *model) do(s Step) error {
 		m.TPM.Capped = true
 		return nil
 	}
+	if s.Op == opHold || s.Op == opRelease {
+		m.Reset = s.Op == opHold
+		return nil
+	}
 	d := m.disk(s.Disk)
 	if d == nil {
 		return fmt.Errorf("no disk %s", s.Disk)
@@ -67,6 +74,11 @@ func (m *model) do(s Step) error {
 		return nil
 	case opLay, opRoot, opBoot, opDone:
 		return m.doInstall(d, s)
+	case opDoom, opDrop:
+		return m.doTable(d, s)
+	case opRemoveOS:
+		d.HasTable, d.Content, d.Partitions = false, probe.Result{Kind: probe.Empty}, nil
+		return nil
 	case opAdd:
 		if d.Tail.Data() {
 			m.lost = append(m.lost, d.Tail.String())
@@ -79,6 +91,48 @@ func (m *model) do(s Step) error {
 		return d.fits()
 	}
 	return m.doPartition(d, s)
+}
+
+// doTable marks volumes, or takes marked ones out.
+func (m *model) doTable(d *Disk, s Step) error {
+	t := d.table()
+	if s.Op == opDoom {
+		doom(&t)
+		for i := range t.Partitions {
+			d.Partitions[i].Attributes = t.Partitions[i].Attributes
+		}
+		return nil
+	}
+	gone := drop(&t)
+	for _, p := range d.Partitions {
+		if slices.Contains(gone, p.Number) && (p.Busy || p.Content.Kind != probe.Empty) {
+			return fmt.Errorf("%s is taken off the disk, but not destroyed", p.describe())
+		}
+	}
+	d.Partitions = slices.DeleteFunc(slices.Clone(d.Partitions), func(p Partition) bool { return slices.Contains(gone, p.Number) })
+	return nil
+}
+
+// doReset leaves or destroys a volume.
+func (m *model) doReset(p *Partition, s Step) error {
+	if p.Attributes&doomed == 0 {
+		return fmt.Errorf("%s is not marked", p.describe())
+	}
+	v := volumeNamed(s.Volume)
+	if s.Op == opLeave {
+		if m.open[s.Volume] {
+			return nil
+		}
+		m.Mounts = slices.DeleteFunc(slices.Clone(m.Mounts), func(x Mount) bool { return x.Target == v.target && (x.Dev == p.Dev || x.Dev == p.Map.Dev) })
+		p.Map, p.Busy = Map{}, false
+		return nil
+	}
+	if m.wiped == nil {
+		m.wiped = map[VolumeName]wipe.How{}
+	}
+	m.wiped[s.Volume] = wipe.Kept
+	p.Content, p.LUKS = probe.Result{Kind: probe.Empty}, vault.Header{}
+	return nil
 }
 
 func (m *model) doPartition(d *Disk, s Step) error {
@@ -103,6 +157,8 @@ func (m *model) doPartition(d *Disk, s Step) error {
 	case opGrow:
 		p.Last = uint64((s.Start+s.Size)/512) - 1
 		return d.fits()
+	case opLeave, opDestroy:
+		return m.doReset(p, s)
 	case opTell:
 		p.Device, p.Dev = s.Device, s.Device
 		p.KernelStart, p.KernelSize = p.Start(), p.Size()
@@ -258,7 +314,7 @@ func (m *model) doInstall(d *Disk, s Step) error {
 // boot forgets what a restart of the machine forgets; the kernel reads the tables anew.
 func (m *model) boot() {
 	m.Mounts, m.Entries = nil, map[VolumeName]map[string]found{}
-	m.TPM.Capped = false
+	m.TPM.Capped, m.Reset, m.open = false, false, nil
 	m.Install.Began = false
 	if m.inside == nil {
 		m.inside = map[VolumeName]probe.Result{}
@@ -285,7 +341,7 @@ func (m *model) boot() {
 
 // clone copies everything that steps change.
 func (m *model) clone() *model {
-	c := &model{State: m.State, lost: slices.Clone(m.lost), inside: maps.Clone(m.inside)}
+	c := &model{State: m.State, lost: slices.Clone(m.lost), inside: maps.Clone(m.inside), wiped: maps.Clone(m.wiped), open: maps.Clone(m.open)}
 	c.Disks = slices.Clone(m.Disks)
 	for i := range c.Disks {
 		c.Disks[i].Partitions = slices.Clone(c.Disks[i].Partitions)

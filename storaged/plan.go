@@ -14,19 +14,36 @@ import (
 
 // planBare returns the steps before there is a spec: volumes that are there already are mounted, because machined's
 // configuration lies on one of them. Nothing is written to a partition table and nothing is formatted.
+//
+// There is one exception: a reset that was begun goes on.
 func planBare(have State) ([]Step, error) {
+	steps := planReset(have)
+	if have.Reset {
+		return steps, nil
+	}
 	home, err := have.home("")
 	if home == nil || err != nil {
-		return nil, err
+		return steps, err
 	}
 	p := planner{have: have, disk: *home}
 	p.use(false)
-	return p.steps, p.err()
+	return append(steps, p.steps...), p.err()
 }
 
 // plan returns the steps that lead to the spec, and why there is no way if there is none; then the steps still are worth doing:
 // a disk that cannot be made larger is no reason not to mount it. Equal inputs give equal steps.
+//
+// While the node is being reset it wants nothing any more.
 func plan(want config.Storage, have State) ([]Step, error) {
+	steps := planReset(have)
+	if target, err := have.target(want.Disk); have.Reset || err == nil && len(steps) > 0 && len(target.doomed()) > 0 {
+		return steps, nil // the rest is seen when that is done
+	}
+	more, err := planVolumes(want, have)
+	return append(steps, more...), err
+}
+
+func planVolumes(want config.Storage, have State) ([]Step, error) {
 	if want.Filesystem != "" && want.Filesystem != "ext4" {
 		return nil, errs.New(errs.Invalid, "Storage.filesystem: %q is not known; \"ext4\" is", want.Filesystem)
 	}
@@ -123,11 +140,12 @@ func (s State) home(prefer string) (*Disk, error) {
 	return best, nil
 }
 
+// volume returns the partition of a volume, if there is one that may be used.
 func (d Disk) volume(v volume) (Partition, bool) {
 	if !d.HasTable {
 		return Partition{}, false
 	}
-	i := slices.IndexFunc(d.Partitions, func(p Partition) bool { return v.owns(p.Partition) })
+	i := slices.IndexFunc(d.Partitions, func(p Partition) bool { return v.owns(p.Partition) && p.Attributes&doomed == 0 })
 	if i < 0 {
 		return Partition{}, false
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
+	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	"github.com/bulkhead-os/bulkhead/internal/bundle"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -20,8 +21,11 @@ import (
 // releaseKeys is where the image has the keys whose bundles it takes.
 const releaseKeys = "/usr/share/bulkhead/release.pub"
 
-// slotCallers says who may fill slots.
-var slotCallers = peer.List{slotv1.Slots_ServiceDesc.ServiceName: {uid.Updated}}
+// callers are those besides apid and machined's Control: who may fill slots, and who may end it all.
+var callers = peer.List{
+	slotv1.Slots_ServiceDesc.ServiceName:       {uid.Updated},
+	storagev1.Disposal_ServiceDesc.ServiceName: {uid.Machined},
+}
 
 // newSlots returns the service for updated. The table is edited by the same function as for volumes, which takes one edit at a time.
 func newSlots(l *linux, log *slog.Logger) *slots.Server {

@@ -19,6 +19,7 @@ type State struct {
 	Entries map[VolumeName]map[string]found
 	TPM     vault.Machine
 	Install Installation
+	Reset   bool // the node is being reset: nothing is made, opened or mounted until it restarts
 }
 
 // Installation is what was seen of one that this machine may be in.

@@ -37,6 +37,14 @@ const (
 	opKey     Op = "luks key"    // adds a key that Storage.keys wants
 	opCap     Op = "tpm cap"     // from here on nothing opens by the TPM
 	opOwner   Op = "tpm owner"   // sets the TPM owner's authorisation
+
+	opHold     Op = "reset hold"   // from here on the loop uses no volume
+	opRelease  Op = "reset cancel" // takes that back
+	opDoom     Op = "reset begin"  // marks a disk's volumes to be destroyed: the moment
+	opLeave    Op = "leave"        // unmounts and closes a volume, or lets its file system write no more
+	opDestroy  Op = "destroy"      // a volume's keys and, where the disk can, all of it
+	opDrop     Op = "gpt drop"     // takes destroyed volumes out of the table
+	opRemoveOS Op = "remove the system"
 )
 
 // A Step is one change. Fields that its Op does not need are zero.
@@ -88,8 +96,10 @@ func (s Step) String() string {
 		return fmt.Sprintf("partition %s at %s size %s", s.Device, sizeText(s.Start), sizeText(s.Size))
 	case opEntry:
 		return s.Entry.String()
-	case opCap, opOwner:
+	case opCap, opOwner, opHold, opRelease:
 		return string(s.Op)
+	case opDoom, opDrop, opRemoveOS:
+		return fmt.Sprintf("%s on %s", s.Op, s.Disk)
 	}
 	v := volumeNamed(s.Volume)
 	switch s.Op {

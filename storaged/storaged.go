@@ -27,6 +27,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/storaged/slots"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
+	"github.com/bulkhead-os/bulkhead/storaged/wipe"
 )
 
 // Config is fixed for the life of the process.
@@ -43,6 +44,8 @@ type kernel interface {
 	Read(context.Context) (State, error)
 	Do(context.Context, Step) error
 	Watch(ctx context.Context, wake func()) error
+	// Wiped says how a volume's data were destroyed in this process; "" if they were not.
+	Wiped(VolumeName) wipe.How
 }
 
 // Daemon is storaged. Make it with New; Run must be called once.
@@ -116,10 +119,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 }
 
 func (d *Daemon) serve(ctx context.Context) error {
-	return daemon.Serve(ctx, d.env, slotCallers, func(s *grpc.Server) {
+	return daemon.Serve(ctx, d.env, callers, func(s *grpc.Server) {
 		storagev1.RegisterStorageServer(s, &server{d: d})
 		storagev1.RegisterUnlockServer(s, unlockServer{d: d})
 		storagev1.RegisterKeysServer(s, keyServer{d: d})
+		storagev1.RegisterDisposalServer(s, disposalServer{d: d})
 		if d.slots != nil {
 			slotv1.RegisterSlotsServer(s, d.slots)
 		}

@@ -22,6 +22,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
+	"github.com/bulkhead-os/bulkhead/storaged/wipe"
 )
 
 var probeEmpty = probe.Result{Kind: probe.Empty}
@@ -49,9 +50,20 @@ func (f *fake) Watch(ctx context.Context, _ func()) error {
 	return ctx.Err()
 }
 
+func (f *fake) Wiped(v VolumeName) wipe.How {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.m.wiped[v]
+}
+
 // serve runs a storaged on a model; callers are whom who says.
-func serve(t *testing.T, m *model, who uid.ID) *grpc.ClientConn {
-	return serveKernel(t, &fake{m: m}, noVault(t.TempDir()), t.TempDir(), func(net.Conn) (uid.ID, error) { return who, nil })
+func serve(t *testing.T, m *model, caller uid.ID) *grpc.ClientConn {
+	return serveKernel(t, &fake{m: m}, noVault(t.TempDir()), t.TempDir(), who(caller))
+}
+
+// who says that all callers are one.
+func who(id uid.ID) func(net.Conn) (uid.ID, error) {
+	return func(net.Conn) (uid.ID, error) { return id, nil }
 }
 
 // serveKernel runs a storaged on a kernel with a vault of its own; folder is storaged's on STATE.

@@ -21,6 +21,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
@@ -92,13 +93,16 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.loop.Run(ctx) })
 	g.Go(func() error { return d.kernel.Watch(ctx, d.loop.Wake) })
 	g.Go(func() error {
-		return daemon.Serve(ctx, d.env, nil, func(s *grpc.Server) {
+		return daemon.Serve(ctx, d.env, callers, func(s *grpc.Server) {
 			etcdv1.RegisterEtcdServer(s, &server{d: d})
 			controlv1.RegisterControlServer(s, &reconcile.Control[spec, State, Step]{Loop: d.loop, Metrics: d.env.Metrics})
 		})
 	})
 	return g.Wait()
 }
+
+// callers are those besides apid: machined asks whether the node is one of several before it resets it.
+var callers = peer.List{etcdv1.Etcd_GetStatus_FullMethodName: {uid.Apid, uid.Machined}}
 
 // parse reads the sections Machine and Cluster.
 func parse(documents []byte) (spec, error) {

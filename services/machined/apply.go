@@ -35,6 +35,12 @@ func (d *Daemon) lock(ctx context.Context) (func(), error) {
 
 // load waits for STATE and hands out what it holds. It returns ctx's error.
 func (d *Daemon) load(ctx context.Context) error {
+	if d.resetting.Load() {
+		if _, err := d.lock(ctx); err != nil {
+			return ctx.Err()
+		}
+		return d.resumeReset(ctx)
+	}
 	said := ""
 	for {
 		unlock, err := d.lock(ctx)
@@ -64,6 +70,9 @@ func (d *Daemon) open() (bool, error) {
 	defer d.mu.Unlock()
 	if d.store != nil {
 		return true, nil
+	}
+	if d.resetting.Load() {
+		return false, errs.New(errs.Unavailable, "the node is being reset")
 	}
 	folder, err := d.cfg.host.State()
 	if errors.Is(err, fs.ErrNotExist) {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"strconv"
@@ -18,6 +19,9 @@ import (
 	grpcstatus "google.golang.org/grpc/status"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/bulkhead-os/bulkhead/services/machined/store"
@@ -147,4 +151,34 @@ func (c conn) Plan(ctx context.Context, s *controlv1.Spec) ([]string, error) {
 func (c conn) Metrics(ctx context.Context) ([]*controlv1.Family, error) {
 	r, err := c.client.ReadMetrics(ctx, &controlv1.ReadMetricsRequest{})
 	return r.GetFamilies(), err
+}
+
+// distant are the daemons that a reset needs, over their sockets.
+type distant struct {
+	etcd    etcdv1.EtcdClient
+	storage storagev1.DisposalClient
+}
+
+func (d *distant) Members(ctx context.Context) (int, error) {
+	s, err := d.etcd.GetStatus(ctx, &etcdv1.GetStatusRequest{})
+	return len(s.GetMembers()), err
+}
+
+func (d *distant) Destroy(ctx context.Context, removeOS, force bool, say func(string, bool)) ([]string, error) {
+	stream, err := d.storage.Destroy(ctx, &storagev1.DestroyRequest{RemoveOs: removeOS, Force: force})
+	if err != nil {
+		return nil, err
+	}
+	for {
+		p, err := stream.Recv()
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil, errs.New(errs.Unavailable, "it ended without a last word")
+		case err != nil:
+			return nil, err
+		case len(p.GetFacts()) > 0:
+			return p.GetFacts(), nil
+		}
+		say(p.GetStep(), p.GetBegun())
+	}
 }

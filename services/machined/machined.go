@@ -20,7 +20,9 @@ import (
 	"google.golang.org/grpc"
 
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
+	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
@@ -49,6 +51,8 @@ type Config struct {
 	init  initd
 	facts func() security.Facts // how the kernel and the machine are hardened
 	links map[string]link       // to every daemon of recipients
+
+	others others // that a reset needs
 }
 
 // Daemon is machined.
@@ -65,7 +69,8 @@ type Daemon struct {
 	journal boots.Journal
 	since   atomic.Int64 // when the kernel's lines begin that the journal does not have yet, in nanoseconds as time.Time.UnixNano has them
 
-	answered atomic.Bool // a call with credentials has come through apid since the start of this process
+	resetting atomic.Bool // STATE is not to be used any more
+	answered  atomic.Bool // a call with credentials has come through apid since the start of this process
 
 	mu      sync.Mutex
 	store   *store.Store         // guarded by mu; nil until STATE is there
@@ -100,6 +105,8 @@ func Run(ctx context.Context, env daemon.Env) error {
 		host: linux{}, past: &linuxPast{}, init: pid1, links: map[string]link{},
 		facts: func() security.Facts { return security.Read("/") },
 	}
+	far := &distant{}
+	cfg.others = far
 	for _, r := range recipients {
 		l, err := dial(r.daemon)
 		if err != nil {
@@ -107,6 +114,12 @@ func Run(ctx context.Context, env daemon.Env) error {
 		}
 		defer l.conn.Close()
 		cfg.links[r.daemon] = l
+		switch r.daemon {
+		case storaged:
+			far.storage = storagev1.NewDisposalClient(l.conn)
+		case "etcdd":
+			far.etcd = etcdv1.NewEtcdClient(l.conn)
+		}
 	}
 	d, err := New(cfg)
 	if err != nil {
@@ -136,6 +149,7 @@ func New(cfg Config) (*Daemon, error) {
 		logs:    map[string]*logs.Log{}, state: map[string]string{},
 	}
 	ev.log.Tap = func(at time.Time, text string) { d.journal.Add(at, "events", strings.ReplaceAll(text, "\t", " ")) }
+	d.resetting.Store(d.inReset())
 	for _, r := range recipients {
 		l := cfg.links[r.daemon]
 		if l == nil {

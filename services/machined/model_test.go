@@ -39,11 +39,12 @@ type node struct {
 	past    *modelPast
 	facts   security.Facts
 	runtime string
+	others  *modelOthers
 }
 
 func newNode(t *testing.T) *node {
 	n := &node{t: t, links: map[string]*modelLink{}, init: &modelInit{watch: make(chan initctl.Status, 64)}, host: &modelHost{files: map[string][]byte{}}, runtime: t.TempDir(),
-		past: &modelPast{id: "boot-a", folder: t.TempDir()}, facts: hardened()}
+		past: &modelPast{id: "boot-a", folder: t.TempDir()}, facts: hardened(), others: &modelOthers{}}
 	for _, r := range recipients {
 		n.links[r.daemon] = newModelLink()
 		n.init.units = append(n.init.units, initctl.Status{Name: r.daemon, State: "up", PID: 10, Since: time.Now()})
@@ -57,7 +58,7 @@ func (n *node) start() (*Daemon, func()) {
 	n.t.Helper()
 	cfg := Config{
 		Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("machined"), Runtime: n.runtime,
-		host: n.host, past: n.past, init: n.init, links: map[string]link{}, facts: func() security.Facts { return n.facts },
+		host: n.host, past: n.past, init: n.init, links: map[string]link{}, facts: func() security.Facts { return n.facts }, others: n.others,
 	}
 	for name, l := range n.links {
 		cfg.links[name] = l
@@ -284,6 +285,26 @@ func (m *modelInit) did() []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.Clone(m.orders)
+}
+
+func (m *modelInit) Start(unit string) error {
+	m.set(unit, "up")
+	return m.order("start " + unit)
+}
+
+func (m *modelInit) Stop(unit string) error {
+	m.set(unit, "down")
+	return m.order("stop " + unit)
+}
+
+func (m *modelInit) set(unit, state string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range m.units {
+		if m.units[i].Name == unit {
+			m.units[i].State = state
+		}
+	}
 }
 
 func (m *modelInit) Restart(unit string) error { return m.order("restart " + unit) }

@@ -19,6 +19,8 @@ type initd interface {
 	Status() ([]initctl.Status, error)
 	Watch(context.Context, func(initctl.Status)) error
 	Logs(unit string) (*os.File, error)
+	Start(unit string) error
+	Stop(unit string) error
 	Restart(unit string) error
 	Reboot() error
 	PowerOff() error

@@ -128,6 +128,16 @@ func (m *TPM) TakeOwnership(auth secret.Bytes) error {
 	return nil
 }
 
+// GiveUpOwnership empties the owner's authorisation, as it is in a new TPM. The authorisation that was goes over the wires in the clear: it is void
+// afterwards. Index and storage root key stay as they are.
+func (m *TPM) GiveUpOwnership(auth secret.Bytes) error {
+	_, err := tpm2.HierarchyChangeAuth{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(auth.Expose())}}.Execute(m.t)
+	if err != nil {
+		return ownerError("empty the TPM owner's authorisation", err)
+	}
+	return nil
+}
+
 // key is a key in the TPM under which others lie.
 type key struct {
 	handle tpm2.TPMHandle

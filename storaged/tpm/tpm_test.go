@@ -297,6 +297,22 @@ func TestOwnership(t *testing.T) {
 	if err := owned(); !errors.Is(err, tpm2.TPMRCBadAuth) {
 		t.Errorf("the index can be taken away: %v", err)
 	}
+	if err := m.GiveUpOwnership(secret.New(32)); err == nil || !strings.Contains(err.Error(), "belongs to another system") {
+		t.Errorf("given up with another authorisation: %v", err)
+	}
+	if err := errors.Join(m.RaiseEpoch(1), m.GiveUpOwnership(auth)); err != nil {
+		t.Fatal(err)
+	}
+	if set, err := m.OwnerSet(); set || err != nil {
+		t.Errorf("an owner is left: %v, %v", set, err)
+	}
+	if n, err := m.Epoch(); n != 1 || err != nil {
+		t.Errorf("epoch %d, %v: it was lowered", n, err)
+	}
+	auth = secret.New(32)
+	if err := m.TakeOwnership(auth); err != nil {
+		t.Errorf("the next owner: %v", err)
+	}
 	m.soft.Tool("tpm2_nvundefine", "-C", "o", "-P", "hex:"+hex.EncodeToString(auth.Expose()), fmt.Sprintf("%#x", pcrpolicy.Index))
 	if err := m.Prepare(); err == nil || !strings.Contains(err.Error(), "belongs to another system") {
 		t.Errorf("prepared without the owner: %v", err)

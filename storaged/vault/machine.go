@@ -254,6 +254,37 @@ func (v *Vault) TakeOwnership(folder *os.Root) error {
 	return t.TakeOwnership(auth)
 }
 
+// GiveUpOwnership empties the TPM owner's authorisation, so that a system which comes later can set its own. It returns false if there was nothing to
+// give up: no TPM, no owner, or one whose authorisation is not on STATE, because it is somebody else's.
+func (v *Vault) GiveUpOwnership(folder *os.Root) (bool, error) {
+	v.change.Lock()
+	defer v.change.Unlock()
+	t, err := v.cfg.TPM()
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	defer t.Close()
+	if set, err := t.OwnerSet(); err != nil || !set {
+		return false, err
+	}
+	auth, err := kept(folder, ownerFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	defer auth.Wipe()
+	if err := t.GiveUpOwnership(auth); err != nil {
+		return false, err
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.owned = false
+	return true, nil
+}
+
 // Epoch returns the TPM's epoch; kept is false if it keeps none: without a TPM, or while nothing was ever sealed to it.
 func (v *Vault) Epoch() (epoch int, kept bool, err error) {
 	t, err := v.cfg.TPM()

@@ -411,3 +411,25 @@ func TestID(t *testing.T) {
 		}
 	}
 }
+
+// What is given back can be taken by the next system, which finds the epoch as it was.
+func TestGiveUpOwnership(t *testing.T) {
+	b := newBench(t, true)
+	b.format()
+	if given, err := b.GiveUpOwnership(b.folder); given || err != nil {
+		t.Errorf("nobody has taken it: %v, %v", given, err)
+	}
+	b.must(b.TakeOwnership(b.folder))
+	b.must(b.RaiseEpoch(2))
+	if given, err := b.GiveUpOwnership(b.folder); !given || err != nil || b.Machine().Owned {
+		t.Errorf("given back: %v, %v, owned %v", given, err, b.Machine().Owned)
+	}
+	b.must(b.TakeOwnership(b.folder)) // the power failed before more was done: the same is set again
+	b.must(b.folder.Remove(ownerFile))
+	if given, err := b.GiveUpOwnership(b.folder); given || err != nil || !b.Machine().Owned {
+		t.Errorf("somebody else's: %v, %v", given, err)
+	}
+	if n, kept, err := b.Epoch(); n != 2 || !kept || err != nil {
+		t.Errorf("epoch %d, %v, %v", n, kept, err)
+	}
+}

@@ -1768,6 +1768,150 @@ func (*ShutdownResponse) Descriptor() ([]byte, []int) {
 	return file_machine_v1_machine_proto_rawDescGZIP(), []int{31}
 }
 
+type ResetRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The node's own name (Machine.hostname), so that a call that reaches another node destroys nothing.
+	Node string `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	// Remove the system too: nothing on the disk can be started any more.
+	RemoveOs bool `protobuf:"varint,2,opt,name=remove_os,json=removeOs,proto3" json:"remove_os,omitempty"`
+	// Power off afterwards instead of restarting.
+	PowerOff bool `protobuf:"varint,3,opt,name=power_off,json=powerOff,proto3" json:"power_off,omitempty"`
+	// Go on where leaving the cluster, or giving the TPM back, fails.
+	Force         bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResetRequest) Reset() {
+	*x = ResetRequest{}
+	mi := &file_machine_v1_machine_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResetRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResetRequest) ProtoMessage() {}
+
+func (x *ResetRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResetRequest.ProtoReflect.Descriptor instead.
+func (*ResetRequest) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ResetRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ResetRequest) GetRemoveOs() bool {
+	if x != nil {
+		return x.RemoveOs
+	}
+	return false
+}
+
+func (x *ResetRequest) GetPowerOff() bool {
+	if x != nil {
+		return x.PowerOff
+	}
+	return false
+}
+
+func (x *ResetRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type ResetProgress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What begins now; "" in the last message.
+	Step string `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	// Since the call.
+	ElapsedMs uint64 `protobuf:"varint,2,opt,name=elapsed_ms,json=elapsedMs,proto3" json:"elapsed_ms,omitempty"`
+	// From here on there is no way back.
+	Begun bool `protobuf:"varint,3,opt,name=begun,proto3" json:"begun,omitempty"`
+	// What is true now, a sentence each; only in the last message.
+	Facts         []string `protobuf:"bytes,4,rep,name=facts,proto3" json:"facts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResetProgress) Reset() {
+	*x = ResetProgress{}
+	mi := &file_machine_v1_machine_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResetProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResetProgress) ProtoMessage() {}
+
+func (x *ResetProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResetProgress.ProtoReflect.Descriptor instead.
+func (*ResetProgress) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ResetProgress) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *ResetProgress) GetElapsedMs() uint64 {
+	if x != nil {
+		return x.ElapsedMs
+	}
+	return 0
+}
+
+func (x *ResetProgress) GetBegun() bool {
+	if x != nil {
+		return x.Begun
+	}
+	return false
+}
+
+func (x *ResetProgress) GetFacts() []string {
+	if x != nil {
+		return x.Facts
+	}
+	return nil
+}
+
 var File_machine_v1_machine_proto protoreflect.FileDescriptor
 
 const file_machine_v1_machine_proto_rawDesc = "" +
@@ -1875,7 +2019,18 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\rRebootRequest\"\x10\n" +
 	"\x0eRebootResponse\"\x11\n" +
 	"\x0fShutdownRequest\"\x12\n" +
-	"\x10ShutdownResponse2\xee\v\n" +
+	"\x10ShutdownResponse\"r\n" +
+	"\fResetRequest\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x1b\n" +
+	"\tremove_os\x18\x02 \x01(\bR\bremoveOs\x12\x1b\n" +
+	"\tpower_off\x18\x03 \x01(\bR\bpowerOff\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\"n\n" +
+	"\rResetProgress\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x1d\n" +
+	"\n" +
+	"elapsed_ms\x18\x02 \x01(\x04R\telapsedMs\x12\x14\n" +
+	"\x05begun\x18\x03 \x01(\bR\x05begun\x12\x14\n" +
+	"\x05facts\x18\x04 \x03(\tR\x05facts2\xd1\f\n" +
 	"\aMachine\x12h\n" +
 	"\n" +
 	"GetVersion\x12\x1d.machine.v1.GetVersionRequest\x1a\x1e.machine.v1.GetVersionResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/version\x90\x02\x01\x12d\n" +
@@ -1894,7 +2049,8 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\tListBoots\x12\x1c.machine.v1.ListBootsRequest\x1a\x1d.machine.v1.ListBootsResponse\"\x19\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\v\x12\t/v1/boots\x90\x02\x01\x12r\n" +
 	"\rStreamBootLog\x12 .machine.v1.StreamBootLogRequest\x1a\x17.machine.v1.BootLogLine\"$\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x16\x12\x14/v1/boots/{boot}/log\x90\x02\x010\x01\x12a\n" +
 	"\x06Reboot\x12\x19.machine.v1.RebootRequest\x1a\x1a.machine.v1.RebootResponse\" \xaa\xbb\x18\x02\x04\x06\x82\xd3\xe4\x93\x02\x14\"\x12/v1/machine:reboot\x12i\n" +
-	"\bShutdown\x12\x1b.machine.v1.ShutdownRequest\x1a\x1c.machine.v1.ShutdownResponse\"\"\xaa\xbb\x18\x02\x04\x06\x82\xd3\xe4\x93\x02\x16\"\x14/v1/machine:shutdown\x1a\f\xb2\xbb\x18\bmachinedB:Z8github.com/bulkhead-os/bulkhead/api/machine/v1;machinev1b\x06proto3"
+	"\bShutdown\x12\x1b.machine.v1.ShutdownRequest\x1a\x1c.machine.v1.ShutdownResponse\"\"\xaa\xbb\x18\x02\x04\x06\x82\xd3\xe4\x93\x02\x16\"\x14/v1/machine:shutdown\x12a\n" +
+	"\x05Reset\x12\x18.machine.v1.ResetRequest\x1a\x19.machine.v1.ResetProgress\"!\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x16:\x01*\"\x11/v1/machine:reset0\x01\x1a\f\xb2\xbb\x18\bmachinedB:Z8github.com/bulkhead-os/bulkhead/api/machine/v1;machinev1b\x06proto3"
 
 var (
 	file_machine_v1_machine_proto_rawDescOnce sync.Once
@@ -1909,7 +2065,7 @@ func file_machine_v1_machine_proto_rawDescGZIP() []byte {
 }
 
 var file_machine_v1_machine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_machine_v1_machine_proto_goTypes = []any{
 	(Boot_End)(0),                  // 0: machine.v1.Boot.End
 	(*GetVersionRequest)(nil),      // 1: machine.v1.GetVersionRequest
@@ -1944,23 +2100,25 @@ var file_machine_v1_machine_proto_goTypes = []any{
 	(*RebootResponse)(nil),         // 30: machine.v1.RebootResponse
 	(*ShutdownRequest)(nil),        // 31: machine.v1.ShutdownRequest
 	(*ShutdownResponse)(nil),       // 32: machine.v1.ShutdownResponse
-	(*timestamppb.Timestamp)(nil),  // 33: google.protobuf.Timestamp
-	(*v1.Family)(nil),              // 34: control.v1.Family
+	(*ResetRequest)(nil),           // 33: machine.v1.ResetRequest
+	(*ResetProgress)(nil),          // 34: machine.v1.ResetProgress
+	(*timestamppb.Timestamp)(nil),  // 35: google.protobuf.Timestamp
+	(*v1.Family)(nil),              // 36: control.v1.Family
 }
 var file_machine_v1_machine_proto_depIdxs = []int32{
 	5,  // 0: machine.v1.GetHealthResponse.checks:type_name -> machine.v1.Check
 	8,  // 1: machine.v1.ListServicesResponse.services:type_name -> machine.v1.Service
-	33, // 2: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
-	33, // 3: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	33, // 4: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
+	35, // 2: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
+	35, // 3: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	35, // 4: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
 	20, // 5: machine.v1.ListMetricsResponse.daemons:type_name -> machine.v1.DaemonMetrics
-	34, // 6: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
+	36, // 6: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
 	23, // 7: machine.v1.GetSecurityResponse.settings:type_name -> machine.v1.SecuritySetting
 	26, // 8: machine.v1.ListBootsResponse.boots:type_name -> machine.v1.Boot
-	33, // 9: machine.v1.Boot.started:type_name -> google.protobuf.Timestamp
+	35, // 9: machine.v1.Boot.started:type_name -> google.protobuf.Timestamp
 	0,  // 10: machine.v1.Boot.end:type_name -> machine.v1.Boot.End
-	33, // 11: machine.v1.Boot.last_seen:type_name -> google.protobuf.Timestamp
-	33, // 12: machine.v1.BootLogLine.time:type_name -> google.protobuf.Timestamp
+	35, // 11: machine.v1.Boot.last_seen:type_name -> google.protobuf.Timestamp
+	35, // 12: machine.v1.BootLogLine.time:type_name -> google.protobuf.Timestamp
 	1,  // 13: machine.v1.Machine.GetVersion:input_type -> machine.v1.GetVersionRequest
 	3,  // 14: machine.v1.Machine.GetHealth:input_type -> machine.v1.GetHealthRequest
 	6,  // 15: machine.v1.Machine.ListServices:input_type -> machine.v1.ListServicesRequest
@@ -1975,22 +2133,24 @@ var file_machine_v1_machine_proto_depIdxs = []int32{
 	27, // 24: machine.v1.Machine.StreamBootLog:input_type -> machine.v1.StreamBootLogRequest
 	29, // 25: machine.v1.Machine.Reboot:input_type -> machine.v1.RebootRequest
 	31, // 26: machine.v1.Machine.Shutdown:input_type -> machine.v1.ShutdownRequest
-	2,  // 27: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
-	4,  // 28: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
-	7,  // 29: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
-	10, // 30: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
-	13, // 31: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
-	13, // 32: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
-	15, // 33: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
-	17, // 34: machine.v1.Machine.TellEvent:output_type -> machine.v1.TellEventResponse
-	19, // 35: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
-	22, // 36: machine.v1.Machine.GetSecurity:output_type -> machine.v1.GetSecurityResponse
-	25, // 37: machine.v1.Machine.ListBoots:output_type -> machine.v1.ListBootsResponse
-	28, // 38: machine.v1.Machine.StreamBootLog:output_type -> machine.v1.BootLogLine
-	30, // 39: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
-	32, // 40: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
-	27, // [27:41] is the sub-list for method output_type
-	13, // [13:27] is the sub-list for method input_type
+	33, // 27: machine.v1.Machine.Reset:input_type -> machine.v1.ResetRequest
+	2,  // 28: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
+	4,  // 29: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
+	7,  // 30: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
+	10, // 31: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
+	13, // 32: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
+	13, // 33: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
+	15, // 34: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
+	17, // 35: machine.v1.Machine.TellEvent:output_type -> machine.v1.TellEventResponse
+	19, // 36: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
+	22, // 37: machine.v1.Machine.GetSecurity:output_type -> machine.v1.GetSecurityResponse
+	25, // 38: machine.v1.Machine.ListBoots:output_type -> machine.v1.ListBootsResponse
+	28, // 39: machine.v1.Machine.StreamBootLog:output_type -> machine.v1.BootLogLine
+	30, // 40: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
+	32, // 41: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
+	34, // 42: machine.v1.Machine.Reset:output_type -> machine.v1.ResetProgress
+	28, // [28:43] is the sub-list for method output_type
+	13, // [13:28] is the sub-list for method input_type
 	13, // [13:13] is the sub-list for extension type_name
 	13, // [13:13] is the sub-list for extension extendee
 	0,  // [0:13] is the sub-list for field type_name
@@ -2007,7 +2167,7 @@ func file_machine_v1_machine_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_machine_v1_machine_proto_rawDesc), len(file_machine_v1_machine_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   32,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

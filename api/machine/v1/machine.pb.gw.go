@@ -372,6 +372,29 @@ func local_request_Machine_Shutdown_0(ctx context.Context, marshaler runtime.Mar
 	return msg, metadata, err
 }
 
+func request_Machine_Reset_0(ctx context.Context, marshaler runtime.Marshaler, client MachineClient, req *http.Request, pathParams map[string]string) (Machine_ResetClient, runtime.ServerMetadata, error) {
+	var (
+		protoReq ResetRequest
+		metadata runtime.ServerMetadata
+	)
+	if err := marshaler.NewDecoder(req.Body).Decode(&protoReq); err != nil && !errors.Is(err, io.EOF) {
+		return nil, metadata, status.Errorf(codes.InvalidArgument, "%v", err)
+	}
+	if req.Body != nil {
+		_, _ = io.Copy(io.Discard, req.Body)
+	}
+	stream, err := client.Reset(ctx, &protoReq)
+	if err != nil {
+		return nil, metadata, err
+	}
+	header, err := stream.Header()
+	if err != nil {
+		return nil, metadata, err
+	}
+	metadata.HeaderMD = header
+	return stream, metadata, nil
+}
+
 // RegisterMachineHandlerServer registers the http handlers for service Machine to "mux".
 // UnaryRPC     :call MachineServer directly.
 // StreamingRPC :currently unsupported pending https://github.com/grpc/grpc-go/issues/906.
@@ -585,6 +608,13 @@ func RegisterMachineHandlerServer(ctx context.Context, mux *runtime.ServeMux, se
 			return
 		}
 		forward_Machine_Shutdown_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
+	})
+
+	mux.Handle(http.MethodPost, pattern_Machine_Reset_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
+		err := status.Error(codes.Unimplemented, "streaming calls are not yet supported in the in-process transport")
+		_, outboundMarshaler := runtime.MarshalerForRequest(mux, req)
+		runtime.HTTPError(ctx, mux, outboundMarshaler, w, req, err)
+		return
 	})
 
 	return nil
@@ -847,6 +877,23 @@ func RegisterMachineHandlerClient(ctx context.Context, mux *runtime.ServeMux, cl
 		}
 		forward_Machine_Shutdown_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
 	})
+	mux.Handle(http.MethodPost, pattern_Machine_Reset_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
+		ctx, cancel := context.WithCancel(req.Context())
+		defer cancel()
+		inboundMarshaler, outboundMarshaler := runtime.MarshalerForRequest(mux, req)
+		annotatedContext, err := runtime.AnnotateContext(ctx, mux, req, "/machine.v1.Machine/Reset", runtime.WithHTTPPathPattern("/v1/machine:reset"))
+		if err != nil {
+			runtime.HTTPError(ctx, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		resp, md, err := request_Machine_Reset_0(annotatedContext, inboundMarshaler, client, req, pathParams)
+		annotatedContext = runtime.NewServerMetadataContext(annotatedContext, md)
+		if err != nil {
+			runtime.HTTPError(annotatedContext, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		forward_Machine_Reset_0(annotatedContext, mux, outboundMarshaler, w, req, func() (proto.Message, error) { return resp.Recv() }, mux.GetForwardResponseOptions()...)
+	})
 	return nil
 }
 
@@ -864,6 +911,7 @@ var (
 	pattern_Machine_StreamBootLog_0   = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1, 1, 0, 4, 1, 5, 2, 2, 3}, []string{"v1", "boots", "boot", "log"}, ""))
 	pattern_Machine_Reboot_0          = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "machine"}, "reboot"))
 	pattern_Machine_Shutdown_0        = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "machine"}, "shutdown"))
+	pattern_Machine_Reset_0           = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "machine"}, "reset"))
 )
 
 var (
@@ -880,4 +928,5 @@ var (
 	forward_Machine_StreamBootLog_0   = runtime.ForwardResponseStream
 	forward_Machine_Reboot_0          = runtime.ForwardResponseMessage
 	forward_Machine_Shutdown_0        = runtime.ForwardResponseMessage
+	forward_Machine_Reset_0           = runtime.ForwardResponseStream
 )

@@ -35,6 +35,7 @@ const (
 	Machine_StreamBootLog_FullMethodName   = "/machine.v1.Machine/StreamBootLog"
 	Machine_Reboot_FullMethodName          = "/machine.v1.Machine/Reboot"
 	Machine_Shutdown_FullMethodName        = "/machine.v1.Machine/Shutdown"
+	Machine_Reset_FullMethodName           = "/machine.v1.Machine/Reset"
 )
 
 // MachineClient is the client API for Machine service.
@@ -73,6 +74,11 @@ type MachineClient interface {
 	Reboot(ctx context.Context, in *RebootRequest, opts ...grpc.CallOption) (*RebootResponse, error)
 	// Shutdown stops every unit in order and powers the machine off. It answers before the machine goes down.
 	Shutdown(ctx context.Context, in *ShutdownRequest, opts ...grpc.CallOption) (*ShutdownResponse, error)
+	// Reset makes the node one that nobody owns: it stops all workloads, destroys STATE and VAR such that no key opens them any more, and restarts.
+	// The stream tells how far it is; its last message has facts, and then the machine goes down. It is not stopped by its caller's leaving. If the power
+	// fails, the next start finds the node as it was, or goes on by itself. A wrong node is INVALID_ARGUMENT; FAILED_PRECONDITION, with nothing
+	// changed, if the node cannot leave its cluster or its TPM, unless force is set.
+	Reset(ctx context.Context, in *ResetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ResetProgress], error)
 }
 
 type machineClient struct {
@@ -259,6 +265,25 @@ func (c *machineClient) Shutdown(ctx context.Context, in *ShutdownRequest, opts 
 	return out, nil
 }
 
+func (c *machineClient) Reset(ctx context.Context, in *ResetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ResetProgress], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Machine_ServiceDesc.Streams[4], Machine_Reset_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ResetRequest, ResetProgress]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Machine_ResetClient = grpc.ServerStreamingClient[ResetProgress]
+
 // MachineServer is the server API for Machine service.
 // All implementations must embed UnimplementedMachineServer
 // for forward compatibility.
@@ -295,6 +320,11 @@ type MachineServer interface {
 	Reboot(context.Context, *RebootRequest) (*RebootResponse, error)
 	// Shutdown stops every unit in order and powers the machine off. It answers before the machine goes down.
 	Shutdown(context.Context, *ShutdownRequest) (*ShutdownResponse, error)
+	// Reset makes the node one that nobody owns: it stops all workloads, destroys STATE and VAR such that no key opens them any more, and restarts.
+	// The stream tells how far it is; its last message has facts, and then the machine goes down. It is not stopped by its caller's leaving. If the power
+	// fails, the next start finds the node as it was, or goes on by itself. A wrong node is INVALID_ARGUMENT; FAILED_PRECONDITION, with nothing
+	// changed, if the node cannot leave its cluster or its TPM, unless force is set.
+	Reset(*ResetRequest, grpc.ServerStreamingServer[ResetProgress]) error
 	mustEmbedUnimplementedMachineServer()
 }
 
@@ -346,6 +376,9 @@ func (UnimplementedMachineServer) Reboot(context.Context, *RebootRequest) (*Rebo
 }
 func (UnimplementedMachineServer) Shutdown(context.Context, *ShutdownRequest) (*ShutdownResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Shutdown not implemented")
+}
+func (UnimplementedMachineServer) Reset(*ResetRequest, grpc.ServerStreamingServer[ResetProgress]) error {
+	return status.Error(codes.Unimplemented, "method Reset not implemented")
 }
 func (UnimplementedMachineServer) mustEmbedUnimplementedMachineServer() {}
 func (UnimplementedMachineServer) testEmbeddedByValue()                 {}
@@ -592,6 +625,17 @@ func _Machine_Shutdown_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Machine_Reset_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ResetRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(MachineServer).Reset(m, &grpc.GenericServerStream[ResetRequest, ResetProgress]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Machine_ResetServer = grpc.ServerStreamingServer[ResetProgress]
+
 // Machine_ServiceDesc is the grpc.ServiceDesc for Machine service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -659,6 +703,11 @@ var Machine_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "StreamBootLog",
 			Handler:       _Machine_StreamBootLog_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Reset",
+			Handler:       _Machine_Reset_Handler,
 			ServerStreams: true,
 		},
 	},

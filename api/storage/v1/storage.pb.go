@@ -1745,6 +1745,121 @@ func (x *Mount) GetOptions() string {
 	return ""
 }
 
+type DestroyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Afterwards the disk has no system either.
+	RemoveOs bool `protobuf:"varint,1,opt,name=remove_os,json=removeOs,proto3" json:"remove_os,omitempty"`
+	// Go on where the TPM does not take its owner's authorisation back.
+	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DestroyRequest) Reset() {
+	*x = DestroyRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DestroyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DestroyRequest) ProtoMessage() {}
+
+func (x *DestroyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DestroyRequest.ProtoReflect.Descriptor instead.
+func (*DestroyRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *DestroyRequest) GetRemoveOs() bool {
+	if x != nil {
+		return x.RemoveOs
+	}
+	return false
+}
+
+func (x *DestroyRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type DestroyProgress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Step  string                 `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	Begun bool                   `protobuf:"varint,2,opt,name=begun,proto3" json:"begun,omitempty"`
+	// What is true now, a sentence each.
+	Facts         []string `protobuf:"bytes,3,rep,name=facts,proto3" json:"facts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DestroyProgress) Reset() {
+	*x = DestroyProgress{}
+	mi := &file_storage_v1_storage_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DestroyProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DestroyProgress) ProtoMessage() {}
+
+func (x *DestroyProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DestroyProgress.ProtoReflect.Descriptor instead.
+func (*DestroyProgress) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *DestroyProgress) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *DestroyProgress) GetBegun() bool {
+	if x != nil {
+		return x.Begun
+	}
+	return false
+}
+
+func (x *DestroyProgress) GetFacts() []string {
+	if x != nil {
+		return x.Facts
+	}
+	return nil
+}
+
 var File_storage_v1_storage_proto protoreflect.FileDescriptor
 
 const file_storage_v1_storage_proto_rawDesc = "" +
@@ -1893,7 +2008,14 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"filesystem\x18\x03 \x01(\tR\n" +
 	"filesystem\x12\x18\n" +
-	"\aoptions\x18\x04 \x01(\tR\aoptions2\xdb\x01\n" +
+	"\aoptions\x18\x04 \x01(\tR\aoptions\"C\n" +
+	"\x0eDestroyRequest\x12\x1b\n" +
+	"\tremove_os\x18\x01 \x01(\bR\bremoveOs\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"Q\n" +
+	"\x0fDestroyProgress\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x14\n" +
+	"\x05begun\x18\x02 \x01(\bR\x05begun\x12\x14\n" +
+	"\x05facts\x18\x03 \x03(\tR\x05facts2\xdb\x01\n" +
 	"\aStorage\x12Z\n" +
 	"\tGetStatus\x12\x1c.storage.v1.GetStatusRequest\x1a\x12.storage.v1.Status\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/storage\x90\x02\x01\x12f\n" +
 	"\vWatchStatus\x12\x1e.storage.v1.WatchStatusRequest\x1a\x12.storage.v1.Status\"!\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/storage:watch\x90\x02\x010\x01\x1a\f\xb2\xbb\x18\bstoraged2\xaf\x01\n" +
@@ -1906,7 +2028,9 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\tRemoveKey\x12\x1c.storage.v1.RemoveKeyRequest\x1a\x1d.storage.v1.RemoveKeyResponse\"\"\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x17*\x15/v1/storage/keys/{id}\x12v\n" +
 	"\tRotateKey\x12\x1c.storage.v1.RotateKeyRequest\x1a\x1d.storage.v1.RotateKeyResponse\",\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02!:\x01*\"\x1c/v1/storage/keys/{id}:rotate\x12\x82\x01\n" +
 	"\x0eGetRecoveryKey\x12!.storage.v1.GetRecoveryKeyRequest\x1a\".storage.v1.GetRecoveryKeyResponse\")\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x1e\"\x1c/v1/storage/recoveryKey:show\x12\xa4\x01\n" +
-	"\x16AcknowledgeRecoveryKey\x12).storage.v1.AcknowledgeRecoveryKeyRequest\x1a*.storage.v1.AcknowledgeRecoveryKeyResponse\"3\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02%\"#/v1/storage/recoveryKey:acknowledge\x90\x02\x02\x1a\f\xb2\xbb\x18\bstoragedB:Z8github.com/bulkhead-os/bulkhead/api/storage/v1;storagev1b\x06proto3"
+	"\x16AcknowledgeRecoveryKey\x12).storage.v1.AcknowledgeRecoveryKeyRequest\x1a*.storage.v1.AcknowledgeRecoveryKeyResponse\"3\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02%\"#/v1/storage/recoveryKey:acknowledge\x90\x02\x02\x1a\f\xb2\xbb\x18\bstoraged2W\n" +
+	"\bDisposal\x12K\n" +
+	"\aDestroy\x12\x1a.storage.v1.DestroyRequest\x1a\x1b.storage.v1.DestroyProgress\"\x05\xaa\xbb\x18\x01\x010\x01B:Z8github.com/bulkhead-os/bulkhead/api/storage/v1;storagev1b\x06proto3"
 
 var (
 	file_storage_v1_storage_proto_rawDescOnce sync.Once
@@ -1920,7 +2044,7 @@ func file_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_storage_v1_storage_proto_rawDescData
 }
 
-var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_storage_v1_storage_proto_goTypes = []any{
 	(*ChallengeRequest)(nil),               // 0: storage.v1.ChallengeRequest
 	(*ChallengeResponse)(nil),              // 1: storage.v1.ChallengeResponse
@@ -1949,6 +2073,8 @@ var file_storage_v1_storage_proto_goTypes = []any{
 	(*Partition)(nil),                      // 24: storage.v1.Partition
 	(*Volume)(nil),                         // 25: storage.v1.Volume
 	(*Mount)(nil),                          // 26: storage.v1.Mount
+	(*DestroyRequest)(nil),                 // 27: storage.v1.DestroyRequest
+	(*DestroyProgress)(nil),                // 28: storage.v1.DestroyProgress
 }
 var file_storage_v1_storage_proto_depIdxs = []int32{
 	2,  // 0: storage.v1.ChallengeResponse.challenges:type_name -> storage.v1.Challenge
@@ -1972,18 +2098,20 @@ var file_storage_v1_storage_proto_depIdxs = []int32{
 	12, // 18: storage.v1.Keys.RotateKey:input_type -> storage.v1.RotateKeyRequest
 	14, // 19: storage.v1.Keys.GetRecoveryKey:input_type -> storage.v1.GetRecoveryKeyRequest
 	16, // 20: storage.v1.Keys.AcknowledgeRecoveryKey:input_type -> storage.v1.AcknowledgeRecoveryKeyRequest
-	20, // 21: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
-	20, // 22: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
-	1,  // 23: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
-	4,  // 24: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
-	7,  // 25: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
-	9,  // 26: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
-	11, // 27: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
-	13, // 28: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
-	15, // 29: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
-	17, // 30: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
-	21, // [21:31] is the sub-list for method output_type
-	11, // [11:21] is the sub-list for method input_type
+	27, // 21: storage.v1.Disposal.Destroy:input_type -> storage.v1.DestroyRequest
+	20, // 22: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
+	20, // 23: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
+	1,  // 24: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
+	4,  // 25: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
+	7,  // 26: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
+	9,  // 27: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
+	11, // 28: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
+	13, // 29: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
+	15, // 30: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
+	17, // 31: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
+	28, // 32: storage.v1.Disposal.Destroy:output_type -> storage.v1.DestroyProgress
+	22, // [22:33] is the sub-list for method output_type
+	11, // [11:22] is the sub-list for method input_type
 	11, // [11:11] is the sub-list for extension type_name
 	11, // [11:11] is the sub-list for extension extendee
 	0,  // [0:11] is the sub-list for field type_name
@@ -2000,9 +2128,9 @@ func file_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_storage_v1_storage_proto_rawDesc), len(file_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
-			NumServices:   3,
+			NumServices:   4,
 		},
 		GoTypes:           file_storage_v1_storage_proto_goTypes,
 		DependencyIndexes: file_storage_v1_storage_proto_depIdxs,

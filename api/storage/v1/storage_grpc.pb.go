@@ -647,3 +647,118 @@ var Keys_ServiceDesc = grpc.ServiceDesc{
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "storage/v1/storage.proto",
 }
+
+const (
+	Disposal_Destroy_FullMethodName = "/storage.v1.Disposal/Destroy"
+)
+
+// DisposalClient is the client API for Disposal service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Disposal destroys the node's volumes. It is for machined, which ends what uses them first and restarts the machine afterwards.
+type DisposalClient interface {
+	// Destroy makes the data of both volumes unreadable for ever and takes them off the disk. Messages tell what is being done; from one with begun on
+	// there is no way back, and the next start goes on with it by itself. An error before that changed nothing. The last message has facts.
+	// It may be called again when storaged was started anew.
+	Destroy(ctx context.Context, in *DestroyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DestroyProgress], error)
+}
+
+type disposalClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewDisposalClient(cc grpc.ClientConnInterface) DisposalClient {
+	return &disposalClient{cc}
+}
+
+func (c *disposalClient) Destroy(ctx context.Context, in *DestroyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DestroyProgress], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Disposal_ServiceDesc.Streams[0], Disposal_Destroy_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[DestroyRequest, DestroyProgress]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Disposal_DestroyClient = grpc.ServerStreamingClient[DestroyProgress]
+
+// DisposalServer is the server API for Disposal service.
+// All implementations must embed UnimplementedDisposalServer
+// for forward compatibility.
+//
+// Disposal destroys the node's volumes. It is for machined, which ends what uses them first and restarts the machine afterwards.
+type DisposalServer interface {
+	// Destroy makes the data of both volumes unreadable for ever and takes them off the disk. Messages tell what is being done; from one with begun on
+	// there is no way back, and the next start goes on with it by itself. An error before that changed nothing. The last message has facts.
+	// It may be called again when storaged was started anew.
+	Destroy(*DestroyRequest, grpc.ServerStreamingServer[DestroyProgress]) error
+	mustEmbedUnimplementedDisposalServer()
+}
+
+// UnimplementedDisposalServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedDisposalServer struct{}
+
+func (UnimplementedDisposalServer) Destroy(*DestroyRequest, grpc.ServerStreamingServer[DestroyProgress]) error {
+	return status.Error(codes.Unimplemented, "method Destroy not implemented")
+}
+func (UnimplementedDisposalServer) mustEmbedUnimplementedDisposalServer() {}
+func (UnimplementedDisposalServer) testEmbeddedByValue()                  {}
+
+// UnsafeDisposalServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to DisposalServer will
+// result in compilation errors.
+type UnsafeDisposalServer interface {
+	mustEmbedUnimplementedDisposalServer()
+}
+
+func RegisterDisposalServer(s grpc.ServiceRegistrar, srv DisposalServer) {
+	// If the following call panics, it indicates UnimplementedDisposalServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Disposal_ServiceDesc, srv)
+}
+
+func _Disposal_Destroy_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(DestroyRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DisposalServer).Destroy(m, &grpc.GenericServerStream[DestroyRequest, DestroyProgress]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Disposal_DestroyServer = grpc.ServerStreamingServer[DestroyProgress]
+
+// Disposal_ServiceDesc is the grpc.ServiceDesc for Disposal service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Disposal_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "storage.v1.Disposal",
+	HandlerType: (*DisposalServer)(nil),
+	Methods:     []grpc.MethodDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Destroy",
+			Handler:       _Disposal_Destroy_Handler,
+			ServerStreams: true,
+		},
+	},
+	Metadata: "storage/v1/storage.proto",
+}

@@ -17,6 +17,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"sort"
 	"strconv"
@@ -89,6 +90,14 @@ func Open(folder FS) (*Store, error) {
 	}
 	sort.Slice(s.numbers, func(i, j int) bool { return s.numbers[i] < s.numbers[j] })
 	return s, nil
+}
+
+// Close closes the folder, if it is one that can be closed. The store must not be used afterwards.
+func (s *Store) Close() error {
+	if c, ok := s.fs.(io.Closer); ok {
+		return c.Close()
+	}
+	return nil
 }
 
 func fileName(n uint64) string { return fmt.Sprintf("%08d%s", n, suffix) }
