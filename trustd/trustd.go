@@ -76,7 +76,7 @@ type Daemon struct {
 func Run(ctx context.Context, env daemon.Env) error {
 	cfg := Config{
 		Env: env, Runtime: filepath.Join(unit.RunDir, env.Name), StateDir: filepath.Join(unit.StateDir, env.Name),
-		ClaimKey: filepath.Join(unit.RunDir, "claim-key"), Blocks: "/sys/class/block", Locked: filepath.Join(unit.RunDir, "storaged/locked"),
+		ClaimKey: filepath.Join(unit.RunDir, "claim-key"), Blocks: "/sys/class/block", Locked: unit.LockedFile,
 	}
 	if env.Console != nil {
 		cfg.Console = env.Console

@@ -131,33 +131,57 @@ func or(s, standard string) string {
 // plan returns the steps of a version on trial: what it still has to prove; that it is good, once it has; and a restart when its time is
 // over. Good is never decided by time, only that a try has failed is.
 func plan(want config.Update, s State) ([]Step, error) {
+	return within(patience(want), want.Health, s), nil
+}
+
+// within is plan with the time that a version on trial has.
+func within(patience time.Duration, health []config.Proof, s State) []Step {
 	r := s.running()
 	if r == nil {
-		return nil, nil
+		return nil
 	}
 	if !s.onTrial() {
 		if r.GetStatus() == "good" && s.Slots.GetEpochKept() && r.GetEpoch() > s.Slots.GetEpochFloor() {
-			return []Step{{opRaise, fmt.Sprint(r.GetEpoch())}}, nil
+			return []Step{{opRaise, fmt.Sprint(r.GetEpoch())}}
 		}
-		return nil, nil
+		return nil
 	}
 	var steps []Step
-	for _, p := range prove(want.Health, s) {
+	for _, p := range prove(health, s) {
 		if !p.ok {
 			steps = append(steps, Step{opProve, string(p.name) + ": " + p.detail})
 		}
 	}
 	if len(steps) == 0 {
-		return []Step{{opGood, r.GetVersion()}}, nil
+		return []Step{{opGood, r.GetVersion()}}
 	}
-	if s.Uptime >= patience(want) {
-		steps = append(steps, Step{opRestart, fmt.Sprintf("%s did not prove its health in %s; missing: %s", r.GetVersion(), patience(want), missing(steps))})
+	if s.Uptime >= patience {
+		steps = append(steps, Step{opRestart, fmt.Sprintf("%s did not prove its health in %s; missing: %s", r.GetVersion(), patience, missing(steps))})
 	}
-	return steps, nil
+	return steps
 }
 
+// lockedPatience is what a version on trial has whose STATE stays locked though it has a key that opens it without a person. The version before has opened it, and
+// what opens a disk does so in the first seconds: so this one will not. A key service may be late by a minute.
+const lockedPatience = 90 * time.Second
+
 // planBare is plan before the node's configuration is known: a version whose disk does not open must be left too.
-func planBare(s State) ([]Step, error) { return plan(*config.Defaults().Update, s) }
+func planBare(s State) ([]Step, error) {
+	want := *config.Defaults().Update
+	return within(barePatience(want, s), want.Health, s), nil
+}
+
+func barePatience(want config.Update, s State) time.Duration {
+	for _, c := range s.Checks {
+		if c.GetName() == unlocksCheck && !c.GetOk() {
+			return min(lockedPatience, patience(want))
+		}
+	}
+	return patience(want)
+}
+
+// unlocksCheck is storaged's condition that STATE opens without a person. A STATE that only people can open does not have it.
+const unlocksCheck = "storaged.STATE.unlocks"
 
 func patience(u config.Update) time.Duration { return time.Duration(u.Patience) * time.Minute }
 

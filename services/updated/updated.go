@@ -56,8 +56,8 @@ type Config struct {
 	Uptime func() time.Duration
 	// Folder is the daemon's on STATE. It may appear later.
 	Folder string
-	// GoodFile is made when the running version is good, for PID 1.
-	GoodFile string
+	// GoodFile is made when the running version is good, and JudgedFile written anew whenever one on trial was looked at; both for PID 1.
+	GoodFile, JudgedFile string
 
 	limits limits // with sources; the zero value means patient
 }
@@ -91,7 +91,7 @@ func Run(ctx context.Context, env daemon.Env) error {
 	}
 	defer machined.Close()
 	d, err := New(Config{
-		Env: env, Slots: slotv1.NewSlotsClient(storaged), Machine: machinev1.NewMachineClient(machined), Folder: unit.StateDir + "/updated", GoodFile: unit.GoodFile,
+		Env: env, Slots: slotv1.NewSlotsClient(storaged), Machine: machinev1.NewMachineClient(machined), Folder: unit.StateDir + "/updated", GoodFile: unit.GoodFile, JudgedFile: unit.JudgedFile,
 		Keys: func() (bundle.Keys, error) {
 			text, err := os.ReadFile(releaseKeys)
 			if err != nil {
@@ -123,7 +123,7 @@ func Run(ctx context.Context, env daemon.Env) error {
 // New returns a daemon that has done nothing yet.
 func New(cfg Config) (*Daemon, error) {
 	if cfg.Env.Listen == nil || cfg.Env.Log == nil || cfg.Env.Metrics == nil || cfg.Slots == nil || cfg.Machine == nil ||
-		cfg.Keys == nil || cfg.Restart == nil || cfg.Uptime == nil || cfg.Folder == "" || cfg.GoodFile == "" {
+		cfg.Keys == nil || cfg.Restart == nil || cfg.Uptime == nil || cfg.Folder == "" || cfg.GoodFile == "" || cfg.JudgedFile == "" {
 		return nil, errors.New("updated: every field of Config is required")
 	}
 	if cfg.limits == (limits{}) {
