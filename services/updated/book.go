@@ -146,13 +146,14 @@ func (d *Daemon) turnPage(ctx context.Context, s State) error {
 	}
 	r := s.running()
 	return d.book.change(func(j *journal) {
-		if j.Trial == nil || j.Trial.Root != r.GetRootHash() || j.Trial.Sequence != r.GetSequence() || j.Trial.Try != r.GetTriesDone() {
+		late := j.Trial.late(r)
+		if !j.Trial.of(r) || j.Trial.Try != r.GetTriesDone() {
 			j.say(event{Time: time.Now(), What: "started", Version: r.GetVersion(), Detail: fmt.Sprintf("try %d", r.GetTriesDone())})
 		} else if j.Trial.End != "" {
 			return // the last word is said
 		}
 		j.Trial = &trial{Version: r.GetVersion(), Root: r.GetRootHash(), Sequence: r.GetSequence(), Try: r.GetTriesDone(), Time: time.Now(),
-			Uptime: s.Uptime, Missing: cut(missing(steps)), Lines: tail(lines)}
+			Uptime: s.Uptime, Missing: cut(missing(steps)), Lines: tail(lines), Late: late}
 	})
 }
 

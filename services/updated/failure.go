@@ -35,10 +35,9 @@ const keeps = "PID 1 gave up: cannot keep this version: "
 func explain(v *slotv1.Slot, j journal, e ending, now time.Time) failure {
 	f := failure{Version: v.GetVersion(), Root: v.GetRootHash(), Sequence: v.GetSequence(), Tries: v.GetTriesDone(), Time: now}
 	t := j.Trial
-	if t != nil && (t.Root != f.Root || t.Sequence != f.Sequence) {
+	if !t.of(v) {
 		t = nil
-	}
-	if t != nil {
+	} else {
 		f.Lines = t.Lines
 	}
 	end, detail := e.boot.GetEnd(), e.boot.GetDetail()

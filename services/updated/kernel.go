@@ -36,6 +36,7 @@ func (d *Daemon) observe(ctx context.Context) (State, error) {
 		s.looked = was.looked
 	}
 	if s.onTrial() {
+		s.Late = d.book.get().Trial.late(s.running())
 		h, err := d.cfg.Machine.GetHealth(ctx, &machinev1.GetHealthRequest{})
 		if s.Checks = h.GetChecks(); err != nil {
 			s.Checks, s.Unhealthy = nil, "machined does not say how the node is: "+errs.Text(err)

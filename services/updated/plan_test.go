@@ -93,6 +93,19 @@ func TestPlan(t *testing.T) {
 			t.Errorf("%s: %v\ngot  %s\nwant %s", c.what, err, strings.Join(got, "; "), c.steps)
 		}
 	}
+	// A version that has had all its time once gets less in the tries after that, and never more than it was given.
+	for _, c := range []struct {
+		minutes int
+		late    bool
+		want    time.Duration
+	}{{10, false, 10 * time.Minute}, {10, true, retryPatience}, {1, false, time.Minute}, {1, true, time.Minute}} {
+		for _, up := range []time.Duration{c.want - 1, c.want} {
+			steps, _ := plan(config.Update{Health: want.Health, Patience: c.minutes}, State{Slots: trial, Checks: healthy("!etcd.converged: no leader"), Uptime: up, Late: c.late})
+			if got := steps[len(steps)-1].Op == opRestart; got != (up == c.want) {
+				t.Errorf("%d minutes, late %v: restart %v after %s", c.minutes, c.late, got, up)
+			}
+		}
+	}
 	// Before the configuration is known, a version is not good, and it is left.
 	steps, _ := planBare(State{Slots: trial, Checks: healthy("!config.applied: none"), Uptime: 11 * time.Minute})
 	if len(steps) != 2 || steps[1].Op != opRestart {

@@ -32,7 +32,7 @@ func (d *Daemon) report(s State) {
 func (d *Daemon) publish() {
 	s, _ := d.state.Get()
 	want, generation := d.loop.Spec()
-	limit := patience(want)
+	limit := patience(want, s)
 	if generation == 0 {
 		want = *config.Defaults().Update
 		limit = barePatience(want, s)

@@ -204,13 +204,31 @@ func TestNeverGood(t *testing.T) {
 		t.Fatal("no restart")
 	}
 	stop()
-	// Three tries later, the old version runs.
+	// The next try knows that, and so does the one after it, though that one's record is another.
+	for try := uint32(2); try <= 3; try++ {
+		b.storage.slots.Slots[1].TriesDone = try
+		b.uptime = 0
+		stop = b.start()
+		b.spec(specText)
+		b.until("its own sign of life", func(s *updatev1.Status) bool { return b.d.book.get().Trial.Try == try })
+		b.mu.Lock()
+		b.uptime = retryPatience
+		b.mu.Unlock()
+		b.d.loop.Wake()
+		select {
+		case <-b.restarts:
+		case <-time.After(20 * time.Second):
+			t.Fatalf("no restart in try %d", try)
+		}
+		stop()
+	}
+	// Then the old version runs.
 	b.storage.slots = slots("0.1.0", [2]string{"good", "failed"}, "0.1.0", "0.2.0")
 	b.storage.slots.Slots[1].TriesDone = 3
 	b.uptime = 0
 	stop = b.start()
 	st := b.until("the reason", func(s *updatev1.Status) bool { return s.GetFailure() != nil })
-	const why = "0.2.0 did not prove its health in 3m0s; missing: kubelet: kubernetes.converged: left to do: wait for node Ready"
+	const why = "0.2.0 did not prove its health in 2m0s; missing: kubelet: kubernetes.converged: left to do: wait for node Ready"
 	if f := st.GetFailure(); f.GetReason() != why || f.GetTries() != 3 || len(f.GetLines()) != 2 || st.GetSlots()[1].GetDetail() != why {
 		t.Errorf("failure: %v", f)
 	}

@@ -17,6 +17,8 @@ type poison struct {
 	name string
 	// into is the folder of the program that gets the file testdata/poison/<file>: see build.
 	into, file string
+	// runtime puts a containerd in the place of the real one that does nothing.
+	runtime bool
 	// signer is another key for the TPM's policy than the node trusts.
 	signer bool
 	// rot spoils the slot on the disk, after it was verified and before it is started.
@@ -40,6 +42,12 @@ var poisons = []poison{
 	{name: "initramfs hangs", into: "init", file: "initramfs-hangs.go", why: `it hung before it could write to STATE, and the hardware watchdog reset the machine`},
 	{name: "hard hang", into: "init", file: "hangs.go", why: `its last try hung, and the hardware watchdog reset the machine; its last sign of life was \d+s after its start`},
 	{name: "the judge crash-loops", into: "cmd/bulkheadd", file: "updated-crashes.go", why: `nobody has judged it for 120 s; updated failed \d+ times in a row: exit 3`},
+}
+
+// clusterPoisons are those of a node with Kubernetes.
+var clusterPoisons = []poison{
+	{name: "kubelet never Ready", runtime: true, why: `did not prove its health in 2m0s; missing: .*kubelet: kubernetes.converged: `},
+	{name: "etcd does not rejoin", into: "cmd/etcdd", file: "etcd-absent.go", why: `did not prove its health in 2m0s; missing: .*etcd: etcd.converged: .*address already in use`},
 }
 
 // buildFlags are those of the Makefile.
@@ -123,10 +131,46 @@ func (n *node) build(t *testing.T, i otherImage) string {
 	return dir
 }
 
-// bundleOf builds the poisoned version and returns what bhctl upgrade takes.
-func (n *node) bundleOf(t *testing.T, p poison, version string) string {
+// idleRuntime returns a folder of the Kubernetes set in which containerd does nothing.
+func (n *node) idleRuntime(t *testing.T) string {
+	t.Helper()
+	set, real := t.TempDir(), filepath.Join(n.root, "out/kubernetes")
+	if err := os.Mkdir(filepath.Join(set, "bin"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, pattern := range []string{"*", "bin/*"} {
+		all, err := filepath.Glob(filepath.Join(real, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range all {
+			name := strings.TrimPrefix(file, real+"/")
+			if name == "bin" || name == "bin/containerd" {
+				continue
+			}
+			if err := os.Symlink(file, filepath.Join(set, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	cmd := exec.CommandContext(t.Context(), "go", append(buildFlags, "-o", filepath.Join(set, "bin/containerd"), "./test/machine/testdata/poison/containerd")...)
+	cmd.Dir, cmd.Env = n.root, append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	return set
+}
+
+// bundleOf builds the poisoned version and returns what bhctl upgrade takes; cluster says that it has Kubernetes.
+func (n *node) bundleOf(t *testing.T, p poison, version string, cluster bool) string {
 	t.Helper()
 	i := otherImage{version: version}
+	if cluster {
+		i.kube = filepath.Join(n.root, "out/kubernetes")
+	}
+	if p.runtime {
+		i.kube = n.idleRuntime(t)
+	}
 	if p.into != "" {
 		i.bin = n.poisoned(t, p)
 	}

@@ -112,8 +112,17 @@ func (w *watch) call(ctx context.Context, creds client.Credentials) {
 	}
 }
 
-// boots ends the watch and returns what it saw.
-func (w *watch) boots(*testing.T) []start {
+// boots returns what the watch saw, once the newest start has answered, and ends it.
+func (w *watch) boots(t *testing.T) []start {
+	t.Helper()
+	eventually(t, 3*time.Minute, "the machine answers", func() error {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if n := len(w.starts); n == 0 || w.starts[n-1].answered.IsZero() {
+			return fmt.Errorf("starts: %v", w.starts)
+		}
+		return nil
+	})
 	w.stop()
 	return w.starts
 }
