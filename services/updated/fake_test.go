@@ -227,6 +227,8 @@ type fakeMachine struct {
 	events []string           // guarded by mu
 	boots  []*machinev1.Boot  // guarded by mu; nil: STATE is not open there yet
 	panic  []string           // guarded by mu; the lines of boot 6's
+
+	reboots int // guarded by mu
 }
 
 func (m *fakeMachine) ListBoots(context.Context, *machinev1.ListBootsRequest) (*machinev1.ListBootsResponse, error) {
@@ -236,6 +238,16 @@ func (m *fakeMachine) ListBoots(context.Context, *machinev1.ListBootsRequest) (*
 		return nil, errs.New(errs.Precondition, "boots are kept on STATE, which is not open")
 	}
 	return &machinev1.ListBootsResponse{Boots: m.boots}, nil
+}
+
+func (m *fakeMachine) Reboot(context.Context, *machinev1.RebootRequest) (*machinev1.RebootResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.reboots++
+	if m.boots == nil {
+		return nil, errs.New(errs.Unavailable, "not now")
+	}
+	return &machinev1.RebootResponse{}, nil
 }
 
 func (m *fakeMachine) StreamBootLog(r *machinev1.StreamBootLogRequest, out grpc.ServerStreamingServer[machinev1.BootLogLine]) error {

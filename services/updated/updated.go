@@ -50,7 +50,7 @@ type Config struct {
 	Machine machinev1.MachineClient
 	// Keys returns the release keys that this image trusts.
 	Keys func() (bundle.Keys, error)
-	// Restart has PID 1 restart the machine.
+	// Restart has the machine restarted. It is called again and again until that happens.
 	Restart func() error
 	// Uptime is the time since the kernel was started.
 	Uptime func() time.Duration
@@ -99,13 +99,13 @@ func Run(ctx context.Context, env daemon.Env) error {
 			}
 			return bundle.ParseKeys(text)
 		},
-		Restart: func() error {
+		Restart: restarter(machinev1.NewMachineClient(machined), func() error {
 			pid1, err := initctl.Dial("")
 			if err != nil {
 				return err
 			}
 			return errors.Join(pid1.Reboot(), pid1.Close())
-		},
+		}, time.Now),
 		Uptime: func() time.Duration {
 			var t unix.Timespec
 			if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
@@ -118,6 +118,29 @@ func Run(ctx context.Context, env daemon.Env) error {
 		return err
 	}
 	return d.Run(ctx)
+}
+
+// obeyTime is what machined has to carry out an order to restart.
+const obeyTime = 5 * time.Second
+
+// restarter returns what restarts the machine: by machined, which notes who ordered it, and if that does not do it, for it may be what does not work, by
+// PID 1. It is called again until the machine is down; one goroutine may call it.
+func restarter(machined machinev1.MachineClient, pid1 func() error, now func() time.Time) func() error {
+	var until time.Time
+	return func() error {
+		if until.IsZero() {
+			until = now().Add(obeyTime)
+			ctx, cancel := context.WithTimeout(context.Background(), obeyTime)
+			defer cancel()
+			if _, err := machined.Reboot(ctx, &machinev1.RebootRequest{}); err != nil {
+				until = now()
+			}
+		}
+		if now().Before(until) {
+			return nil
+		}
+		return pid1()
+	}
 }
 
 // New returns a daemon that has done nothing yet.

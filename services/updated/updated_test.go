@@ -265,6 +265,40 @@ func TestPanicked(t *testing.T) {
 	}
 }
 
+// machined restarts the machine and notes by whose order; if it does not, PID 1 does.
+func TestRestarter(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	for _, c := range []struct {
+		what   string
+		refuse bool
+		at     []time.Duration
+		want   int // calls to PID 1
+	}{
+		{"machined does it", false, []time.Duration{0, time.Second}, 0},
+		{"machined said that it would", false, []time.Duration{0, time.Second, obeyTime}, 1},
+		{"machined does not answer", true, []time.Duration{0}, 1},
+	} {
+		b.machine.mu.Lock()
+		b.machine.boots = []*machinev1.Boot{{Number: 1}}
+		if b.machine.reboots = 0; c.refuse {
+			b.machine.boots = nil
+		}
+		b.machine.mu.Unlock()
+		now, orders := time.Unix(0, 0), 0
+		restart := restarter(b.d.cfg.Machine, func() error { orders++; return nil }, func() time.Time { return now })
+		for _, at := range c.at {
+			now = time.Unix(0, 0).Add(at)
+			must(t, restart())
+		}
+		b.machine.mu.Lock()
+		if orders != c.want || b.machine.reboots != 1 {
+			t.Errorf("%s: %d orders to PID 1, %d to machined", c.what, orders, b.machine.reboots)
+		}
+		b.machine.mu.Unlock()
+	}
+}
+
 // While storaged does not say what runs, nobody judges, and PID 1 must not think so.
 func TestNotJudged(t *testing.T) {
 	b := newBench(t)

@@ -111,6 +111,7 @@ func (n *node) otherKeys(t *testing.T) string {
 type otherImage struct {
 	version         string
 	bin, keys, kube string // folders; "": the build's, the build's, no Kubernetes
+	epoch           int    // 0: 1
 }
 
 // build makes the image and returns its folder.
@@ -124,7 +125,7 @@ func (n *node) build(t *testing.T, i otherImage) string {
 	}
 	dir := filepath.Join(n.dir, "image-"+i.version)
 	cmd := exec.CommandContext(t.Context(), filepath.Join(n.root, "out/bin/mkimage"), "build", "--bin", or(i.bin, filepath.Join(n.root, "out/bin")), "--kubernetes", or(i.kube, "none"), "--out", dir,
-		"--version", i.version, "--level", "3", "--keys", or(i.keys, filepath.Join(n.root, "out/keys")), "--epoch", "1")
+		"--version", i.version, "--level", "3", "--keys", or(i.keys, filepath.Join(n.root, "out/keys")), "--epoch", fmt.Sprint(max(i.epoch, 1)))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("mkimage: %v\n%s", err, out)
 	}

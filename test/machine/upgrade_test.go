@@ -78,6 +78,8 @@ func TestUpgrade(t *testing.T) {
 		}
 		n.runs(t, "9.1.0", generations)
 	})
+	running := "9.1.0"
+	t.Run("no key for what was changed", func(t *testing.T) { running = n.refusals(t, &m, running, generations) })
 	t.Run("another machine's TPM", func(t *testing.T) {
 		n.off(t, m)
 		if err := os.RemoveAll(filepath.Join(m.Dir, "tpm")); err != nil {
@@ -101,7 +103,7 @@ func TestUpgrade(t *testing.T) {
 			_, err := n.try(t.Context(), 20*time.Second, "bhctl", "get", "config")
 			return err
 		})
-		n.runs(t, "9.1.0", generations)
+		n.runs(t, running, generations)
 	})
 }
 
