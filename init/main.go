@@ -45,14 +45,15 @@ func serve(dog *watchdog.Dog) {
 		console.GiveUp("bulkhead: cannot supervise: ", err.Error())
 	}
 	if boot.OnTrial() {
-		s.Try(unit.GoodFile)
+		s.Try(supervise.Trial{Good: unit.GoodFile, Judged: unit.JudgedFile, Locked: unit.LockedFile})
 	}
 	order := s.Run(boot.Late)
+	words := s.LastWords() // before the units are stopped: it says which are not up
 	var names []string
 	for _, u := range units {
 		names = append(names, u.Name)
 	}
-	halt.All(names, s.Drain, dog.Feed, order == initctl.PowerOff)
+	halt.All(names, s.Drain, dog.Feed, order == initctl.PowerOff, words)
 }
 
 // reason is what a panic says, or that there was none.

@@ -87,13 +87,18 @@ func installTrouble(where string, d Disk) string {
 	return "the system is installed on " + d.Device + ", but the firmware started another disk: take that away, or put " + d.Device + " first in the firmware's order, and restart"
 }
 
-// unlocks says whether an encrypted volume is open, and will be after a restart without a person, where it has a key for that.
+// unlocks says whether an encrypted volume is open, and will be after a restart without a person, where it has a key for that. One that only people
+// can open has a condition of another name: updated leaves a version on trial that does not open what opens by itself.
 func unlocks(have State, v volume, p Partition) *controlv1.Condition {
 	c := &controlv1.Condition{Name: string(v.name) + ".unlocks"}
+	alone := p.LUKS.Has(vault.TPM) || p.LUKS.Has(vault.KeyFile) || p.LUKS.Has(vault.Service)
+	if !alone && !p.LUKS.Has(vault.State) {
+		c.Name = string(v.name) + ".unlocked"
+	}
 	switch {
 	case p.Map.Device == "":
 		c.Trouble = string(v.name) + " is locked (" + have.why(p) + "): unlock it with its recovery key or passphrase (bhctl unlock)"
-	case p.Why != "" && (p.LUKS.Has(vault.TPM) || p.LUKS.Has(vault.KeyFile) || p.LUKS.Has(vault.Service)):
+	case p.Why != "" && alone:
 		c.Trouble = string(v.name) + " did not open by itself (" + p.Why + "): if that is as it should be, rotate its key (bhctl storage keys), else look who was at the machine"
 	}
 	return c

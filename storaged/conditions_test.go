@@ -44,8 +44,9 @@ func TestUnlocksCondition(t *testing.T) {
 	}{
 		{func() {}, ""},
 		{func() { state.Why = "tpm: cleared" }, "did not open by itself (tpm: cleared)"},
-		{func() { state.LUKS.Keys = state.LUKS.Keys[:1] }, ""}, // it has only the recovery key: a person is wanted
 		{func() { state.Map = Map{} }, "STATE is locked (tpm: cleared)"},
+		{func() { state.LUKS.Keys = state.LUKS.Keys[:1] }, "unlocked: STATE is locked (tpm: cleared)"}, // it has only the recovery key: a person is wanted
+		{func() { state.Map = Map{Device: "/dev/dm-1"} }, ""},
 		{func() { state.Attributes = unformatted }, "none"},
 	} {
 		c.change()
@@ -53,6 +54,10 @@ func TestUnlocksCondition(t *testing.T) {
 		for _, x := range conditions(m.State) {
 			if x.Name == "STATE.unlocks" {
 				got = x.Trouble
+			} else if x.Name == "STATE.unlocked" && x.Trouble != "" { // it would not open by itself, in any version
+				got = "unlocked: " + x.Trouble
+			} else if x.Name == "STATE.unlocked" {
+				got = ""
 			}
 		}
 		if c.want == "" && got != "" || !strings.Contains(got, c.want) {

@@ -26,7 +26,7 @@ const ownFolder = "storaged"
 // runtimeFolder is storaged's folder that lives as long as the machine runs.
 const runtimeFolder = unit.RunDir + "/storaged"
 
-// lockedFile is there while STATE is encrypted and not open: trustd then knows that the owner is not known yet.
+// lockedFile is unit.LockedFile.
 const lockedFile = "locked"
 
 // nodeVault is the vault with the node's own places.
@@ -238,10 +238,10 @@ func (s State) targets(open bool) (out []vault.Target) {
 
 // tellLocked writes, for trustd, whether STATE is locked: after what opens it without a person was tried.
 func (l *linux) tellLocked(have State) error {
-	locked := false
+	locked, why := false, ""
 	for _, t := range have.targets(false) {
 		if p, ok := have.partition(StateVolume); ok && t.Name == string(StateVolume) {
-			locked = p.Why != "" || !have.opens(p.LUKS)
+			locked, why = p.Why != "" || !have.opens(p.LUKS), have.why(p)
 		}
 	}
 	path := filepath.Join(l.runtime, lockedFile)
@@ -251,9 +251,15 @@ func (l *linux) tellLocked(have State) error {
 		}
 		return nil
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o444)
+	text := strings.Join(strings.Fields(why), " ") + "\n"
+	if was, err := os.ReadFile(path); err == nil && string(was) == text {
+		return nil
+	}
+	next := path + ".new" // who reads it finds the whole text
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
 	if err != nil {
 		return err
 	}
-	return errors.Join(f.Chmod(0o444), f.Close()) // the process's umask is its own business
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Chmod(0o444), f.Close(), os.Rename(next, path)) // the process's umask is its own business
 }

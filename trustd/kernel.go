@@ -88,7 +88,7 @@ func (d *Daemon) settleLocked() error {
 // setLocked looks whether STATE is locked, and says so once. A node that was claimed before, or could be, is not locked for that: its STATE
 // is another disk's that came later. The caller holds d.mu.
 func (d *Daemon) setLocked() bool {
-	_, err := os.Lstat(d.cfg.Locked)
+	reason, err := os.ReadFile(d.cfg.Locked)
 	locked := err == nil && d.where == unknown
 	if locked == d.locked {
 		return locked
@@ -96,7 +96,7 @@ func (d *Daemon) setLocked() bool {
 	d.since = d.cfg.Now() // between being unlocked and being mounted there is a moment
 	if d.locked = locked; locked {
 		d.log.Warn("volume STATE is locked; nobody can be let in until somebody unlocks it")
-		d.show(lockedBanner)
+		d.show(lockedBanner(string(reason)))
 		d.trust.Set(&trustv1.TrustState{Locked: true})
 	}
 	return locked

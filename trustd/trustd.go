@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -76,7 +77,7 @@ type Daemon struct {
 func Run(ctx context.Context, env daemon.Env) error {
 	cfg := Config{
 		Env: env, Runtime: filepath.Join(unit.RunDir, env.Name), StateDir: filepath.Join(unit.StateDir, env.Name),
-		ClaimKey: filepath.Join(unit.RunDir, "claim-key"), Blocks: "/sys/class/block", Locked: filepath.Join(unit.RunDir, "storaged/locked"),
+		ClaimKey: filepath.Join(unit.RunDir, "claim-key"), Blocks: "/sys/class/block", Locked: unit.LockedFile,
 	}
 	if env.Console != nil {
 		cfg.Console = env.Console
@@ -175,8 +176,16 @@ func banner(code string) string {
 	return fmt.Sprintf("\n%s\n  Nobody owns this node yet.  Claim code:  %s\n  On your own machine:  bhctl claim ADDRESS\n%s\n\n", line, code, line)
 }
 
-// lockedBanner is shown while STATE is locked.
-const lockedBanner = "\n  The volume STATE is locked, and nothing on this machine opens it.\n  On your own machine, with its recovery key:  bhctl unlock ADDRESS\n\n"
+// maxReason bounds what the console shows of storaged's words, in bytes.
+const maxReason = 300
+
+// lockedBanner is shown while STATE is locked; reason is storaged's, "" if it has none.
+func lockedBanner(reason string) string {
+	if reason = strings.TrimSpace(reason); reason != "" {
+		reason = "  " + strings.ToValidUTF8(reason[:min(len(reason), maxReason)], "") + "\n"
+	}
+	return "\n  The volume STATE is locked, and nothing on this machine opens it.\n" + reason + "  On your own machine, with its recovery key:  bhctl unlock ADDRESS\n\n"
+}
 
 func (d *Daemon) show(text string) {
 	if d.cfg.Console == nil {

@@ -495,14 +495,14 @@ func TestLockedState(t *testing.T) {
 	m.must(os.Rename(m.cfg.StateDir, away))
 	m.reboot()
 	m.partition("STATE")
-	m.must(os.WriteFile(m.cfg.Locked, nil, 0o444))
+	m.must(os.WriteFile(m.cfg.Locked, []byte("tpm: the image was changed\n"), 0o444))
 	d := m.start()
 	if s, _ := d.trust.Get(); !s.GetLocked() || s.GetClaimed() {
 		t.Errorf("trust is %v", s)
 	}
 	now = now.Add(time.Hour)
 	m.must(d.settle())
-	if out := m.console.String(); strings.Contains(out, "Claim code") || strings.Count(out, "bhctl unlock") != 1 {
+	if out := m.console.String(); strings.Contains(out, "Claim code") || strings.Count(out, "bhctl unlock") != 1 || !strings.Contains(out, "\n  tpm: the image was changed\n") {
 		t.Errorf("the console says %s", out)
 	}
 	if _, err := d.claim(&trustv1.ClaimRequest{Csr: csr, ChannelBinding: binding}); !errs.Is(err, errs.Unavailable) {

@@ -30,11 +30,14 @@ func bootRow(b *machinev1.Boot) []string {
 	if b.Started != nil {
 		started = b.Started.AsTime().Local().Format(time.DateTime)
 	}
-	version := b.Version
+	version, detail := b.Version, b.Detail
 	if version == "" {
 		version = "-"
 	}
-	return []string{fmt.Sprint(b.Number), version, started, strings.ToLower(b.End.String()), b.Detail}
+	if b.Id == "" {
+		detail += fmt.Sprintf("; it was boot %d on its way down, or one that did not get as far as STATE", b.Number-1)
+	}
+	return []string{fmt.Sprint(b.Number), version, started, strings.ToLower(b.End.String()), detail}
 }
 
 // bootLog prints the last lines of a boot; source is a unit's name, or "" for everything.

@@ -33,8 +33,8 @@ func TestBootRow(t *testing.T) {
 		b    *machinev1.Boot
 		want string
 	}{
-		{&machinev1.Boot{Number: 7, Version: "v1.2.3", Started: timestamppb.New(at), End: machinev1.Boot_RUNNING}, "7|v1.2.3|2026-01-02 03:04:05|running|"},
-		{&machinev1.Boot{Number: 6, End: machinev1.Boot_PANIC, Detail: "out of luck"}, "6|-|-|panic|out of luck"},
+		{&machinev1.Boot{Number: 7, Id: "a", Version: "v1.2.3", Started: timestamppb.New(at), End: machinev1.Boot_RUNNING}, "7|v1.2.3|2026-01-02 03:04:05|running|"},
+		{&machinev1.Boot{Number: 6, End: machinev1.Boot_PANIC, Detail: "out of luck"}, "6|-|-|panic|out of luck; it was boot 5 on its way down, or one that did not get as far as STATE"},
 	} {
 		if got := strings.Join(bootRow(c.b), "|"); got != c.want {
 			t.Errorf("%v: got %s, want %s", c.b, got, c.want)

@@ -32,6 +32,14 @@ func GiveUp(parts ...string) {
 	Say("bulkhead: restarting the machine in 10 s")
 	go unix.Sync() // it may hang, and must not hold the restart up
 	time.Sleep(10 * time.Second)
+	End()
+}
+
+// End is GiveUp at once: for what only the next boot has to know. It does not return.
+func End(parts ...string) {
+	if len(parts) > 0 {
+		Say(parts...)
+	}
 	os.WriteFile("/proc/sys/kernel/panic", []byte("-1\n"), 0) // at once; else after the ten seconds of the command line's panic=10
 	os.Exit(1)
 }

@@ -40,9 +40,9 @@ func Order(units []string) (groups [4][]string) {
 	return groups
 }
 
-// All stops every unit with drain, which returns those that do not end, and then restarts or turns off the machine.
-// feed keeps the hardware watchdog quiet. It does not return.
-func All(units []string, drain func([]string) []string, feed func(), powerOff bool) {
+// All stops every unit with drain, which returns those that do not end, and then restarts or turns off the machine. If there are words,
+// they are the last ones: the kernel panics, which keeps them, and restarts. feed keeps the hardware watchdog quiet. It does not return.
+func All(units []string, drain func([]string) []string, feed func(), powerOff bool, words string) {
 	for i, group := range Order(units) {
 		if stuck := drain(group); len(stuck) > 0 {
 			console.Say("bulkhead: going on without waiting for ", strings.Join(stuck, ", "))
@@ -58,6 +58,9 @@ func All(units []string, drain func([]string) []string, feed func(), powerOff bo
 	}
 	feed() // for the last time: what hangs now is ended by the watchdog
 	within("write all buffers", unix.Sync)
+	if words != "" {
+		console.End("bulkhead: ", words)
+	}
 	what, cmd := "restarting", unix.LINUX_REBOOT_CMD_RESTART
 	if powerOff {
 		what, cmd = "turning off", unix.LINUX_REBOOT_CMD_POWER_OFF

@@ -72,8 +72,7 @@ type Supervisor struct {
 	next    time.Time    // when to report
 	order   initctl.Verb // Reboot or PowerOff, once somebody has asked
 	halting bool
-	trial   string    // the file that ends it, while this boot is on trial; see Try
-	judged  time.Time // when the version on trial was last seen to be judged
+	trial   Trial // see Try
 }
 
 func newSupervisor(units []*service, k processes, socket string) (s *Supervisor, err error) {

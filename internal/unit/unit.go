@@ -83,8 +83,12 @@ const (
 	InitSocket = SocketDir + "/init.sock"
 	// StateDir is where STATE is mounted; each daemon that keeps something has a folder of its name there.
 	StateDir = "/state"
-	// GoodFile is there once updated knows that the running version is good; PID 1 looks for it when nobody judges a version on trial.
-	GoodFile = RunDir + "/updated/good"
+	// GoodFile is there once updated knows that the running version is good; JudgedFile is written anew each time when it has looked at one on
+	// trial. PID 1 leaves a version that is not judged any more and was not found good.
+	GoodFile   = RunDir + "/updated/good"
+	JudgedFile = RunDir + "/updated/judged"
+	// LockedFile is there while STATE is encrypted and not open: trustd then knows that the owner is not known yet. Its text is the reason.
+	LockedFile = RunDir + "/storaged/locked"
 	// FirstListener is the number of the first descriptor named in BULKHEAD_FDS; 3 is the ready pipe.
 	FirstListener = 4
 	// DoNotRestart is the exit code that ends a unit for good.

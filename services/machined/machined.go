@@ -185,6 +185,9 @@ var callers = peer.List{
 	machinev1.Machine_GetHealth_FullMethodName:       {uid.Apid, uid.Updated}, // what a version on trial has proved
 	machinev1.Machine_StreamKernelLog_FullMethodName: {uid.Apid, uid.Updated}, // what is to be read if it fails
 	machinev1.Machine_TellEvent_FullMethodName:       {uid.Updated},
+	machinev1.Machine_ListBoots_FullMethodName:       {uid.Apid, uid.Updated}, // why one failed
+	machinev1.Machine_StreamBootLog_FullMethodName:   {uid.Apid, uid.Updated},
+	machinev1.Machine_Reboot_FullMethodName:          {uid.Apid, uid.Updated}, // a version on trial that proved nothing
 }
 
 // Register adds machined's services to a server.

@@ -12,14 +12,13 @@ import (
 	"sync"
 	"time"
 
-	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
 
 // A book is the journal in memory and, once STATE is there, on the disk. It is safe for concurrent use.
 type book struct {
-	dir    string
-	looked bool // for crashes; only keepBook uses it
+	dir string
 
 	mu      sync.Mutex
 	journal journal // guarded by mu; until it is open, what is to be added
@@ -147,59 +146,59 @@ func (d *Daemon) turnPage(ctx context.Context, s State) error {
 	}
 	r := s.running()
 	return d.book.change(func(j *journal) {
-		if j.Trial == nil || j.Trial.Root != r.GetRootHash() || j.Trial.Sequence != r.GetSequence() || j.Trial.Try != r.GetTriesDone() {
+		late := j.Trial.late(r)
+		if !j.Trial.of(r) || j.Trial.Try != r.GetTriesDone() {
 			j.say(event{Time: time.Now(), What: "started", Version: r.GetVersion(), Detail: fmt.Sprintf("try %d", r.GetTriesDone())})
 		} else if j.Trial.End != "" {
 			return // the last word is said
 		}
 		j.Trial = &trial{Version: r.GetVersion(), Root: r.GetRootHash(), Sequence: r.GetSequence(), Try: r.GetTriesDone(), Time: time.Now(),
-			Uptime: s.Uptime, Missing: cut(missing(steps)), Lines: tail(lines)}
+			Uptime: s.Uptime, Missing: cut(missing(steps)), Lines: tail(lines), Late: late}
 	})
 }
 
-// explainLast looks for a version that was left, and for what the kernel wrote when it panicked.
+// bootsLimit is how long after its start a node waits for machined to know how the boot before ended; then the reason is said without that.
+const bootsLimit = 5 * time.Minute
+
+// explainLast looks for a version that was left, and says why.
 func (d *Daemon) explainLast(ctx context.Context, s State) error {
-	ctx, cancel := context.WithTimeout(ctx, callTime)
-	defer cancel()
 	v := left(s, d.book.get())
-	if v == nil && d.book.looked {
-		return nil // nobody panics while we run
-	}
-	r, err := d.cfg.Slots.ListCrashes(ctx, &slotv1.ListCrashesRequest{})
-	if err != nil && v == nil {
-		return err // nothing hangs on it
-	}
-	d.book.looked = true
-	crashes := r.GetCrashes()
-	if v == nil && len(crashes) == 0 {
+	if v == nil {
 		return nil
 	}
-	text := ""
-	err = d.book.change(func(j *journal) {
-		if v != nil {
-			f := explain(v, j.Trial, crashes, time.Now())
-			j.Failure, j.Trial = &f, nil
-			j.say(event{Time: time.Now(), What: "failed", Version: f.Version, Detail: f.Reason})
-			text = fmt.Sprintf("%s was left after %d tries: %s", f.Version, f.Tries, f.Reason)
-			return
-		}
-		lines := crashLines(crashes)
-		words := or(panicWords(lines), "the kernel left a record")
-		j.say(event{Time: time.Now(), What: "crashed", Version: s.running().GetVersion(), Detail: words})
-		text = "an earlier boot crashed: " + words
-	})
-	if err != nil {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	e, err := d.lastEnding(ctx)
+	if err != nil && s.Uptime < bootsLimit {
+		return fmt.Errorf("ask machined how the boot before ended: %w", err)
+	}
+	var f failure
+	if err := d.book.change(func(j *journal) {
+		f = explain(v, *j, e, time.Now())
+		j.Failure, j.Trial = &f, nil
+		j.say(event{Time: time.Now(), What: "failed", Version: f.Version, Detail: f.Reason})
+	}); err != nil {
 		return err
 	}
-	d.tell(ctx, text)
-	var names []string
-	for _, c := range crashes {
-		names = append(names, c.GetName())
+	d.tell(ctx, fmt.Sprintf("%s was left after %d tries: %s", f.Version, f.Tries, f.Reason))
+	return nil
+}
+
+// lastEnding asks machined how the boot before this one ended.
+func (d *Daemon) lastEnding(ctx context.Context) (ending, error) {
+	r, err := d.cfg.Machine.ListBoots(ctx, &machinev1.ListBootsRequest{})
+	if err != nil || len(r.GetBoots()) < 2 {
+		return ending{}, err
 	}
-	if len(names) > 0 {
-		_, err = d.cfg.Slots.RemoveCrashes(ctx, &slotv1.RemoveCrashesRequest{Names: names})
+	e := ending{boot: r.GetBoots()[1]} // the newest first
+	if e.boot.GetEnd() != machinev1.Boot_PANIC {
+		return e, nil
 	}
-	return err
+	stream, err := d.cfg.Machine.StreamBootLog(ctx, &machinev1.StreamBootLogRequest{Boot: int64(e.boot.GetNumber()), Source: "panic", Tail: maxLines})
+	if err != nil {
+		return e, err
+	}
+	return e, receive(stream.Recv, func(l *machinev1.BootLogLine) { e.lines = append(e.lines, l.GetText()) })
 }
 
 // receive calls f with each message of a stream until it ends.

@@ -1,14 +1,12 @@
 package updated
 
 import (
-	"cmp"
 	"fmt"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
 )
 
@@ -23,82 +21,81 @@ func left(s State, j journal) *slotv1.Slot {
 	return nil
 }
 
-// explain says why a version was left, from all that it has left behind: the kernel's last words in the firmware's memory, and its last
-// entry in the journal. It is pure; now is only noted.
-func explain(v *slotv1.Slot, t *trial, crashes []*slotv1.Crash, now time.Time) failure {
+// An ending is what machined found out about the boot before the running one. The zero value is that nothing is known.
+type ending struct {
+	boot  *machinev1.Boot
+	lines []string // of its panic, oldest first
+}
+
+// keeps is how PID 1 begins its last words if it leaves a version by itself.
+const keeps = "PID 1 gave up: cannot keep this version: "
+
+// explain says why a version was left, from all that it has left behind: its last entry in the journal, and how the boot before this one
+// ended. It is pure; now is only noted, and compared with the version's own clock.
+func explain(v *slotv1.Slot, j journal, e ending, now time.Time) failure {
 	f := failure{Version: v.GetVersion(), Root: v.GetRootHash(), Sequence: v.GetSequence(), Tries: v.GetTriesDone(), Time: now}
-	if t != nil && (t.Root != f.Root || t.Sequence != f.Sequence) {
+	t := j.Trial
+	if !t.of(v) {
 		t = nil
+	} else {
+		f.Lines = t.Lines
 	}
-	lines := crashLines(crashes)
-	words := panicWords(lines)
+	end, detail := e.boot.GetEnd(), e.boot.GetDetail()
 	switch {
-	case words != "":
-		f.Reason, f.Lines = "the kernel panicked: "+words, tail(lines)
-	case t == nil && len(lines) > 0:
-		f.Reason, f.Lines = "it crashed before it could write to STATE", tail(lines)
-	case t == nil:
-		f.Reason = "no try got as far as STATE: it was refused by the firmware, hung or was reset before, or its disk did not open"
-	case t.End != "":
-		f.Reason, f.Lines = t.End, t.Lines
-	default:
-		f.Reason, f.Lines = fmt.Sprintf("its last try stopped without a word %s after its start, by a hang or a reset", t.Uptime.Round(time.Second)), t.Lines
-		if t.Missing != "" {
-			f.Reason += "; missing then: " + t.Missing
+	case t != nil && t.End != "" && t.Try == v.GetTriesDone(): // the last try's own word
+		f.Reason = t.End
+	case end == machinev1.Boot_PANIC:
+		f.Lines = tail(e.lines)
+		if why, ok := strings.CutPrefix(detail, keeps); ok {
+			f.Reason = why
+		} else if strings.HasPrefix(detail, "PID 1 ") {
+			f.Reason = detail
+		} else {
+			f.Reason = "the kernel panicked: " + detail
 		}
+	case end == machinev1.Boot_RESET && t != nil:
+		f.Reason = fmt.Sprintf("its last try hung, and the hardware watchdog reset the machine; its last sign of life was %s after its start", t.Uptime.Round(time.Second)) + stillMissing(t)
+	case end == machinev1.Boot_RESET:
+		f.Reason = "it hung before it could write to STATE, and the hardware watchdog reset the machine"
+	case t != nil && t.End != "":
+		f.Reason = t.End
+	case t != nil:
+		f.Reason = fmt.Sprintf("its last try stopped without a word %s after its start, by a hang or a reset", t.Uptime.Round(time.Second)) + stillMissing(t)
+	default:
+		f.Reason = "no try got as far as STATE: it was refused by the firmware, or hung or was reset before"
+	}
+	if t != nil {
+		f.Reason += wrongClock(t, installed(j, v.GetVersion()), now)
 	}
 	f.Reason = cut(f.Reason)
 	return f
 }
 
-// A record of pstore starts with a line like "Panic#1 Part3"; part 1 is the end of the log.
-var partLine = regexp.MustCompile(`^[A-Za-z]+#\d+ Part(\d+)$`)
-
-// crashLines joins the parts of the kernel's last words, oldest line first.
-func crashLines(crashes []*slotv1.Crash) (out []string) {
-	type part struct {
-		time   time.Time
-		number int
-		lines  []string
+func stillMissing(t *trial) string {
+	if t.Missing == "" {
+		return ""
 	}
-	var parts []part
-	for _, c := range crashes {
-		lines := strings.Split(strings.TrimRight(c.GetText(), "\n"), "\n")
-		p := part{time: c.GetTime().AsTime(), lines: lines}
-		if m := partLine.FindStringSubmatch(lines[0]); m != nil {
-			p.number, _ = strconv.Atoi(m[1]) // digits
-			p.lines = lines[1:]
-		}
-		parts = append(parts, p)
-	}
-	slices.SortStableFunc(parts, func(a, b part) int { return cmp.Compare(b.number, a.number) })
-	for _, p := range parts {
-		for _, l := range p.lines {
-			out = append(out, level.ReplaceAllString(l, ""))
-		}
-	}
-	return out
+	return "; missing then: " + t.Missing
 }
 
-// level is how the kernel marks a line's importance in pstore: "<0>".
-var level = regexp.MustCompile(`^<\d+>`)
+// clockSlack is by how much two versions' clocks may differ that have no other fault.
+const clockSlack = time.Hour
 
-// stamp is a line's time in the kernel's log.
-var stamp = regexp.MustCompile(`^\[ *\d+\.\d+\] `)
-
-// panicWords returns what the kernel said when it panicked, without its time; "" if it did not.
-func panicWords(lines []string) string {
-	for _, l := range lines {
-		if _, words, ok := strings.Cut(l, "Kernel panic - not syncing: "); ok {
-			return words
-		}
-	}
-	for _, l := range lines {
-		for _, mark := range []string{"BUG: ", "Oops: ", "general protection fault"} {
-			if strings.Contains(l, mark) {
-				return stamp.ReplaceAllString(l, "")
-			}
-		}
+// wrongClock says so if a version on trial was before the moment when it was installed, or after the one at which it was left already: with such a clock,
+// certificates seem not yet valid, or expired.
+func wrongClock(t *trial, installed, now time.Time) string {
+	if t.Time.After(now.Add(clockSlack)) || !installed.IsZero() && t.Time.Before(installed.Add(-clockSlack)) {
+		return fmt.Sprintf("; its clock was wrong: it said %s", t.Time.UTC().Format(time.DateTime))
 	}
 	return ""
+}
+
+// installed is when a version was installed last, by the clock of the one that did it; zero if that is not known any more.
+func installed(j journal, version string) time.Time {
+	for _, e := range slices.Backward(j.History) {
+		if e.What == "installed" && e.Version == version {
+			return e.Time
+		}
+	}
+	return time.Time{}
 }

@@ -11,7 +11,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -76,8 +75,8 @@ type fakeStorage struct {
 	marked    int                 // guarded by mu
 	forget    int                 // guarded by mu; after so many writes it is started anew; 0: never
 	writes    int                 // guarded by mu
-	crashes   []*slotv1.Crash     // guarded by mu
 	media     []byte
+	broken    bool // it answers nothing about its slots
 }
 
 func (s *fakeStorage) set(f func()) {
@@ -89,6 +88,9 @@ func (s *fakeStorage) set(f func()) {
 func (s *fakeStorage) Get(context.Context, *slotv1.GetRequest) (*slotv1.GetResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.broken {
+		return nil, errs.New(errs.Unavailable, "broken")
+	}
 	if s.slots == nil {
 		return nil, errs.New(errs.Precondition, "this machine was not started by UEFI")
 	}
@@ -217,25 +219,49 @@ func (s *fakeStorage) ReadMedia(_ context.Context, r *slotv1.ReadMediaRequest) (
 	return &slotv1.ReadMediaResponse{Data: s.media[at:min(at+int(r.GetLength()), len(s.media))]}, nil
 }
 
-func (s *fakeStorage) ListCrashes(context.Context, *slotv1.ListCrashesRequest) (*slotv1.ListCrashesResponse, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return &slotv1.ListCrashesResponse{Crashes: slices.Clone(s.crashes)}, nil
-}
-
-func (s *fakeStorage) RemoveCrashes(_ context.Context, r *slotv1.RemoveCrashesRequest) (*slotv1.RemoveCrashesResponse, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.crashes = slices.DeleteFunc(s.crashes, func(c *slotv1.Crash) bool { return slices.Contains(r.GetNames(), c.GetName()) })
-	return &slotv1.RemoveCrashesResponse{}, nil
-}
-
 // A fakeMachine is machined as updated sees it.
 type fakeMachine struct {
 	machinev1.UnimplementedMachineServer
 	mu     sync.Mutex
 	checks []*machinev1.Check // guarded by mu
 	events []string           // guarded by mu
+	boots  []*machinev1.Boot  // guarded by mu; nil: STATE is not open there yet
+	panic  []string           // guarded by mu; the lines of boot 6's
+
+	reboots int // guarded by mu
+}
+
+func (m *fakeMachine) ListBoots(context.Context, *machinev1.ListBootsRequest) (*machinev1.ListBootsResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.boots == nil {
+		return nil, errs.New(errs.Precondition, "boots are kept on STATE, which is not open")
+	}
+	return &machinev1.ListBootsResponse{Boots: m.boots}, nil
+}
+
+func (m *fakeMachine) Reboot(context.Context, *machinev1.RebootRequest) (*machinev1.RebootResponse, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.reboots++
+	if m.boots == nil {
+		return nil, errs.New(errs.Unavailable, "not now")
+	}
+	return &machinev1.RebootResponse{}, nil
+}
+
+func (m *fakeMachine) StreamBootLog(r *machinev1.StreamBootLogRequest, out grpc.ServerStreamingServer[machinev1.BootLogLine]) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r.GetBoot() != 6 || r.GetSource() != "panic" {
+		return errs.New(errs.NotFound, "boot %d has no lines of %s", r.GetBoot(), r.GetSource())
+	}
+	for _, l := range m.panic {
+		if err := out.Send(&machinev1.BootLogLine{Source: "panic", Text: l}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (m *fakeMachine) GetHealth(context.Context, *machinev1.GetHealthRequest) (*machinev1.GetHealthResponse, error) {
@@ -273,7 +299,7 @@ type bench struct {
 var hasty = limits{credit: 3, earn: 64 << 10, stall: 400 * time.Millisecond, least: 4 << 10, pause: time.Millisecond}
 
 func newBench(t *testing.T) *bench {
-	return &bench{t: t, storage: &fakeStorage{slots: slots("0.1.0", [2]string{"good", "empty"}, "0.1.0")}, machine: &fakeMachine{checks: healthy()},
+	return &bench{t: t, storage: &fakeStorage{slots: slots("0.1.0", [2]string{"good", "empty"}, "0.1.0")}, machine: &fakeMachine{checks: healthy(), boots: []*machinev1.Boot{{Number: 7, End: machinev1.Boot_RUNNING}}},
 		folder: t.TempDir(), restarts: make(chan struct{}, 100)}
 }
 
@@ -309,7 +335,7 @@ func (b *bench) start() (stop func()) {
 	d, err := New(Config{
 		Env: daemon.Env{Name: "updated", Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("updated"), Listen: own, Ready: func() {},
 			Who: func(net.Conn) (uid.ID, error) { return uid.Apid, nil }},
-		Slots: slotv1.NewSlotsClient(others), Machine: machinev1.NewMachineClient(others), Keys: trusted, Folder: b.folder, GoodFile: b.folder + "/good", limits: hasty,
+		Slots: slotv1.NewSlotsClient(others), Machine: machinev1.NewMachineClient(others), Keys: trusted, Folder: b.folder, GoodFile: b.folder + "/good", JudgedFile: b.folder + "/judged", limits: hasty,
 		Restart: func() error { b.restarts <- struct{}{}; return nil },
 		Uptime: func() time.Duration {
 			b.mu.Lock()

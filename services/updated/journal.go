@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 	"time"
+
+	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
 )
 
 // The journal is what outlives a boot: who installed what and when, and what the version on trial was doing last. It is a file on STATE,
@@ -49,8 +51,19 @@ type trial struct {
 	Time     time.Time     `json:"time"`
 	Uptime   time.Duration `json:"uptime"` // nanoseconds
 	Missing  string        `json:"missing"`
-	End      string        `json:"end,omitempty"` // why it ended, if it knew
-	Lines    []string      `json:"lines"`         // of the kernel's log, PID 1's among them
+	End      string        `json:"end,omitempty"`  // why it ended, if it knew
+	Late     bool          `json:"late,omitempty"` // an earlier try of the same version has had all its time
+	Lines    []string      `json:"lines"`          // of the kernel's log, PID 1's among them
+}
+
+// of reports whether the trial is of the version that runs.
+func (t *trial) of(r *slotv1.Slot) bool {
+	return t != nil && t.Root == r.GetRootHash() && t.Sequence == r.GetSequence()
+}
+
+// late reports whether an earlier try of the version that runs has had all its time.
+func (t *trial) late(r *slotv1.Slot) bool {
+	return t.of(r) && (t.Late || t.End != "" && t.Try != r.GetTriesDone())
 }
 
 // A failure is a version that was tried and left.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
@@ -35,9 +36,14 @@ func (d *Daemon) observe(ctx context.Context) (State, error) {
 		s.looked = was.looked
 	}
 	if s.onTrial() {
+		s.Late = d.book.get().Trial.late(s.running())
 		h, err := d.cfg.Machine.GetHealth(ctx, &machinev1.GetHealthRequest{})
 		if s.Checks = h.GetChecks(); err != nil {
 			s.Checks, s.Unhealthy = nil, "machined does not say how the node is: "+errs.Text(err)
+		}
+		// From here on it is judged, as it is.
+		if err := os.WriteFile(d.cfg.JudgedFile, []byte(s.Uptime.String()), 0o600); err != nil {
+			return s, fmt.Errorf("tell PID 1 that this version is judged: %w", err)
 		}
 	}
 	return s, nil
@@ -51,7 +57,12 @@ func (d *Daemon) plan(want config.Update, s State) ([]Step, error) {
 	return plan(want, s)
 }
 
-func (d *Daemon) planBare(s State) ([]Step, error) { return d.plan(*config.Defaults().Update, s) }
+func (d *Daemon) planBare(s State) ([]Step, error) {
+	if d.quit.Load() {
+		return nil, nil
+	}
+	return planBare(s)
+}
 
 // apply does one step.
 func (d *Daemon) apply(ctx context.Context, s Step) error {

@@ -20,6 +20,8 @@ type State struct {
 	Unhealthy string
 	Uptime    time.Duration // since the kernel was started
 	looked    time.Duration // Uptime when the slots were asked for
+	// Late says that an earlier try of the version has had all its time, in vain.
+	Late bool
 }
 
 // running returns the slot of the running version; nil if there is none.
@@ -131,35 +133,70 @@ func or(s, standard string) string {
 // plan returns the steps of a version on trial: what it still has to prove; that it is good, once it has; and a restart when its time is
 // over. Good is never decided by time, only that a try has failed is.
 func plan(want config.Update, s State) ([]Step, error) {
+	return within(patience(want, s), want.Health, s), nil
+}
+
+// within is plan with the time that a version on trial has.
+func within(patience time.Duration, health []config.Proof, s State) []Step {
 	r := s.running()
 	if r == nil {
-		return nil, nil
+		return nil
 	}
 	if !s.onTrial() {
 		if r.GetStatus() == "good" && s.Slots.GetEpochKept() && r.GetEpoch() > s.Slots.GetEpochFloor() {
-			return []Step{{opRaise, fmt.Sprint(r.GetEpoch())}}, nil
+			return []Step{{opRaise, fmt.Sprint(r.GetEpoch())}}
 		}
-		return nil, nil
+		return nil
 	}
 	var steps []Step
-	for _, p := range prove(want.Health, s) {
+	for _, p := range prove(health, s) {
 		if !p.ok {
 			steps = append(steps, Step{opProve, string(p.name) + ": " + p.detail})
 		}
 	}
 	if len(steps) == 0 {
-		return []Step{{opGood, r.GetVersion()}}, nil
+		return []Step{{opGood, r.GetVersion()}}
 	}
-	if s.Uptime >= patience(want) {
-		steps = append(steps, Step{opRestart, fmt.Sprintf("%s did not prove its health in %s; missing: %s", r.GetVersion(), patience(want), missing(steps))})
+	if s.Uptime >= patience {
+		steps = append(steps, Step{opRestart, fmt.Sprintf("%s did not prove its health in %s; missing: %s", r.GetVersion(), patience, missing(steps))})
 	}
-	return steps, nil
+	return steps
 }
 
-// planBare is plan before the node's configuration is known: a version whose disk does not open must be left too.
-func planBare(s State) ([]Step, error) { return plan(*config.Defaults().Update, s) }
+// retryPatience bounds what a version on trial has when an earlier try had all its time: the tries after that are for what may have been wrong around it, not for a
+// version that is slow, and a node that does not do its job must not wait three times as long as somebody was ready to.
+const retryPatience = 2 * time.Minute
 
-func patience(u config.Update) time.Duration { return time.Duration(u.Patience) * time.Minute }
+// lockedPatience is what a version on trial has whose STATE stays locked though it has a key that opens it without a person. The version before
+// has opened it, and what opens a disk does so in the first seconds: so this one will not. A key service may be late by a minute.
+const lockedPatience = 90 * time.Second
+
+// unlocksCheck is storaged's condition that STATE opens without a person. A STATE that only people can open does not have it.
+const unlocksCheck = "storaged.STATE.unlocks"
+
+// planBare is plan before the node's configuration is known: a version whose disk does not open must be left too.
+func planBare(s State) ([]Step, error) {
+	want := *config.Defaults().Update
+	return within(barePatience(want, s), want.Health, s), nil
+}
+
+func barePatience(want config.Update, s State) time.Duration {
+	for _, c := range s.Checks {
+		if c.GetName() == unlocksCheck && !c.GetOk() {
+			return lockedPatience
+		}
+	}
+	return patience(want, s)
+}
+
+// patience is how long after its start a version on trial must have proved itself in this try.
+func patience(u config.Update, s State) time.Duration {
+	all := time.Duration(u.Patience) * time.Minute
+	if s.Late {
+		return min(all, retryPatience)
+	}
+	return all
+}
 
 // missing joins what is to be proved.
 func missing(steps []Step) string {

@@ -93,44 +93,81 @@ func TestPlan(t *testing.T) {
 			t.Errorf("%s: %v\ngot  %s\nwant %s", c.what, err, strings.Join(got, "; "), c.steps)
 		}
 	}
+	// A version that has had all its time once gets less in the tries after that, and never more than it was given.
+	for _, c := range []struct {
+		minutes int
+		late    bool
+		want    time.Duration
+	}{{10, false, 10 * time.Minute}, {10, true, retryPatience}, {1, false, time.Minute}, {1, true, time.Minute}} {
+		for _, up := range []time.Duration{c.want - 1, c.want} {
+			steps, _ := plan(config.Update{Health: want.Health, Patience: c.minutes}, State{Slots: trial, Checks: healthy("!etcd.converged: no leader"), Uptime: up, Late: c.late})
+			if got := steps[len(steps)-1].Op == opRestart; got != (up == c.want) {
+				t.Errorf("%d minutes, late %v: restart %v after %s", c.minutes, c.late, got, up)
+			}
+		}
+	}
 	// Before the configuration is known, a version is not good, and it is left.
 	steps, _ := planBare(State{Slots: trial, Checks: healthy("!config.applied: none"), Uptime: 11 * time.Minute})
 	if len(steps) != 2 || steps[1].Op != opRestart {
 		t.Errorf("without a configuration: %v", steps)
+	}
+	// One whose STATE does not open, though it should by itself, sooner; one that waits for a person, not.
+	for _, c := range []struct {
+		check string
+		want  bool
+	}{{"!storaged.STATE.unlocks: STATE is locked (tpm: …)", true}, {"!storaged.STATE.unlocked: STATE is locked (only keys that people have)", false}, {"storaged.STATE.unlocks", false}} {
+		steps, _ := planBare(State{Slots: trial, Checks: checks(c.check), Uptime: lockedPatience})
+		if got := len(steps) > 0 && steps[len(steps)-1].Op == opRestart; got != c.want {
+			t.Errorf("%s: restart %v after %s", c.check, got, lockedPatience)
+		}
 	}
 }
 
 func TestExplain(t *testing.T) {
 	v := &slotv1.Slot{Version: "0.2.0", RootHash: "abc", Sequence: 2, Status: "failed", TriesDone: 3}
 	mine := func(edit func(*trial)) *trial {
-		x := &trial{Version: "0.2.0", Root: "abc", Sequence: 2, Try: 3, Uptime: 42*time.Second + time.Millisecond, Missing: "kubelet: not Ready", Lines: []string{"[ 1.0] a", "[ 2.0] b"}}
+		x := &trial{Version: "0.2.0", Root: "abc", Sequence: 2, Try: 3, Time: time.Date(2026, 4, 30, 23, 50, 0, 0, time.UTC), Uptime: 42*time.Second + time.Millisecond, Missing: "kubelet: not Ready", Lines: []string{"[ 1.0] a", "[ 2.0] b"}}
 		if edit != nil {
 			edit(x)
 		}
 		return x
 	}
-	dump := []*slotv1.Crash{
-		{Name: "dmesg-1", Text: "Panic#1 Part1\n<0>[    3.2] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100\n<4>[    3.3] CPU: 0\n"},
-		{Name: "dmesg-2", Text: "Panic#1 Part2\n<6>[    3.1] the line before\n"},
+	const fell = "VFS: Unable to mount root fs"
+	at := func(end machinev1.Boot_End, detail string) ending {
+		e := ending{boot: &machinev1.Boot{End: end, Detail: detail}}
+		if end == machinev1.Boot_PANIC {
+			e.lines = []string{"[ 3.0] before", "[ 3.1] Kernel panic"}
+		}
+		return e
 	}
+	ended := func(x *trial) { x.End = "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready" }
+	now := time.Date(2026, 5, 1, 0, 0, 0, 0, time.UTC)
 	for _, c := range []struct {
-		what    string
-		trial   *trial
-		crashes []*slotv1.Crash
-		want    string
-		lines   string
+		what  string
+		trial *trial
+		end   ending
+		want  string
+		lines string
 	}{
-		{"panic", nil, dump, "the kernel panicked: Attempted to kill init! exitcode=0x00000100", "[    3.1] the line before|[    3.2] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100|[    3.3] CPU: 0"},
-		{"panic after STATE", mine(nil), dump, "the kernel panicked: Attempted", "[    3.1]"},
-		{"oops", nil, []*slotv1.Crash{{Text: "Oops#1 Part1\n<1>[    9.9] BUG: kernel NULL pointer dereference, address: 0\n"}}, "the kernel panicked: BUG: kernel NULL pointer dereference", ""},
-		{"never healthy", mine(func(x *trial) { x.End = "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready" }), nil, "0.2.0 did not prove its health in 10m0s", "[ 1.0] a|[ 2.0] b"},
-		{"hang", mine(nil), nil, "its last try stopped without a word 42s after its start, by a hang or a reset; missing then: kubelet: not Ready", "[ 1.0] a"},
-		{"no trace", nil, nil, "no try got as far as STATE", ""},
-		{"another version's trace", mine(func(x *trial) { x.Sequence = 1 }), nil, "no try got as far as STATE", ""},
-		{"some record", nil, []*slotv1.Crash{{Text: "console text"}}, "it crashed before it could write to STATE", "console text"},
+		{"panic", nil, at(machinev1.Boot_PANIC, fell), "the kernel panicked: " + fell, "[ 3.0] before|[ 3.1] Kernel panic"},
+		{"panic after STATE", mine(nil), at(machinev1.Boot_PANIC, fell), "the kernel panicked: " + fell, "[ 3.0] before"},
+		{"panic in the last try, an earlier one ended with a reason", mine(func(x *trial) { ended(x); x.Try = 2 }), at(machinev1.Boot_PANIC, fell), "the kernel panicked: " + fell, "[ 3.0]"},
+		{"PID 1 left it", mine(nil), at(machinev1.Boot_PANIC, "PID 1 gave up: cannot keep this version: nobody has judged it for 120 s"), "nobody has judged it for 120 s", "[ 3.0]"},
+		{"PID 1 gave up", nil, at(machinev1.Boot_PANIC, "PID 1 gave up: cannot mount the root: input/output error"), "PID 1 gave up: cannot mount the root: input/output error", "[ 3.0]"},
+		{"never healthy", mine(ended), at(machinev1.Boot_UNKNOWN, "no trace"), "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready", "[ 1.0] a|[ 2.0] b"},
+		{"never healthy, then cut", mine(func(x *trial) { ended(x); x.Try = 2 }), at(machinev1.Boot_UNKNOWN, "no trace"), "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready", "[ 1.0] a"},
+		{"cut", mine(nil), at(machinev1.Boot_UNKNOWN, "no trace"), "its last try stopped without a word 42s after its start, by a hang or a reset; missing then: kubelet: not Ready", "[ 1.0] a"},
+		{"hang", mine(nil), at(machinev1.Boot_RESET, "the watchdog"), "its last try hung, and the hardware watchdog reset the machine; its last sign of life was 42s after its start; missing then: kubelet: not Ready", "[ 1.0] a"},
+		{"early hang", nil, at(machinev1.Boot_RESET, "the watchdog"), "it hung before it could write to STATE, and the hardware watchdog reset the machine", ""},
+		{"no trace", nil, at(machinev1.Boot_CLEAN, "reboot ordered by ann"), "no try got as far as STATE: it was refused by the firmware, or hung or was reset before", ""},
+		{"nothing known", nil, ending{}, "no try got as far as STATE: it was refused by the firmware, or hung or was reset before", ""},
+		{"another version's trace", mine(func(x *trial) { x.Sequence = 1 }), ending{}, "no try got as far as STATE: it was refused by the firmware, or hung or was reset before", ""},
+		{"a clock years ahead", mine(func(x *trial) { ended(x); x.Time = now.AddDate(30, 0, 0) }), ending{}, "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready; its clock was wrong: it said 2056-05-01 00:00:00", ""},
+		{"a clock years behind", mine(func(x *trial) { ended(x); x.Time = time.Unix(60, 0) }), ending{}, "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready; its clock was wrong: it said 1970-01-01 00:01:00", ""},
 	} {
-		f := explain(v, c.trial, c.crashes, time.Unix(1, 0))
-		if !strings.HasPrefix(f.Reason, c.want) || !strings.HasPrefix(strings.Join(f.Lines, "|"), c.lines) || f.Tries != 3 || f.Version != "0.2.0" {
+		j := journal{Trial: c.trial, History: []event{{Time: now.Add(-time.Hour), What: "installed", Version: "0.2.0"}}}
+		f := explain(v, j, c.end, now)
+		if f.Reason != c.want || !strings.HasPrefix(strings.Join(f.Lines, "|"), c.lines) || f.Tries != 3 || f.Version != "0.2.0" {
 			t.Errorf("%s: got %q with %q", c.what, f.Reason, f.Lines)
 		}
 	}
@@ -142,7 +179,7 @@ func TestLeft(t *testing.T) {
 	if v.GetVersion() != "0.2.0" {
 		t.Fatalf("left: %v", v)
 	}
-	f := explain(v, nil, nil, time.Now())
+	f := explain(v, journal{}, ending{}, time.Now())
 	if v := left(s, journal{Failure: &f}); v != nil {
 		t.Errorf("explained, and found again: %v", v)
 	}

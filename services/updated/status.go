@@ -32,11 +32,13 @@ func (d *Daemon) report(s State) {
 func (d *Daemon) publish() {
 	s, _ := d.state.Get()
 	want, generation := d.loop.Spec()
+	limit := patience(want, s)
 	if generation == 0 {
 		want = *config.Defaults().Update
+		limit = barePatience(want, s)
 	}
 	p, _ := d.progress.Get()
-	st := status(want, s, d.loop.State(), d.book.get(), d.quit.Load(), time.Now())
+	st := status(want, limit, s, d.loop.State(), d.book.get(), d.quit.Load(), time.Now())
 	st.Upgrade = p
 	if was, _ := d.status.Get(); !proto.Equal(was, st) {
 		d.status.Set(st)
@@ -44,7 +46,7 @@ func (d *Daemon) publish() {
 }
 
 // status puts into the API's words what is known. It is pure.
-func status(want config.Update, s State, loop *controlv1.State, j journal, quit bool, now time.Time) *updatev1.Status {
+func status(want config.Update, limit time.Duration, s State, loop *controlv1.State, j journal, quit bool, now time.Time) *updatev1.Status {
 	out := &updatev1.Status{Generation: loop.GetGeneration(), Converged: loop.GetConverged(), Pending: loop.GetPending(), Error: loop.GetError(),
 		Epoch: s.Slots.GetEpoch(), EpochFloor: s.Slots.GetEpochFloor()}
 	if s.NoSlots != "" {
@@ -55,7 +57,7 @@ func status(want config.Update, s State, loop *controlv1.State, j journal, quit 
 			out.Proofs = append(out.Proofs, &updatev1.Proof{Name: string(p.name), Ok: p.ok, Detail: p.detail})
 		}
 		// To the second: it is the same in every status.
-		out.Deadline = timestamppb.New(now.Add(patience(want) - s.Uptime).Round(10 * time.Second))
+		out.Deadline = timestamppb.New(now.Add(limit - s.Uptime).Round(10 * time.Second))
 	}
 	for _, v := range s.Slots.GetSlots() {
 		out.Slots = append(out.Slots, &updatev1.Slot{

@@ -50,14 +50,14 @@ type Config struct {
 	Machine machinev1.MachineClient
 	// Keys returns the release keys that this image trusts.
 	Keys func() (bundle.Keys, error)
-	// Restart has PID 1 restart the machine.
+	// Restart has the machine restarted. It is called again and again until that happens.
 	Restart func() error
 	// Uptime is the time since the kernel was started.
 	Uptime func() time.Duration
 	// Folder is the daemon's on STATE. It may appear later.
 	Folder string
-	// GoodFile is made when the running version is good, for PID 1.
-	GoodFile string
+	// GoodFile is made when the running version is good, and JudgedFile written anew whenever one on trial was looked at; both for PID 1.
+	GoodFile, JudgedFile string
 
 	limits limits // with sources; the zero value means patient
 }
@@ -91,7 +91,7 @@ func Run(ctx context.Context, env daemon.Env) error {
 	}
 	defer machined.Close()
 	d, err := New(Config{
-		Env: env, Slots: slotv1.NewSlotsClient(storaged), Machine: machinev1.NewMachineClient(machined), Folder: unit.StateDir + "/updated", GoodFile: unit.GoodFile,
+		Env: env, Slots: slotv1.NewSlotsClient(storaged), Machine: machinev1.NewMachineClient(machined), Folder: unit.StateDir + "/updated", GoodFile: unit.GoodFile, JudgedFile: unit.JudgedFile,
 		Keys: func() (bundle.Keys, error) {
 			text, err := os.ReadFile(releaseKeys)
 			if err != nil {
@@ -99,13 +99,13 @@ func Run(ctx context.Context, env daemon.Env) error {
 			}
 			return bundle.ParseKeys(text)
 		},
-		Restart: func() error {
+		Restart: restarter(machinev1.NewMachineClient(machined), func() error {
 			pid1, err := initctl.Dial("")
 			if err != nil {
 				return err
 			}
 			return errors.Join(pid1.Reboot(), pid1.Close())
-		},
+		}, time.Now),
 		Uptime: func() time.Duration {
 			var t unix.Timespec
 			if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
@@ -120,10 +120,33 @@ func Run(ctx context.Context, env daemon.Env) error {
 	return d.Run(ctx)
 }
 
+// obeyTime is what machined has to carry out an order to restart.
+const obeyTime = 5 * time.Second
+
+// restarter returns what restarts the machine: by machined, which notes who ordered it, and if that does not do it, for it may be what does not work, by
+// PID 1. It is called again until the machine is down; one goroutine may call it.
+func restarter(machined machinev1.MachineClient, pid1 func() error, now func() time.Time) func() error {
+	var until time.Time
+	return func() error {
+		if until.IsZero() {
+			until = now().Add(obeyTime)
+			ctx, cancel := context.WithTimeout(context.Background(), obeyTime)
+			defer cancel()
+			if _, err := machined.Reboot(ctx, &machinev1.RebootRequest{}); err != nil {
+				until = now()
+			}
+		}
+		if now().Before(until) {
+			return nil
+		}
+		return pid1()
+	}
+}
+
 // New returns a daemon that has done nothing yet.
 func New(cfg Config) (*Daemon, error) {
 	if cfg.Env.Listen == nil || cfg.Env.Log == nil || cfg.Env.Metrics == nil || cfg.Slots == nil || cfg.Machine == nil ||
-		cfg.Keys == nil || cfg.Restart == nil || cfg.Uptime == nil || cfg.Folder == "" || cfg.GoodFile == "" {
+		cfg.Keys == nil || cfg.Restart == nil || cfg.Uptime == nil || cfg.Folder == "" || cfg.GoodFile == "" || cfg.JudgedFile == "" {
 		return nil, errors.New("updated: every field of Config is required")
 	}
 	if cfg.limits == (limits{}) {

@@ -12,7 +12,7 @@ import (
 	"time"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
-	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 	"github.com/bulkhead-os/bulkhead/internal/bundle"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
@@ -157,6 +157,9 @@ func TestFoundGood(t *testing.T) {
 	if _, err := os.Stat(b.folder + "/good"); err == nil {
 		t.Error("PID 1 was told that a version on trial is good")
 	}
+	if _, err := os.Stat(b.folder + "/judged"); err != nil {
+		t.Errorf("PID 1 was not told that the version is judged: %v", err)
+	}
 	if tr := b.d.book.get().Trial; tr.Missing != "api: api.answered: no call" || len(tr.Lines) != 2 || tr.Lines[1] != "the last of 120 lines" || tr.Try != 1 {
 		t.Errorf("the trial's record: %+v", tr)
 	}
@@ -201,13 +204,31 @@ func TestNeverGood(t *testing.T) {
 		t.Fatal("no restart")
 	}
 	stop()
-	// Three tries later, the old version runs.
+	// The next try knows that, and so does the one after it, though that one's record is another.
+	for try := uint32(2); try <= 3; try++ {
+		b.storage.slots.Slots[1].TriesDone = try
+		b.uptime = 0
+		stop = b.start()
+		b.spec(specText)
+		b.until("its own sign of life", func(s *updatev1.Status) bool { return b.d.book.get().Trial.Try == try })
+		b.mu.Lock()
+		b.uptime = retryPatience
+		b.mu.Unlock()
+		b.d.loop.Wake()
+		select {
+		case <-b.restarts:
+		case <-time.After(20 * time.Second):
+			t.Fatalf("no restart in try %d", try)
+		}
+		stop()
+	}
+	// Then the old version runs.
 	b.storage.slots = slots("0.1.0", [2]string{"good", "failed"}, "0.1.0", "0.2.0")
 	b.storage.slots.Slots[1].TriesDone = 3
 	b.uptime = 0
 	stop = b.start()
 	st := b.until("the reason", func(s *updatev1.Status) bool { return s.GetFailure() != nil })
-	const why = "0.2.0 did not prove its health in 3m0s; missing: kubelet: kubernetes.converged: left to do: wait for node Ready"
+	const why = "0.2.0 did not prove its health in 2m0s; missing: kubelet: kubernetes.converged: left to do: wait for node Ready"
 	if f := st.GetFailure(); f.GetReason() != why || f.GetTries() != 3 || len(f.GetLines()) != 2 || st.GetSlots()[1].GetDetail() != why {
 		t.Errorf("failure: %v", f)
 	}
@@ -227,21 +248,66 @@ func TestNeverGood(t *testing.T) {
 	}
 }
 
-// A panic's last words are kept, and the firmware's memory is freed.
+// A panic's last words are kept, once machined can tell them.
 func TestPanicked(t *testing.T) {
 	b := newBench(t)
 	b.storage.slots = slots("0.1.0", [2]string{"good", "failed"}, "0.1.0", "0.2.0")
-	b.storage.crashes = []*slotv1.Crash{{Name: "dmesg-efi_pstore-1", Text: "Panic#1 Part1\n<0>[    3.2] Kernel panic - not syncing: VFS: Unable to mount root fs\n"}}
+	b.machine.boots = nil
 	b.start()
+	b.until("the slots", func(s *updatev1.Status) bool { return len(s.GetSlots()) == 2 })
+	b.machine.mu.Lock()
+	b.machine.panic = []string{"[ 3.1] a", "[ 3.2] Kernel panic - not syncing: VFS: Unable to mount root fs"}
+	b.machine.boots = []*machinev1.Boot{{Number: 7, End: machinev1.Boot_RUNNING}, {Number: 6, End: machinev1.Boot_PANIC, Detail: "VFS: Unable to mount root fs"}, {Number: 5, End: machinev1.Boot_CLEAN}}
+	b.machine.mu.Unlock()
 	st := b.until("the reason", func(s *updatev1.Status) bool { return s.GetFailure() != nil })
-	if st.GetFailure().GetReason() != "the kernel panicked: VFS: Unable to mount root fs" || len(st.GetFailure().GetLines()) != 1 {
+	if st.GetFailure().GetReason() != "the kernel panicked: VFS: Unable to mount root fs" || len(st.GetFailure().GetLines()) != 2 {
 		t.Errorf("failure: %v", st.GetFailure())
 	}
-	b.storage.set(func() {
-		if len(b.storage.crashes) != 0 {
-			t.Error("the record is still there")
+}
+
+// machined restarts the machine and notes by whose order; if it does not, PID 1 does.
+func TestRestarter(t *testing.T) {
+	b := newBench(t)
+	b.start()
+	for _, c := range []struct {
+		what   string
+		refuse bool
+		at     []time.Duration
+		want   int // calls to PID 1
+	}{
+		{"machined does it", false, []time.Duration{0, time.Second}, 0},
+		{"machined said that it would", false, []time.Duration{0, time.Second, obeyTime}, 1},
+		{"machined does not answer", true, []time.Duration{0}, 1},
+	} {
+		b.machine.mu.Lock()
+		b.machine.boots = []*machinev1.Boot{{Number: 1}}
+		if b.machine.reboots = 0; c.refuse {
+			b.machine.boots = nil
 		}
-	})
+		b.machine.mu.Unlock()
+		now, orders := time.Unix(0, 0), 0
+		restart := restarter(b.d.cfg.Machine, func() error { orders++; return nil }, func() time.Time { return now })
+		for _, at := range c.at {
+			now = time.Unix(0, 0).Add(at)
+			must(t, restart())
+		}
+		b.machine.mu.Lock()
+		if orders != c.want || b.machine.reboots != 1 {
+			t.Errorf("%s: %d orders to PID 1, %d to machined", c.what, orders, b.machine.reboots)
+		}
+		b.machine.mu.Unlock()
+	}
+}
+
+// While storaged does not say what runs, nobody judges, and PID 1 must not think so.
+func TestNotJudged(t *testing.T) {
+	b := newBench(t)
+	b.storage.broken = true
+	b.start()
+	b.until("the trouble", func(s *updatev1.Status) bool { return strings.Contains(s.GetError(), "ask storaged for the slots") })
+	if _, err := os.Stat(b.folder + "/judged"); err == nil {
+		t.Error("PID 1 was told that the version is judged")
+	}
 }
 
 // What a person gives up stays given up, and what a person marks good is good.

@@ -251,30 +251,6 @@ func TestMedia(t *testing.T) {
 	}
 }
 
-func TestCrashes(t *testing.T) {
-	l := &Linux{sys: t.TempDir()}
-	c := serve(t, l, "0.1.0", uid.Updated)
-	if r, err := c.ListCrashes(t.Context(), &slotv1.ListCrashesRequest{}); err != nil || len(r.GetCrashes()) != 0 {
-		t.Errorf("without pstore: %v, %v", r, err)
-	}
-	must(t, os.MkdirAll(l.pstore(), 0o755))
-	long := strings.Repeat("x", maxCrash) + "Kernel panic - not syncing"
-	must(t, errors.Join(os.WriteFile(l.pstore()+"/dmesg-efi-1", []byte(long), 0o600), os.WriteFile(l.pstore()+"/dmesg-efi-2", []byte("a\xffb"), 0o600)))
-	r, err := c.ListCrashes(t.Context(), &slotv1.ListCrashesRequest{})
-	if err != nil || len(r.GetCrashes()) != 2 || len(r.GetCrashes()[0].GetText()) != maxCrash || !strings.HasSuffix(r.GetCrashes()[0].GetText(), "syncing") || r.GetCrashes()[1].GetText() != "a?b" {
-		t.Errorf("%v, %v", r, err)
-	}
-	if _, err := c.RemoveCrashes(t.Context(), &slotv1.RemoveCrashesRequest{Names: []string{"../x"}}); err == nil {
-		t.Error("a path was removed")
-	}
-	if _, err := c.RemoveCrashes(t.Context(), &slotv1.RemoveCrashesRequest{Names: []string{"dmesg-efi-1", "gone"}}); err != nil {
-		t.Error(err)
-	}
-	if all, err := os.ReadDir(l.pstore()); err != nil || len(all) != 1 {
-		t.Errorf("%v, %v", all, err)
-	}
-}
-
 // counter is a target that notes how much was written between two flushes.
 type counter struct{ now, most int }
 

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
@@ -152,23 +151,4 @@ func (s *Server) ReadMedia(_ context.Context, r *slotv1.ReadMediaRequest) (*slot
 		return nil, errs.New(errs.Unavailable, "%w", err)
 	}
 	return &slotv1.ReadMediaResponse{Data: b[:n]}, nil
-}
-
-// ListCrashes is as in the proto.
-func (s *Server) ListCrashes(context.Context, *slotv1.ListCrashesRequest) (*slotv1.ListCrashesResponse, error) {
-	all, err := s.Linux.crashes()
-	out := &slotv1.ListCrashesResponse{}
-	for _, c := range all {
-		out.Crashes = append(out.Crashes, &slotv1.Crash{Name: c.Name, Time: timestamppb.New(c.Time), Text: c.Text})
-	}
-	return out, err
-}
-
-// RemoveCrashes is as in the proto.
-func (s *Server) RemoveCrashes(_ context.Context, r *slotv1.RemoveCrashesRequest) (*slotv1.RemoveCrashesResponse, error) {
-	var err error
-	for _, name := range r.GetNames() {
-		err = errors.Join(err, s.Linux.removeCrash(name))
-	}
-	return &slotv1.RemoveCrashesResponse{}, err
 }

@@ -1,13 +1,12 @@
 package machine
 
 import (
-	"bytes"
 	"context"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -25,19 +24,11 @@ func TestBenchUpgrade(t *testing.T) {
 	n := newNode(t)
 	built := filepath.Join(n.root, "out/image")
 	row("complete image, compressed", mib(bundleSize(t, built)), "≤ 160 MiB")
-	if _, err := n.try(t.Context(), 20*time.Minute, "bhctl", "up", "--name", n.name, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort),
-		"--kubernetes-port", fmt.Sprint(n.kubePort), "--forward", fmt.Sprintf("%d:30080", n.nodePort), "--image", built, "--firmware", "uefi", "--secure-boot", "--tpm"); err != nil {
-		t.Fatalf("bhctl up: %v", err)
-	}
+	m := n.upFirmware(t, built, clustered, 4096)
 	n.run(t, "bhctl", "kubeconfig", "--file", n.kubeconfig)
 	testWorkload(t, n)
 	next := n.nextImage(t, "9.1.0")
-	bad := n.otherImage(t, "9.2.0", n.poisoned(t))
-	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
-	m, err := qemu.Load(n.name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	bad := n.bundleOf(t, poisons[slices.IndexFunc(poisons, func(p poison) bool { return p.name == "PID 1 ends" })], "9.2.0", false)
 	conn, err := client.Dial(fmt.Sprintf("127.0.0.1:%d", n.apiPort), n.credentials(t))
 	if err != nil {
 		t.Fatal(err)
@@ -119,7 +110,7 @@ func (b *upgradeBench) well(t *testing.T) {
 func (b *upgradeBench) upgrade(t *testing.T, to, version string) {
 	before := b.memory(t.Context())
 	api, pod := gaps(t, b.call), gaps(t, b.n.ask)
-	peak := watch(t, before, func(ctx context.Context, peak uint64) uint64 { return max(peak, b.memory(ctx)) })
+	peak := repeat(t, before, func(ctx context.Context, peak uint64) uint64 { return max(peak, b.memory(ctx)) })
 	start := time.Now()
 	if _, err := b.n.try(t.Context(), 10*time.Minute, "bhctl", "upgrade", "--image", to, "--no-reboot"); err != nil {
 		t.Fatalf("bhctl upgrade: %v", err)
@@ -159,36 +150,27 @@ func (b *upgradeBench) memory(ctx context.Context) (sum uint64) {
 	return sum
 }
 
-// bad upgrades to an image that does not start, and waits for the way back. The firmware's line on the console tells when a try begins.
+// bad upgrades to an image that does not start, and waits for the way back.
 func (b *upgradeBench) bad(t *testing.T, to string) {
 	b.n.run(t, "bhctl", "upgrade", "--image", to, "--no-reboot")
-	starts := func() int {
-		text, err := os.ReadFile(b.m.Console())
-		if err != nil {
-			t.Fatal(err)
-		}
-		return bytes.Count(text, []byte("BdsDxe: starting "))
-	}
-	seen, tries := starts(), []time.Time(nil)
-	start := time.Now()
+	w := b.n.watch(t, b.m)
 	b.n.run(t, "bhctl", "reboot")
-	eventually(t, 15*time.Minute, "the old version answers again", func() error {
-		if now := starts(); now > seen {
-			seen, tries = now, append(tries, time.Now())
-		}
-		if len(tries) < 4 {
-			return fmt.Errorf("%d tries", len(tries))
-		}
-		return b.call(t.Context())
-	})
-	b.row("bad image, restart → three tries → old version answers", since(start), "")
-	b.row("bad image, its last try begins → old version answers", since(tries[2]), "≤ 180 s")
+	b.n.left(t, "9.2.0")
+	boots := w.boots(t)
+	if len(boots) != 4 {
+		t.Fatalf("%d starts of the machine, want three tries and the old version: %v", len(boots), boots)
+	}
+	row := func(what string, since start, budget string) {
+		b.row(what, boots[3].answered.Sub(since.began).Round(100*time.Millisecond).String(), budget)
+	}
+	row("bad image, three tries → old version answers", boots[0], "")
+	row("bad image, its last try begins → old version answers", boots[2], "≤ 180 s")
 	b.well(t)
-	b.row("bad image, its last try begins → pod answers", since(tries[2]), "")
+	b.row("bad image, its last try begins → pod answers", since(boots[2].began), "")
 }
 
-// watch calls f again and again, until the function that it returns is called, which returns what f returned last.
-func watch[T any](t *testing.T, first T, f func(context.Context, T) T) func() T {
+// repeat calls f again and again, until the function that it returns is called, which returns what f returned last.
+func repeat[T any](t *testing.T, first T, f func(context.Context, T) T) func() T {
 	ctx, cancel := context.WithCancel(t.Context())
 	var g sync.WaitGroup
 	g.Go(func() {
@@ -208,7 +190,7 @@ func watch[T any](t *testing.T, first T, f func(context.Context, T) T) func() T 
 // gaps asks all the time; what it returns says how long there was no answer, at most.
 func gaps(t *testing.T, ask func(context.Context) error) func() time.Duration {
 	last := time.Now()
-	return watch(t, time.Duration(0), func(ctx context.Context, longest time.Duration) time.Duration {
+	return repeat(t, time.Duration(0), func(ctx context.Context, longest time.Duration) time.Duration {
 		if ask(ctx) == nil {
 			longest, last = max(longest, time.Since(last)), time.Now()
 		}

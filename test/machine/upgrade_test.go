@@ -3,7 +3,6 @@ package machine
 import (
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -43,8 +42,8 @@ func TestUpgrade(t *testing.T) {
 	}
 	generations := n.run(t, "bhctl", "get", "generations", "-o", "json")
 	n.encrypted(t)
-	good := n.otherImage(t, "9.1.0", "")
-	bad := n.otherImage(t, "9.2.0", n.poisoned(t))
+	good := n.bundleOf(t, poison{}, "9.1.0", false)
+	bad := n.bundleOf(t, poison{into: "init", file: "pid1-ends.go"}, "9.2.0", false)
 
 	t.Run("a good version stays", func(t *testing.T) {
 		start := time.Now()
@@ -83,8 +82,15 @@ func TestUpgrade(t *testing.T) {
 		s := n.says(t)
 		n.off(t, m)
 		s.agree(t, m, filepath.Join(n.root, "out/image/db.crt"), key[1])
+		if err := m.Start(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		n.runs(t, "9.1.0", generations)
 	})
+	running := "9.1.0"
+	t.Run("no key for what was changed", func(t *testing.T) { running = n.refusals(t, &m, running, generations) })
 	t.Run("another machine's TPM", func(t *testing.T) {
+		n.off(t, m)
 		if err := os.RemoveAll(filepath.Join(m.Dir, "tpm")); err != nil {
 			t.Fatal(err)
 		}
@@ -106,7 +112,7 @@ func TestUpgrade(t *testing.T) {
 			_, err := n.try(t.Context(), 20*time.Second, "bhctl", "get", "config")
 			return err
 		})
-		n.runs(t, "9.1.0", generations)
+		n.runs(t, running, generations)
 	})
 }
 
@@ -156,36 +162,4 @@ func (n *node) unlock(t *testing.T, key string) (string, error) {
 	cmd.Stdin = strings.NewReader(key + "\n")
 	out, err := cmd.CombinedOutput()
 	return string(out), err
-}
-
-// otherImage builds another version, without Kubernetes and with the same keys, and returns its bundle. bin may have other binaries of ours.
-func (n *node) otherImage(t *testing.T, version, bin string) string {
-	t.Helper()
-	if bin == "" {
-		bin = filepath.Join(n.root, "out/bin")
-	}
-	dir := filepath.Join(n.dir, "image-"+version)
-	cmd := exec.CommandContext(t.Context(), filepath.Join(n.root, "out/bin/mkimage"), "build", "--bin", bin, "--kubernetes", "none", "--out", dir,
-		"--version", version, "--level", "3", "--keys", filepath.Join(n.root, "out/keys"), "--epoch", "1")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("mkimage: %v\n%s", err, out)
-	}
-	return filepath.Join(dir, "bulkhead.update")
-}
-
-// poisoned returns a folder of our binaries in which PID 1 ends at once: the kernel panics.
-func (n *node) poisoned(t *testing.T) string {
-	t.Helper()
-	bin := t.TempDir()
-	for _, name := range []string{"bulkheadd", "etcdd", "kubeletd"} {
-		if err := os.Symlink(filepath.Join(n.root, "out/bin", name), filepath.Join(bin, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(bin, "init"), "./testdata/ends")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	return bin
 }

@@ -58,6 +58,10 @@ func (m *machine) TellEvent(_ context.Context, r *machinev1.TellEventRequest) (*
 	return &machinev1.TellEventResponse{}, nil
 }
 
+func (*machine) ListBoots(context.Context, *machinev1.ListBootsRequest) (*machinev1.ListBootsResponse, error) {
+	return &machinev1.ListBootsResponse{}, nil
+}
+
 func (m *machine) last() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -65,13 +69,6 @@ func (m *machine) last() string {
 		return ""
 	}
 	return m.events[len(m.events)-1]
-}
-
-// storage is storaged's part, without this host's own firmware.
-type storage struct{ slots.Server }
-
-func (*storage) ListCrashes(context.Context, *slotv1.ListCrashesRequest) (*slotv1.ListCrashesResponse, error) {
-	return &slotv1.ListCrashesResponse{}, nil
 }
 
 // updateNode is a claimed node with a disk that can be upgraded.
@@ -119,8 +116,8 @@ func (n *updateNode) boot(version string) (stop func()) {
 		_ = os.Remove(filepath.Join(n.dir, name))
 	}
 	stopSlots := n.serve("storaged", func(s *grpc.Server) {
-		slotv1.RegisterSlotsServer(s, &storage{slots.Server{Store: slots.New(slots.Config{Disk: n.disk, Keys: trusted, Epochs: slots.NoEpochs{},
-			Architecture: "amd64", Version: version, Log: slog.New(slog.DiscardHandler)})}})
+		slotv1.RegisterSlotsServer(s, &slots.Server{Store: slots.New(slots.Config{Disk: n.disk, Keys: trusted, Epochs: slots.NoEpochs{},
+			Architecture: "amd64", Version: version, Log: slog.New(slog.DiscardHandler)})})
 	})
 	dial := func(name string) *grpc.ClientConn {
 		c, err := peer.Dial(filepath.Join(n.dir, name))
@@ -132,7 +129,7 @@ func (n *updateNode) boot(version string) (stop func()) {
 	n.must(os.MkdirAll(folder, 0o700))
 	env := n.env("updated", n.inherit(n.bind("updated")))
 	d, err := updated.New(updated.Config{Env: env, Slots: slotv1.NewSlotsClient(dial("storaged")), Machine: machinev1.NewMachineClient(dial("machined")),
-		Keys: trusted, Restart: func() error { return nil }, Uptime: func() time.Duration { return time.Second }, Folder: folder, GoodFile: folder + "/good"})
+		Keys: trusted, Restart: func() error { return nil }, Uptime: func() time.Duration { return time.Second }, Folder: folder, GoodFile: folder + "/good", JudgedFile: folder + "/judged"})
 	n.must(err)
 	stopUpdated := n.run(d.Run)
 	return func() { stopUpdated(); stopSlots() }

@@ -12,7 +12,6 @@ import (
 	_ "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
-	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -1102,232 +1101,11 @@ func (x *ReadMediaResponse) GetData() []byte {
 	return nil
 }
 
-type ListCrashesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ListCrashesRequest) Reset() {
-	*x = ListCrashesRequest{}
-	mi := &file_slot_v1_slot_proto_msgTypes[20]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ListCrashesRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ListCrashesRequest) ProtoMessage() {}
-
-func (x *ListCrashesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_slot_v1_slot_proto_msgTypes[20]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ListCrashesRequest.ProtoReflect.Descriptor instead.
-func (*ListCrashesRequest) Descriptor() ([]byte, []int) {
-	return file_slot_v1_slot_proto_rawDescGZIP(), []int{20}
-}
-
-type ListCrashesResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Crashes       []*Crash               `protobuf:"bytes,1,rep,name=crashes,proto3" json:"crashes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ListCrashesResponse) Reset() {
-	*x = ListCrashesResponse{}
-	mi := &file_slot_v1_slot_proto_msgTypes[21]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ListCrashesResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ListCrashesResponse) ProtoMessage() {}
-
-func (x *ListCrashesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_slot_v1_slot_proto_msgTypes[21]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ListCrashesResponse.ProtoReflect.Descriptor instead.
-func (*ListCrashesResponse) Descriptor() ([]byte, []int) {
-	return file_slot_v1_slot_proto_rawDescGZIP(), []int{21}
-}
-
-func (x *ListCrashesResponse) GetCrashes() []*Crash {
-	if x != nil {
-		return x.Crashes
-	}
-	return nil
-}
-
-type Crash struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Time  *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
-	// The kernel's last lines; at most 64 KiB.
-	Text          string `protobuf:"bytes,3,opt,name=text,proto3" json:"text,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Crash) Reset() {
-	*x = Crash{}
-	mi := &file_slot_v1_slot_proto_msgTypes[22]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Crash) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Crash) ProtoMessage() {}
-
-func (x *Crash) ProtoReflect() protoreflect.Message {
-	mi := &file_slot_v1_slot_proto_msgTypes[22]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Crash.ProtoReflect.Descriptor instead.
-func (*Crash) Descriptor() ([]byte, []int) {
-	return file_slot_v1_slot_proto_rawDescGZIP(), []int{22}
-}
-
-func (x *Crash) GetName() string {
-	if x != nil {
-		return x.Name
-	}
-	return ""
-}
-
-func (x *Crash) GetTime() *timestamppb.Timestamp {
-	if x != nil {
-		return x.Time
-	}
-	return nil
-}
-
-func (x *Crash) GetText() string {
-	if x != nil {
-		return x.Text
-	}
-	return ""
-}
-
-type RemoveCrashesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Names         []string               `protobuf:"bytes,1,rep,name=names,proto3" json:"names,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *RemoveCrashesRequest) Reset() {
-	*x = RemoveCrashesRequest{}
-	mi := &file_slot_v1_slot_proto_msgTypes[23]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *RemoveCrashesRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*RemoveCrashesRequest) ProtoMessage() {}
-
-func (x *RemoveCrashesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_slot_v1_slot_proto_msgTypes[23]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use RemoveCrashesRequest.ProtoReflect.Descriptor instead.
-func (*RemoveCrashesRequest) Descriptor() ([]byte, []int) {
-	return file_slot_v1_slot_proto_rawDescGZIP(), []int{23}
-}
-
-func (x *RemoveCrashesRequest) GetNames() []string {
-	if x != nil {
-		return x.Names
-	}
-	return nil
-}
-
-type RemoveCrashesResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *RemoveCrashesResponse) Reset() {
-	*x = RemoveCrashesResponse{}
-	mi := &file_slot_v1_slot_proto_msgTypes[24]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *RemoveCrashesResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*RemoveCrashesResponse) ProtoMessage() {}
-
-func (x *RemoveCrashesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_slot_v1_slot_proto_msgTypes[24]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use RemoveCrashesResponse.ProtoReflect.Descriptor instead.
-func (*RemoveCrashesResponse) Descriptor() ([]byte, []int) {
-	return file_slot_v1_slot_proto_rawDescGZIP(), []int{24}
-}
-
 var File_slot_v1_slot_proto protoreflect.FileDescriptor
 
 const file_slot_v1_slot_proto_rawDesc = "" +
 	"\n" +
-	"\x12slot/v1/slot.proto\x12\aslot.v1\x1a\x12auth/v1/auth.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\f\n" +
+	"\x12slot/v1/slot.proto\x12\aslot.v1\x1a\x12auth/v1/auth.proto\"\f\n" +
 	"\n" +
 	"GetRequest\"\x88\x01\n" +
 	"\vGetResponse\x12#\n" +
@@ -1397,17 +1175,7 @@ const file_slot_v1_slot_proto_rawDesc = "" +
 	"\x06offset\x18\x02 \x01(\x04R\x06offset\x12\x16\n" +
 	"\x06length\x18\x03 \x01(\rR\x06length\"'\n" +
 	"\x11ReadMediaResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\x14\n" +
-	"\x12ListCrashesRequest\"?\n" +
-	"\x13ListCrashesResponse\x12(\n" +
-	"\acrashes\x18\x01 \x03(\v2\x0e.slot.v1.CrashR\acrashes\"_\n" +
-	"\x05Crash\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\x12.\n" +
-	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
-	"\x04text\x18\x03 \x01(\tR\x04text\",\n" +
-	"\x14RemoveCrashesRequest\x12\x14\n" +
-	"\x05names\x18\x01 \x03(\tR\x05names\"\x17\n" +
-	"\x15RemoveCrashesResponse2\xb6\x06\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data2\x88\x05\n" +
 	"\x05Slots\x12:\n" +
 	"\x03Get\x12\x13.slot.v1.GetRequest\x1a\x14.slot.v1.GetResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x01\x12?\n" +
 	"\x05Begin\x12\x15.slot.v1.BeginRequest\x1a\x16.slot.v1.BeginResponse\"\x05\xaa\xbb\x18\x01\x010\x01\x12R\n" +
@@ -1417,9 +1185,7 @@ const file_slot_v1_slot_proto_rawDesc = "" +
 	"\bMarkGood\x12\x18.slot.v1.MarkGoodRequest\x1a\x14.slot.v1.GetResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02\x12F\n" +
 	"\bRollback\x12\x18.slot.v1.RollbackRequest\x1a\x19.slot.v1.RollbackResponse\"\x05\xaa\xbb\x18\x01\x01\x12L\n" +
 	"\tFindMedia\x12\x19.slot.v1.FindMediaRequest\x1a\x1a.slot.v1.FindMediaResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x01\x12L\n" +
-	"\tReadMedia\x12\x19.slot.v1.ReadMediaRequest\x1a\x1a.slot.v1.ReadMediaResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x01\x12R\n" +
-	"\vListCrashes\x12\x1b.slot.v1.ListCrashesRequest\x1a\x1c.slot.v1.ListCrashesResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x01\x12X\n" +
-	"\rRemoveCrashes\x12\x1d.slot.v1.RemoveCrashesRequest\x1a\x1e.slot.v1.RemoveCrashesResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02B4Z2github.com/bulkhead-os/bulkhead/api/slot/v1;slotv1b\x06proto3"
+	"\tReadMedia\x12\x19.slot.v1.ReadMediaRequest\x1a\x1a.slot.v1.ReadMediaResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x01B4Z2github.com/bulkhead-os/bulkhead/api/slot/v1;slotv1b\x06proto3"
 
 var (
 	file_slot_v1_slot_proto_rawDescOnce sync.Once
@@ -1433,69 +1199,57 @@ func file_slot_v1_slot_proto_rawDescGZIP() []byte {
 	return file_slot_v1_slot_proto_rawDescData
 }
 
-var file_slot_v1_slot_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_slot_v1_slot_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_slot_v1_slot_proto_goTypes = []any{
-	(*GetRequest)(nil),            // 0: slot.v1.GetRequest
-	(*GetResponse)(nil),           // 1: slot.v1.GetResponse
-	(*Slot)(nil),                  // 2: slot.v1.Slot
-	(*Progress)(nil),              // 3: slot.v1.Progress
-	(*BeginRequest)(nil),          // 4: slot.v1.BeginRequest
-	(*BeginResponse)(nil),         // 5: slot.v1.BeginResponse
-	(*Range)(nil),                 // 6: slot.v1.Range
-	(*WriteChunksRequest)(nil),    // 7: slot.v1.WriteChunksRequest
-	(*WriteChunksResponse)(nil),   // 8: slot.v1.WriteChunksResponse
-	(*CommitRequest)(nil),         // 9: slot.v1.CommitRequest
-	(*CommitResponse)(nil),        // 10: slot.v1.CommitResponse
-	(*AbortRequest)(nil),          // 11: slot.v1.AbortRequest
-	(*AbortResponse)(nil),         // 12: slot.v1.AbortResponse
-	(*MarkGoodRequest)(nil),       // 13: slot.v1.MarkGoodRequest
-	(*RollbackRequest)(nil),       // 14: slot.v1.RollbackRequest
-	(*RollbackResponse)(nil),      // 15: slot.v1.RollbackResponse
-	(*FindMediaRequest)(nil),      // 16: slot.v1.FindMediaRequest
-	(*FindMediaResponse)(nil),     // 17: slot.v1.FindMediaResponse
-	(*ReadMediaRequest)(nil),      // 18: slot.v1.ReadMediaRequest
-	(*ReadMediaResponse)(nil),     // 19: slot.v1.ReadMediaResponse
-	(*ListCrashesRequest)(nil),    // 20: slot.v1.ListCrashesRequest
-	(*ListCrashesResponse)(nil),   // 21: slot.v1.ListCrashesResponse
-	(*Crash)(nil),                 // 22: slot.v1.Crash
-	(*RemoveCrashesRequest)(nil),  // 23: slot.v1.RemoveCrashesRequest
-	(*RemoveCrashesResponse)(nil), // 24: slot.v1.RemoveCrashesResponse
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*GetRequest)(nil),          // 0: slot.v1.GetRequest
+	(*GetResponse)(nil),         // 1: slot.v1.GetResponse
+	(*Slot)(nil),                // 2: slot.v1.Slot
+	(*Progress)(nil),            // 3: slot.v1.Progress
+	(*BeginRequest)(nil),        // 4: slot.v1.BeginRequest
+	(*BeginResponse)(nil),       // 5: slot.v1.BeginResponse
+	(*Range)(nil),               // 6: slot.v1.Range
+	(*WriteChunksRequest)(nil),  // 7: slot.v1.WriteChunksRequest
+	(*WriteChunksResponse)(nil), // 8: slot.v1.WriteChunksResponse
+	(*CommitRequest)(nil),       // 9: slot.v1.CommitRequest
+	(*CommitResponse)(nil),      // 10: slot.v1.CommitResponse
+	(*AbortRequest)(nil),        // 11: slot.v1.AbortRequest
+	(*AbortResponse)(nil),       // 12: slot.v1.AbortResponse
+	(*MarkGoodRequest)(nil),     // 13: slot.v1.MarkGoodRequest
+	(*RollbackRequest)(nil),     // 14: slot.v1.RollbackRequest
+	(*RollbackResponse)(nil),    // 15: slot.v1.RollbackResponse
+	(*FindMediaRequest)(nil),    // 16: slot.v1.FindMediaRequest
+	(*FindMediaResponse)(nil),   // 17: slot.v1.FindMediaResponse
+	(*ReadMediaRequest)(nil),    // 18: slot.v1.ReadMediaRequest
+	(*ReadMediaResponse)(nil),   // 19: slot.v1.ReadMediaResponse
 }
 var file_slot_v1_slot_proto_depIdxs = []int32{
 	2,  // 0: slot.v1.GetResponse.slots:type_name -> slot.v1.Slot
 	3,  // 1: slot.v1.BeginResponse.progress:type_name -> slot.v1.Progress
 	6,  // 2: slot.v1.BeginResponse.missing:type_name -> slot.v1.Range
 	3,  // 3: slot.v1.CommitResponse.progress:type_name -> slot.v1.Progress
-	22, // 4: slot.v1.ListCrashesResponse.crashes:type_name -> slot.v1.Crash
-	25, // 5: slot.v1.Crash.time:type_name -> google.protobuf.Timestamp
-	0,  // 6: slot.v1.Slots.Get:input_type -> slot.v1.GetRequest
-	4,  // 7: slot.v1.Slots.Begin:input_type -> slot.v1.BeginRequest
-	7,  // 8: slot.v1.Slots.WriteChunks:input_type -> slot.v1.WriteChunksRequest
-	9,  // 9: slot.v1.Slots.Commit:input_type -> slot.v1.CommitRequest
-	11, // 10: slot.v1.Slots.Abort:input_type -> slot.v1.AbortRequest
-	13, // 11: slot.v1.Slots.MarkGood:input_type -> slot.v1.MarkGoodRequest
-	14, // 12: slot.v1.Slots.Rollback:input_type -> slot.v1.RollbackRequest
-	16, // 13: slot.v1.Slots.FindMedia:input_type -> slot.v1.FindMediaRequest
-	18, // 14: slot.v1.Slots.ReadMedia:input_type -> slot.v1.ReadMediaRequest
-	20, // 15: slot.v1.Slots.ListCrashes:input_type -> slot.v1.ListCrashesRequest
-	23, // 16: slot.v1.Slots.RemoveCrashes:input_type -> slot.v1.RemoveCrashesRequest
-	1,  // 17: slot.v1.Slots.Get:output_type -> slot.v1.GetResponse
-	5,  // 18: slot.v1.Slots.Begin:output_type -> slot.v1.BeginResponse
-	8,  // 19: slot.v1.Slots.WriteChunks:output_type -> slot.v1.WriteChunksResponse
-	10, // 20: slot.v1.Slots.Commit:output_type -> slot.v1.CommitResponse
-	12, // 21: slot.v1.Slots.Abort:output_type -> slot.v1.AbortResponse
-	1,  // 22: slot.v1.Slots.MarkGood:output_type -> slot.v1.GetResponse
-	15, // 23: slot.v1.Slots.Rollback:output_type -> slot.v1.RollbackResponse
-	17, // 24: slot.v1.Slots.FindMedia:output_type -> slot.v1.FindMediaResponse
-	19, // 25: slot.v1.Slots.ReadMedia:output_type -> slot.v1.ReadMediaResponse
-	21, // 26: slot.v1.Slots.ListCrashes:output_type -> slot.v1.ListCrashesResponse
-	24, // 27: slot.v1.Slots.RemoveCrashes:output_type -> slot.v1.RemoveCrashesResponse
-	17, // [17:28] is the sub-list for method output_type
-	6,  // [6:17] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	0,  // 4: slot.v1.Slots.Get:input_type -> slot.v1.GetRequest
+	4,  // 5: slot.v1.Slots.Begin:input_type -> slot.v1.BeginRequest
+	7,  // 6: slot.v1.Slots.WriteChunks:input_type -> slot.v1.WriteChunksRequest
+	9,  // 7: slot.v1.Slots.Commit:input_type -> slot.v1.CommitRequest
+	11, // 8: slot.v1.Slots.Abort:input_type -> slot.v1.AbortRequest
+	13, // 9: slot.v1.Slots.MarkGood:input_type -> slot.v1.MarkGoodRequest
+	14, // 10: slot.v1.Slots.Rollback:input_type -> slot.v1.RollbackRequest
+	16, // 11: slot.v1.Slots.FindMedia:input_type -> slot.v1.FindMediaRequest
+	18, // 12: slot.v1.Slots.ReadMedia:input_type -> slot.v1.ReadMediaRequest
+	1,  // 13: slot.v1.Slots.Get:output_type -> slot.v1.GetResponse
+	5,  // 14: slot.v1.Slots.Begin:output_type -> slot.v1.BeginResponse
+	8,  // 15: slot.v1.Slots.WriteChunks:output_type -> slot.v1.WriteChunksResponse
+	10, // 16: slot.v1.Slots.Commit:output_type -> slot.v1.CommitResponse
+	12, // 17: slot.v1.Slots.Abort:output_type -> slot.v1.AbortResponse
+	1,  // 18: slot.v1.Slots.MarkGood:output_type -> slot.v1.GetResponse
+	15, // 19: slot.v1.Slots.Rollback:output_type -> slot.v1.RollbackResponse
+	17, // 20: slot.v1.Slots.FindMedia:output_type -> slot.v1.FindMediaResponse
+	19, // 21: slot.v1.Slots.ReadMedia:output_type -> slot.v1.ReadMediaResponse
+	13, // [13:22] is the sub-list for method output_type
+	4,  // [4:13] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_slot_v1_slot_proto_init() }
@@ -1509,7 +1263,7 @@ func file_slot_v1_slot_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_slot_v1_slot_proto_rawDesc), len(file_slot_v1_slot_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

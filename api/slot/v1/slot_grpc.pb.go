@@ -21,17 +21,15 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Slots_Get_FullMethodName           = "/slot.v1.Slots/Get"
-	Slots_Begin_FullMethodName         = "/slot.v1.Slots/Begin"
-	Slots_WriteChunks_FullMethodName   = "/slot.v1.Slots/WriteChunks"
-	Slots_Commit_FullMethodName        = "/slot.v1.Slots/Commit"
-	Slots_Abort_FullMethodName         = "/slot.v1.Slots/Abort"
-	Slots_MarkGood_FullMethodName      = "/slot.v1.Slots/MarkGood"
-	Slots_Rollback_FullMethodName      = "/slot.v1.Slots/Rollback"
-	Slots_FindMedia_FullMethodName     = "/slot.v1.Slots/FindMedia"
-	Slots_ReadMedia_FullMethodName     = "/slot.v1.Slots/ReadMedia"
-	Slots_ListCrashes_FullMethodName   = "/slot.v1.Slots/ListCrashes"
-	Slots_RemoveCrashes_FullMethodName = "/slot.v1.Slots/RemoveCrashes"
+	Slots_Get_FullMethodName         = "/slot.v1.Slots/Get"
+	Slots_Begin_FullMethodName       = "/slot.v1.Slots/Begin"
+	Slots_WriteChunks_FullMethodName = "/slot.v1.Slots/WriteChunks"
+	Slots_Commit_FullMethodName      = "/slot.v1.Slots/Commit"
+	Slots_Abort_FullMethodName       = "/slot.v1.Slots/Abort"
+	Slots_MarkGood_FullMethodName    = "/slot.v1.Slots/MarkGood"
+	Slots_Rollback_FullMethodName    = "/slot.v1.Slots/Rollback"
+	Slots_FindMedia_FullMethodName   = "/slot.v1.Slots/FindMedia"
+	Slots_ReadMedia_FullMethodName   = "/slot.v1.Slots/ReadMedia"
 )
 
 // SlotsClient is the client API for Slots service.
@@ -60,10 +58,6 @@ type SlotsClient interface {
 	FindMedia(ctx context.Context, in *FindMediaRequest, opts ...grpc.CallOption) (*FindMediaResponse, error)
 	// ReadMedia reads from one of those devices, and from no other.
 	ReadMedia(ctx context.Context, in *ReadMediaRequest, opts ...grpc.CallOption) (*ReadMediaResponse, error)
-	// ListCrashes returns what the kernel wrote into the firmware's memory (pstore) when it panicked.
-	ListCrashes(ctx context.Context, in *ListCrashesRequest, opts ...grpc.CallOption) (*ListCrashesResponse, error)
-	// RemoveCrashes makes room for the next ones.
-	RemoveCrashes(ctx context.Context, in *RemoveCrashesRequest, opts ...grpc.CallOption) (*RemoveCrashesResponse, error)
 }
 
 type slotsClient struct {
@@ -182,26 +176,6 @@ func (c *slotsClient) ReadMedia(ctx context.Context, in *ReadMediaRequest, opts 
 	return out, nil
 }
 
-func (c *slotsClient) ListCrashes(ctx context.Context, in *ListCrashesRequest, opts ...grpc.CallOption) (*ListCrashesResponse, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ListCrashesResponse)
-	err := c.cc.Invoke(ctx, Slots_ListCrashes_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
-}
-
-func (c *slotsClient) RemoveCrashes(ctx context.Context, in *RemoveCrashesRequest, opts ...grpc.CallOption) (*RemoveCrashesResponse, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(RemoveCrashesResponse)
-	err := c.cc.Invoke(ctx, Slots_RemoveCrashes_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
-}
-
 // SlotsServer is the server API for Slots service.
 // All implementations must embed UnimplementedSlotsServer
 // for forward compatibility.
@@ -228,10 +202,6 @@ type SlotsServer interface {
 	FindMedia(context.Context, *FindMediaRequest) (*FindMediaResponse, error)
 	// ReadMedia reads from one of those devices, and from no other.
 	ReadMedia(context.Context, *ReadMediaRequest) (*ReadMediaResponse, error)
-	// ListCrashes returns what the kernel wrote into the firmware's memory (pstore) when it panicked.
-	ListCrashes(context.Context, *ListCrashesRequest) (*ListCrashesResponse, error)
-	// RemoveCrashes makes room for the next ones.
-	RemoveCrashes(context.Context, *RemoveCrashesRequest) (*RemoveCrashesResponse, error)
 	mustEmbedUnimplementedSlotsServer()
 }
 
@@ -268,12 +238,6 @@ func (UnimplementedSlotsServer) FindMedia(context.Context, *FindMediaRequest) (*
 }
 func (UnimplementedSlotsServer) ReadMedia(context.Context, *ReadMediaRequest) (*ReadMediaResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReadMedia not implemented")
-}
-func (UnimplementedSlotsServer) ListCrashes(context.Context, *ListCrashesRequest) (*ListCrashesResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method ListCrashes not implemented")
-}
-func (UnimplementedSlotsServer) RemoveCrashes(context.Context, *RemoveCrashesRequest) (*RemoveCrashesResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method RemoveCrashes not implemented")
 }
 func (UnimplementedSlotsServer) mustEmbedUnimplementedSlotsServer() {}
 func (UnimplementedSlotsServer) testEmbeddedByValue()               {}
@@ -444,42 +408,6 @@ func _Slots_ReadMedia_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
-func _Slots_ListCrashes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(ListCrashesRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(SlotsServer).ListCrashes(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Slots_ListCrashes_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(SlotsServer).ListCrashes(ctx, req.(*ListCrashesRequest))
-	}
-	return interceptor(ctx, in, info, handler)
-}
-
-func _Slots_RemoveCrashes_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(RemoveCrashesRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(SlotsServer).RemoveCrashes(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Slots_RemoveCrashes_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(SlotsServer).RemoveCrashes(ctx, req.(*RemoveCrashesRequest))
-	}
-	return interceptor(ctx, in, info, handler)
-}
-
 // Slots_ServiceDesc is the grpc.ServiceDesc for Slots service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -514,14 +442,6 @@ var Slots_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ReadMedia",
 			Handler:    _Slots_ReadMedia_Handler,
-		},
-		{
-			MethodName: "ListCrashes",
-			Handler:    _Slots_ListCrashes_Handler,
-		},
-		{
-			MethodName: "RemoveCrashes",
-			Handler:    _Slots_RemoveCrashes_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

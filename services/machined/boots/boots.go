@@ -6,7 +6,6 @@
 package boots
 
 import (
-	"fmt"
 	"strings"
 	"time"
 )
@@ -41,7 +40,8 @@ type Evidence struct {
 	Watchdog bool   // the hardware watchdog reset the machine
 }
 
-// settle says how the newest boot that is stored ended, and, if the evidence must be of a later one, what to store of that one.
+// settle says how the newest boot that is stored ended, and, if the evidence must be of a later one, what to store of that one: it did not get
+// as far as STATE, or it is the stored one on its way down.
 func settle(b Boot, e Evidence) (ended Boot, later *Boot) {
 	end, detail := e.judge()
 	if b.End == Running && b.Order == "" {
@@ -52,7 +52,7 @@ func settle(b Boot, e Evidence) (ended Boot, later *Boot) {
 		b.End, b.Detail = Clean, b.Order
 	}
 	if end != Unknown {
-		later = &Boot{Number: b.Number + 1, End: end, Detail: fmt.Sprintf("%s; it was boot %d on its way down, or one that did not get as far as STATE", detail, b.Number)}
+		later = &Boot{Number: b.Number + 1, End: end, Detail: detail}
 	}
 	return b, later
 }
