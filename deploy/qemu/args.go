@@ -40,10 +40,6 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 	if m.SecureBoot {
 		machine += ",smm=on"
 	}
-	cache := "unsafe"
-	if m.Durable {
-		cache = "writeback"
-	}
 	a := []string{
 		"-name", "bulkhead-" + m.Name, "-uuid", m.UUID, "-no-user-config", "-nodefaults", "-display", "none", "-daemonize",
 		"-pidfile", m.pidPath(),
@@ -53,8 +49,8 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 	if m.Medium { // before the disk: so a kernel that takes the first root that it finds takes the wrong one
 		a = append(a, "-drive", "file="+mediumFile+",format=raw,if=none,id=medium,readonly=on", "-device", "virtio-blk-pci,drive=medium,serial=medium,bootindex=1")
 	}
+	a = append(a, m.diskArgs()...)
 	a = append(a,
-		"-drive", "file="+diskFile+",format=raw,if=none,id=disk,discard=unmap,cache="+cache,
 		"-device", disk,
 		"-netdev", m.netdev(), "-device", "virtio-net-pci,netdev=net,romfile=,mac="+mac(m.Name),
 		"-device", "virtio-rng-pci",
@@ -68,6 +64,24 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 		a = append(a, "-fw_cfg", "name=opt/dev.bulkhead/claim-key,file="+ClaimKeyFile)
 	}
 	return append(a, m.Extra...)
+}
+
+// diskArgs make the disk, by the name "disk".
+func (m Machine) diskArgs() []string {
+	if m.Record != "" { // the guest's flushes must reach the driver that records; nothing else needs them
+		const plain = "discard=unmap,cache.no-flush=on"
+		return []string{
+			"-blockdev", "driver=file,node-name=disk-file,filename=" + diskFile + "," + plain,
+			"-blockdev", "driver=raw,node-name=disk-raw,file=disk-file," + plain,
+			"-blockdev", "driver=file,node-name=disk-log,filename=" + m.Record + ",cache.no-flush=on",
+			"-blockdev", "driver=blklogwrites,node-name=disk,file=disk-raw,log=disk-log,discard=unmap",
+		}
+	}
+	cache := "unsafe"
+	if m.Durable {
+		cache = "writeback"
+	}
+	return []string{"-drive", "file=" + diskFile + ",format=raw,if=none,id=disk,discard=unmap,cache=" + cache}
 }
 
 func (m Machine) netdev() string {

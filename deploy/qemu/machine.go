@@ -54,9 +54,12 @@ type Machine struct {
 	// Medium says that the machine has an installation medium attached, as a disk that cannot be written, and at first an empty disk. It needs UEFI.
 	Medium bool `json:"medium,omitempty"`
 
-	Isolated bool     `json:"isolated,omitempty"` // the guest reaches nothing; forwards still work
-	Durable  bool     `json:"durable,omitempty"`  // the disk survives a crash of the host, and is slower
-	Extra    []string `json:"extra,omitempty"`    // more arguments for QEMU, behind all others
+	Isolated bool `json:"isolated,omitempty"` // the guest reaches nothing; forwards still work
+	Durable  bool `json:"durable,omitempty"`  // the disk survives a crash of the host, and is slower
+	// Record is a file in the machine's folder that is to get every write and flush of the disk, in the form of Linux' dm-log-writes; see
+	// internal/powercut. "" records nothing. It must not be there yet: a machine is recorded once, from power on to power off, resets included.
+	Record string   `json:"record,omitempty"`
+	Extra  []string `json:"extra,omitempty"` // more arguments for QEMU, behind all others
 }
 
 // A Forward leads a TCP port of 127.0.0.1 to the guest.
@@ -149,6 +152,8 @@ func (m Machine) Validate() error {
 		return fmt.Errorf("machine %s: an installation medium is started by the firmware uefi", m.Name)
 	case m.Append != "" && m.Firmware == UEFI:
 		return fmt.Errorf("machine %s: append: with the firmware uefi the kernel's command line is part of the signed image", m.Name)
+	case m.Record != filepath.Base(m.Record) && m.Record != "":
+		return fmt.Errorf("machine %s: record: %q is not the name of a file in its folder", m.Name, m.Record)
 	case m.Accel != "" && m.Accel != accelKVM && m.Accel != accelTCG:
 		return fmt.Errorf("machine %s: accelerator %q: want kvm or tcg", m.Name, m.Accel)
 	}

@@ -63,13 +63,15 @@ func TestArgs(t *testing.T) {
 	full.Append, full.Isolated, full.Durable, full.Extra = "debug", true, true, []string{"-device", "virtio-balloon"}
 	secure := plain
 	secure.Firmware, secure.SecureBoot, secure.TPM = UEFI, true, true
+	recorded := plain
+	recorded.Record = "record"
 	var b strings.Builder
 	for _, test := range []struct {
 		name    string
 		m       Machine
 		accel   string
 		claimed bool
-	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}} {
+	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}, {"recorded", recorded, accelTCG, false}} {
 		fmt.Fprintf(&b, "# %s", test.name)
 		for _, arg := range test.m.args("bulkhead a=b\n", test.accel, test.claimed) {
 			if strings.HasPrefix(arg, "-") {
@@ -104,6 +106,7 @@ func TestValidate(t *testing.T) {
 		`firmware "bios": want uefi`:                     func(m *Machine) { m.Firmware = "bios" },
 		`secure boot is a matter of the firmware uefi`:   func(m *Machine) { m.SecureBoot = true },
 		`append: with the firmware uefi the kernel's`:    func(m *Machine) { m.Firmware, m.Append = UEFI, "debug" },
+		`record: "../x" is not the name of a file`:       func(m *Machine) { m.Record = "../x" },
 		`folder "rel" is not absolute`:                   func(m *Machine) { m.Dir = "rel" },
 	} {
 		m := aMachine(t)

@@ -73,7 +73,7 @@ func (m *Machine) Start(ctx context.Context, log func(string)) error {
 	if log != nil {
 		log(fmt.Sprintf("accelerator %s: %s", accel, why))
 	}
-	if err := m.rotateConsole(); err != nil {
+	if err := errors.Join(m.rotateConsole(), m.makeRecord()); err != nil {
 		return err
 	}
 	_, err = os.Stat(filepath.Join(m.Dir, ClaimKeyFile))
@@ -96,6 +96,18 @@ func (m *Machine) Start(ctx context.Context, log func(string)) error {
 		return errors.Join(fmt.Errorf("%s: %w: %s", program, err, lastLine(out.String())), m.stopTPM(ctx, 0)) // it has no machine that could leave it
 	}
 	return nil
+}
+
+// makeRecord makes the file that the disk's writes are recorded in. One that is there has another story, which must not be mixed with this one.
+func (m Machine) makeRecord() error {
+	if m.Record == "" {
+		return nil
+	}
+	f, err := os.OpenFile(m.path(m.Record), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("record of the disk: %w", err)
+	}
+	return f.Close()
 }
 
 // rotateConsole keeps the console of the last time as console.1.log.

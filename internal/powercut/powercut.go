@@ -6,6 +6,8 @@
 package powercut
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -92,8 +94,16 @@ func (d *Disk) Content() []byte { return d.now }
 func (d *Disk) Cuts(random *rand.Rand, halves int, f func(*Image)) int {
 	count := 0
 	durable := slices.Clone(d.start)
-	try := func(over map[int64][]byte) {
-		f(&Image{durable, over})
+	base := bytes.NewReader(durable)
+	try := func(writes []event, part int, pick func() bool) {
+		m := newImage(base, int64(len(durable)))
+		for i, w := range writes {
+			if i == len(writes)-1 {
+				w.data = w.data[:part]
+			}
+			_ = m.lay(w.at, w.data, pick) // a reader of bytes does not fail
+		}
+		f(m)
 		count++
 	}
 	for i := 0; i <= len(d.log); {
@@ -102,26 +112,16 @@ func (d *Disk) Cuts(random *rand.Rand, halves int, f func(*Image)) int {
 			j++
 		}
 		writes := d.log[i:j]
-		try(map[int64][]byte{})
-		for n := range writes {
-			for _, part := range []int{len(writes[n].data) / sector / 2 * sector, len(writes[n].data)} {
-				over := map[int64][]byte{}
-				for _, w := range writes[:n] {
-					lay(durable, over, w, nil)
-				}
-				lay(durable, over, event{writes[n].at, writes[n].data[:part]}, nil)
-				try(over)
-			}
+		try(nil, 0, nil)
+		for n, w := range writes {
+			try(writes[:n+1], len(w.data)/sector/2*sector, nil)
+			try(writes[:n+1], len(w.data), nil)
 		}
 		for range halves {
 			if len(writes) == 0 {
 				break
 			}
-			over := map[int64][]byte{}
-			for _, w := range writes {
-				lay(durable, over, w, random)
-			}
-			try(over)
+			try(writes, len(writes[len(writes)-1].data), func() bool { return random.IntN(2) == 0 })
 		}
 		for _, w := range writes {
 			copy(durable[w.at:], w.data)
@@ -131,43 +131,62 @@ func (d *Disk) Cuts(random *rand.Rand, halves int, f func(*Image)) int {
 	return count
 }
 
-// lay puts a write into an overlay, all its sectors or a random half of them.
-func lay(base []byte, over map[int64][]byte, w event, random *rand.Rand) {
-	for done := int64(0); done < int64(len(w.data)); {
-		at := w.at + done
-		s := at / sector
-		n := min(int64(len(w.data))-done, (s+1)*sector-at)
-		if random == nil || random.IntN(2) == 0 {
-			b := over[s]
-			if b == nil {
-				b = slices.Clone(base[s*sector : (s+1)*sector])
-				over[s] = b
-			}
-			copy(b[at-s*sector:], w.data[done:done+n])
-		}
-		done += n
-	}
-}
-
 // An Image is a disk after a cut.
 type Image struct {
-	base []byte
-	over map[int64][]byte // by sector
+	base io.ReaderAt
+	size int64
+	over map[int64]*[page]byte // what is not as in base, by page
+}
+
+// page is what an image is copied in, in bytes.
+const page = 4096
+
+func newImage(base io.ReaderAt, size int64) *Image {
+	return &Image{base, size, map[int64]*[page]byte{}}
+}
+
+// page returns one to be changed.
+func (m *Image) page(n int64) (*[page]byte, error) {
+	b := m.over[n]
+	if b == nil {
+		b = new([page]byte)
+		if _, err := m.base.ReadAt(b[:min(page, m.size-n*page)], n*page); err != nil && !errors.Is(err, io.EOF) {
+			return nil, err
+		}
+		m.over[n] = b
+	}
+	return b, nil
+}
+
+// lay puts data into the image: all of it, or those sectors that pick picks.
+func (m *Image) lay(at int64, data []byte, pick func() bool) error {
+	for len(data) > 0 {
+		n := min(int64(len(data)), (at/sector+1)*sector-at)
+		if pick == nil || pick() {
+			b, err := m.page(at / page)
+			if err != nil {
+				return err
+			}
+			copy(b[at%page:], data[:n])
+		}
+		at, data = at+n, data[n:]
+	}
+	return nil
 }
 
 // Size returns the image's length in bytes.
-func (m *Image) Size() int64 { return int64(len(m.base)) }
+func (m *Image) Size() int64 { return m.size }
 
 // ReadAt is as in io.ReaderAt.
 func (m *Image) ReadAt(p []byte, at int64) (int, error) {
-	n, err := readAt(m.base, p, at)
+	n, err := m.base.ReadAt(p, at)
 	if len(m.over) == 0 {
 		return n, err
 	}
-	for s := at / sector; s*sector < at+int64(n); s++ {
-		if b := m.over[s]; b != nil {
-			from := max(at, s*sector)
-			copy(p[from-at:n], b[from-s*sector:])
+	for i := at / page; i*page < at+int64(n); i++ {
+		if b := m.over[i]; b != nil {
+			from := max(at, i*page)
+			copy(p[from-at:n], b[from-i*page:])
 		}
 	}
 	return n, err
@@ -175,10 +194,12 @@ func (m *Image) ReadAt(p []byte, at int64) (int, error) {
 
 // WriteAt is as in io.WriterAt.
 func (m *Image) WriteAt(p []byte, at int64) (int, error) {
-	if at < 0 || at+int64(len(p)) > int64(len(m.base)) {
+	if at < 0 || at+int64(len(p)) > m.size {
 		return 0, fmt.Errorf("powercut: write of %d bytes at %d, behind the end", len(p), at)
 	}
-	lay(m.base, m.over, event{at, p}, nil)
+	if err := m.lay(at, p, nil); err != nil {
+		return 0, err
+	}
 	return len(p), nil
 }
 

@@ -1,0 +1,355 @@
+package machine
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/fat"
+	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/powercut"
+	"github.com/bulkhead-os/bulkhead/test/judge"
+)
+
+// TestCutDisk records every write and flush of a real node's disk, from its first start to an upgrade and back, rebuilds the disk as a power cut would have
+// left it (at every flush, and with random parts of what was written since the last one), and looks at each what would start and what configuration would be found. Some
+// of them it really boots, to see whether the node agrees. What a disk may lose is what it was not told to flush: sectors of 512 bytes, in any combination.
+//
+// BULKHEAD_CUT_STATES and BULKHEAD_CUT_BOOTS make it longer. BULKHEAD_CUT_STORY names a folder that keeps the recording, and from which it is taken if it is there.
+func TestCutDisk(t *testing.T) {
+	n := newNode(t)
+	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
+	start := time.Now()
+	r := &rebuilding{n: n, states: number("BULKHEAD_CUT_STATES", 2000), boots: number("BULKHEAD_CUT_BOOTS", 10), count: map[string]*tally{}}
+	r.prepare(t)
+	t.Logf("» recorded %d events, %d flushes, after %s", len(r.rec.Events), r.flushes, time.Since(start).Round(time.Second))
+	r.first(t)
+	start = time.Now()
+	r.judgeAll(t)
+	total := 0
+	for _, m := range r.order {
+		c := r.count[m]
+		total += c.states
+		t.Logf("» %-24s %5d states (%d flushes), %d boots: %v", m, c.states, c.flushes, c.boots, c.found)
+	}
+	t.Logf("» %d states, %d boots, after %s: %d bad", total, r.booted, time.Since(start).Round(time.Second), r.bad)
+	if total < r.states || r.booted < r.boots {
+		t.Errorf("only %d states of %d, and %d boots of %d", total, r.states, r.booted, r.boots)
+	}
+}
+
+// number reads one from the environment.
+func number(name string, otherwise int) int {
+	if n, err := strconv.Atoi(os.Getenv(name)); err == nil && n > 0 {
+		return n
+	}
+	return otherwise
+}
+
+// A rebuilding is the second half of the test: all that is done with a recording.
+type rebuilding struct {
+	n             *node
+	s             *story
+	rec           *powercut.Recording
+	judge         *judge.Judge
+	states, boots int // wanted
+	flushes       int
+	owner         string // that the disk had in the end
+
+	order  []string
+	count  map[string]*tally
+	booted int
+	bad    int
+	mu     sync.Mutex
+}
+
+// A tally is what was seen of one operation.
+type tally struct {
+	states, flushes, boots int
+	found                  map[string]int
+}
+
+// prepare gets the recording.
+func (r *rebuilding) prepare(t *testing.T) {
+	dir := os.Getenv("BULKHEAD_CUT_STORY")
+	if _, err := os.Stat(filepath.Join(dir, storyFile)); dir != "" && err == nil {
+		r.s = loadStory(t, dir)
+		credentials, err := os.ReadFile(filepath.Join(dir, "config.yaml"))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(r.n.dir, "config.yaml"), credentials, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	} else {
+		r.s = recordStory(t, r.n)
+		if dir == "" {
+			dir = filepath.Join(r.n.dir, "story")
+		}
+		if out, err := r.n.shell(t, "", "mv", "-T", r.s.dir, dir); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		r.s.dir = dir
+	}
+	log, err := os.Open(filepath.Join(r.s.dir, logFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { log.Close() })
+	fi, err := log.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.rec, err = powercut.ReadLog(log, fi.Size()); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range r.rec.Events {
+		if e.Kind == powercut.Flush {
+			r.flushes++
+		}
+	}
+	if r.flushes < 100 {
+		t.Fatalf("%d flushes: the guest's do not reach the recorder", r.flushes)
+	}
+	r.judge = judge.New(judge.Options{Kernels: r.s.Kernels, Recovery: r.s.Recovery, Folder: t.TempDir(), Loader: r.loader(t)})
+}
+
+// loader returns the digest of the boot loader, from the disk that nothing has run on yet.
+func (r *rebuilding) loader(t *testing.T) [sha256.Size]byte {
+	t.Helper()
+	disk, err := os.Open(filepath.Join(r.s.dir, baseFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer disk.Close()
+	table, _, err := gpt.Read(disk, r.s.Machine.DiskSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	esp, _ := table.ByName("ESP")
+	part := powercut.Section{Device: readOnly{disk}, From: esp.Start(), Length: esp.Size()}
+	v, err := fat.Open(part, part.Length)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := v.Open("EFI/BOOT", "BOOTX64.EFI")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(io.NewSectionReader(f, 0, f.Size))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sha256.Sum256(b)
+}
+
+type readOnly struct{ *os.File }
+
+func (readOnly) WriteAt([]byte, int64) (int, error) { return 0, errors.New("nothing may be written") }
+
+// replay starts one from the beginning.
+func (r *rebuilding) replay(t *testing.T) (*powercut.Replay, *os.File) {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "disk.raw")
+	if out, err := r.n.shell(t, "", "cp", "--sparse=always", filepath.Join(r.s.dir, baseFile), name); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	disk, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { disk.Close() })
+	p, err := powercut.NewReplay(r.rec, disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p, disk
+}
+
+// at returns the index of the mark that an event belongs to.
+func (s *story) at(rec *powercut.Recording, event int) int {
+	i := 0
+	for i+1 < len(s.Marks) && rec.Index(s.Marks[i+1].Log) <= event {
+		i++
+	}
+	return i
+}
+
+// first goes through the recording once, to learn what was whole at the marks, and whether the recording is: its end must be the disk that the
+// machine has left.
+func (r *rebuilding) first(t *testing.T) {
+	p, disk := r.replay(t)
+	mark := 0
+	var last powercut.State
+	for i, err := p.Next(nil); i != nil || err != nil; i, err = p.Next(i) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := i.State(0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		last = *s
+		if now := r.s.at(r.rec, i.First); now != mark {
+			mark = now
+			if err := r.judge.Learn(s); err != nil {
+				t.Fatalf("%s: %v", r.s.Marks[mark].Name, err)
+			}
+		}
+	}
+	if err := r.judge.Learn(&last); err != nil {
+		t.Fatal(err)
+	}
+	found, err := r.judge.Look(&last)
+	if err != nil {
+		t.Fatalf("the disk that the machine has left: %v", err)
+	}
+	if r.owner = found.Owner; found.Owner == "" {
+		t.Fatal("the disk that the machine has left has no owner")
+	}
+	if out, err := r.n.shell(t, "", "cmp", disk.Name(), filepath.Join(r.s.dir, endFile)); err != nil {
+		t.Fatalf("the recording does not lead to the disk that the machine has left: %s", out)
+	}
+}
+
+// judgeAll goes through the recording, and looks at every state.
+func (r *rebuilding) judgeAll(t *testing.T) {
+	picks := r.pick()
+	parts := (r.states - r.flushes + r.written() - 1) / r.written()
+	parts = max(1, parts)
+	p, _ := r.replay(t)
+	for i, err := p.Next(nil); i != nil || err != nil; i, err = p.Next(i) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := r.s.Marks[r.s.at(r.rec, i.First)]
+		c := r.count[m.Name]
+		c.flushes++
+		count := 1
+		if i.Writes() > 0 {
+			count += parts
+		}
+		var g sync.WaitGroup
+		for number := range count {
+			g.Go(func() { r.look(t, i, number, m) })
+		}
+		g.Wait()
+		for range picks[i.Number] {
+			r.reallyBoot(t, i, 1, m)
+			c.boots++
+		}
+		if r.bad > 20 {
+			t.Fatal("too many are bad")
+		}
+	}
+}
+
+// written is how many intervals have writes.
+func (r *rebuilding) written() (n int) {
+	before := powercut.Flush
+	for _, e := range r.rec.Events {
+		if e.Kind != powercut.Flush && before == powercut.Flush {
+			n++
+		}
+		before = e.Kind
+	}
+	return n
+}
+
+// pick chooses the intervals of which a state is really booted: of each operation as many, at random.
+func (r *rebuilding) pick() map[int]int {
+	of := map[string][]int{}
+	interval, writes := 0, 0
+	for n, e := range r.rec.Events {
+		name := r.s.Marks[r.s.at(r.rec, n)].Name
+		if r.count[name] == nil {
+			r.count[name] = &tally{found: map[string]int{}}
+			r.order = append(r.order, name)
+		}
+		if writes++; e.Kind == powercut.Flush {
+			if writes > 1 && name[:min(6, len(name))] != "after " {
+				of[name] = append(of[name], interval)
+			}
+			interval, writes = interval+1, 0
+		}
+	}
+	random := rand.New(rand.NewPCG(7, 7))
+	picks := map[int]int{}
+	for n := 0; n < r.boots; {
+		for _, name := range r.order {
+			if all := of[name]; len(all) > 0 && n < r.boots {
+				picks[all[random.IntN(len(all))]]++
+				n++
+			}
+		}
+	}
+	return picks
+}
+
+// look judges one state.
+func (r *rebuilding) look(t *testing.T, i *powercut.Interval, number int, m mark) {
+	s, err := i.State(number)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	found, err := r.judge.Look(s)
+	if err == nil {
+		err = r.allowed(m, found)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	c := r.count[m.Name]
+	c.states++
+	c.found[fmt.Sprintf("%s/%d", found.Version, found.Generation)]++
+	if err != nil {
+		r.fail(t, s, m, err)
+	}
+}
+
+// allowed says what is wrong with what was found.
+func (r *rebuilding) allowed(m mark, f judge.Found) error {
+	switch {
+	case !slices.Contains(m.Versions, f.Version):
+		return fmt.Errorf("%s starts (%s), want one of %v", f.Version, f.Entry, m.Versions)
+	case !slices.Contains(m.Generations, f.Generation):
+		return fmt.Errorf("the configuration is generation %d, want one of %v", f.Generation, m.Generations)
+	case f.Documents != r.s.Applied[f.Generation]:
+		return fmt.Errorf("generation %d is not what was applied: %q", f.Generation, f.Documents)
+	case f.Owner != "" && f.Owner != r.owner:
+		return errors.New("the node has another owner")
+	case m.Owned && f.Owner == "":
+		return errors.New("the node has lost its owner")
+	}
+	return nil
+}
+
+// fail reports a bad state, and keeps the first ones. mu is held.
+func (r *rebuilding) fail(t *testing.T, s *powercut.State, m mark, err error) {
+	t.Helper()
+	t.Errorf("%s, state %d of flush %d: %v", m.Name, s.Number, s.Interval, err)
+	if r.bad++; r.bad > 3 {
+		return
+	}
+	dir := filepath.Join(r.n.root, "out", "test-vm", t.Name())
+	file := filepath.Join(dir, fmt.Sprintf("flush-%d-state-%d.raw", s.Interval, s.Number))
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Log(err)
+		return
+	}
+	os.Remove(file)
+	if err := s.Save(file); err != nil {
+		t.Log(err)
+		return
+	}
+	t.Logf("the disk is kept as %s", file)
+}
