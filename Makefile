@@ -71,7 +71,7 @@ test-vm: image ## the tests that need a kernel: PID 1 by itself, then the real i
 	@test/tools/install.sh
 	@out/bin/mkimage fetch && rm -rf out/test-kernel && dpkg-deb -x $(KERNEL_DEB) out/test-kernel && ln -s usr/lib out/test-kernel/lib
 	@BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 60m -p 1 \
-	  -run 'VM|Boot|Node|Cut|Flood|Full|Firmware|Upgrade' ./init ./storaged ./deploy/qemu ./deploy/image ./test/machine | REPORT_LIVE=1 go run ./test/report
+	  -run 'VM|Boot|Node|Cut|Flood|Full|Firmware|Upgrade|Install' ./init ./storaged ./deploy/qemu ./deploy/image ./test/machine | REPORT_LIVE=1 go run ./test/report
 
 bench: image ## the figures of the design with their budgets, measured in one run
 	@BULKHEAD_VM=1 BULKHEAD_BENCH=1 go test -count=1 -timeout 60m -v -run TestBench ./test/machine | grep -E '»|FAIL|_test.go'
