@@ -307,9 +307,14 @@ func (l *linux) mark(disk, whole string, root, tree gpt.GUID) error {
 // report returns what keeps the progress of a part of a step.
 func (l *linux) report(s Step, what string) install.Report {
 	p := Progress{Step: what, Disk: s.Disk, Since: time.Now()}
+	told := time.Time{}
 	return func(done, total int64) {
 		p.Done, p.Total, p.At = done, total, time.Now()
 		l.setProgress(p)
+		if l.news != nil && p.At.Sub(told) >= time.Second {
+			told = p.At
+			l.news(p)
+		}
 	}
 }
 

@@ -34,6 +34,7 @@ type linux struct {
 
 	loader func() (gpt.GUID, error) // the EFI partition that the machine was started from
 
+	news     func(Progress) // is called about once a second while something is copied; may be nil
 	mu       sync.Mutex
 	progress Progress // guarded by mu; of the installation
 
