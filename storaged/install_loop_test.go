@@ -187,6 +187,9 @@ func TestInstallDisk(t *testing.T) {
 				t.Errorf("a restart is wanted: %v", got)
 			}
 			b.judge()
+			if all, err := os.ReadDir(b.vars); err != nil || len(all) != 2 { // BootOrder, and one entry
+				t.Errorf("the firmware's variables: %v, %v", all, err)
+			}
 
 			b.restart(b.bench)
 			b.converge(want)
