@@ -25,7 +25,7 @@ import (
 const beganFile = "installing"
 
 // loaderVariable is systemd-boot's word on the EFI partition that it was started from: its unique GUID, as text.
-const loaderVariable = "firmware/efi/efivars/LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
+const loaderVariable = "LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"
 
 // Progress is how far a step of an installation is. The zero value: none runs.
 type Progress struct {
@@ -37,7 +37,7 @@ type Progress struct {
 
 // bootESP returns the GUID of the EFI partition that the firmware started this machine from.
 func (l *linux) bootESP() (gpt.GUID, error) {
-	b, err := os.ReadFile(filepath.Join(l.sys, loaderVariable))
+	b, err := os.ReadFile(filepath.Join(l.vars, loaderVariable))
 	if err != nil || len(b) < 4 {
 		return gpt.GUID{}, errors.New("this machine was not started by UEFI and systemd-boot: there is nothing to install that could be started from a disk")
 	}
@@ -282,6 +282,9 @@ func (l *linux) installBoot(ctx context.Context, s Step) error {
 	if err := errors.Join(err, part.Close()); err != nil {
 		return err
 	}
+	if err := install.Prefer(l.vars, esp.Partition); err != nil { // without it a firmware starts what it finds first
+		l.log.Warn("boot entry not written", "disk", s.Disk, "err", err.Error())
+	}
 	return l.mark(s.Disk, layout.ESP, gpt.GUID{}, gpt.GUID{})
 }
 
@@ -307,9 +310,14 @@ func (l *linux) mark(disk, whole string, root, tree gpt.GUID) error {
 // report returns what keeps the progress of a part of a step.
 func (l *linux) report(s Step, what string) install.Report {
 	p := Progress{Step: what, Disk: s.Disk, Since: time.Now()}
+	told := time.Time{}
 	return func(done, total int64) {
 		p.Done, p.Total, p.At = done, total, time.Now()
 		l.setProgress(p)
+		if l.news != nil && p.At.Sub(told) >= time.Second {
+			told = p.At
+			l.news(p)
+		}
 	}
 }
 

@@ -32,8 +32,10 @@ type linux struct {
 	runtime        string // folder that lives as long as the machine runs
 	vault          *vault.Vault
 
+	vars   string                   // the firmware's variables
 	loader func() (gpt.GUID, error) // the EFI partition that the machine was started from
 
+	news     func(Progress) // is called about once a second while something is copied; may be nil
 	mu       sync.Mutex
 	progress Progress // guarded by mu; of the installation
 
@@ -43,7 +45,7 @@ type linux struct {
 }
 
 func newLinux(log *slog.Logger, v *vault.Vault) *linux {
-	l := &linux{sys: "/sys", dev: "/dev", proc: "/proc", runtime: runtimeFolder, vault: v, include: isDisk, log: log, rootDev: func() string {
+	l := &linux{sys: "/sys", dev: "/dev", proc: "/proc", vars: "/sys/firmware/efi/efivars", runtime: runtimeFolder, vault: v, include: isDisk, log: log, rootDev: func() string {
 		var st unix.Stat_t
 		if unix.Stat("/", &st) != nil {
 			return ""

@@ -80,7 +80,7 @@ func newBench(t *testing.T, size int64, table bool) *bench {
 	}
 	root := t.TempDir()
 	b.linux = newLinux(slog.New(slog.DiscardHandler), noVault(t.TempDir()))
-	b.runtime = t.TempDir()
+	b.runtime, b.vars = t.TempDir(), t.TempDir() // never this host's firmware
 	b.root = root
 	for _, v := range volumes {
 		if err := os.Mkdir(root+v.target, 0o755); err != nil {

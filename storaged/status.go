@@ -3,7 +3,6 @@ package storaged
 import (
 	"cmp"
 	"slices"
-	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -68,15 +67,28 @@ func installStatus(have State) *storagev1.Install {
 	if where == "" {
 		return nil
 	}
-	out := &storagev1.Install{Disk: disk.Device, State: where}
-	if p := have.Install.Progress; where == installCopying && p.Step != "" && p.Disk == disk.Device {
-		elapsed := p.At.Sub(p.Since)
-		out.Step, out.DoneBytes, out.TotalBytes, out.ElapsedSeconds = p.Step, uint64(p.Done), uint64(p.Total), uint32(elapsed.Seconds())
-		if p.Done > 0 {
-			out.ExpectedSeconds = uint32((time.Duration(float64(elapsed) * float64(p.Total) / float64(p.Done))).Seconds())
-		}
+	if p := have.Install.Progress; where == installCopying && p.Disk == disk.Device {
+		return p.status()
+	}
+	return &storagev1.Install{Disk: disk.Device, State: where}
+}
+
+// status is what is being copied.
+func (p Progress) status() *storagev1.Install {
+	elapsed := p.At.Sub(p.Since)
+	out := &storagev1.Install{Disk: p.Disk, State: installCopying, Step: p.Step, DoneBytes: uint64(p.Done), TotalBytes: uint64(p.Total), ElapsedSeconds: uint32(elapsed.Seconds())}
+	if p.Done > 0 {
+		out.ExpectedSeconds = uint32(elapsed.Seconds() * float64(p.Total) / float64(p.Done))
 	}
 	return out
+}
+
+// progress is called while something is copied, between two rounds.
+func (d *Daemon) progress(p Progress) {
+	was, _ := d.status.Get()
+	st := proto.CloneOf(was)
+	st.Install = p.status()
+	d.status.Set(st)
 }
 
 func volumeStatus(have State, v volume) *storagev1.Volume {

@@ -85,6 +85,7 @@ func New(cfg Config) (*Daemon, error) {
 	l := newLinux(cfg.Env.Log, v)
 	d := newDaemon(cfg, l, v, l.folder)
 	d.slots = newSlots(l, cfg.Env.Log)
+	l.news = d.progress
 	return d, nil
 }
 

@@ -133,6 +133,19 @@ func resources() map[string]resource {
 			(*storagev1.Status).GetVolumes, func(v *storagev1.Volume) []string {
 				return []string{v.Name, v.State, v.Device, v.Filesystem, bytesText(v.SizeBytes), bytesText(v.FreeBytes), v.Encryption, v.Detail}
 			}),
+		"install": of("the disk that the node is to run from", []string{"DISK", "STATE", "STEP", "DONE", "TOTAL", "ELAPSED", "EXPECTED"}, getStorage, watchStorage,
+			func(s *storagev1.Status) []*storagev1.Install {
+				if s.GetInstall() == nil {
+					return nil
+				}
+				return []*storagev1.Install{s.Install}
+			}, func(i *storagev1.Install) []string {
+				if i.Step == "" {
+					return []string{i.Disk, i.State, "", "", "", "", ""}
+				}
+				seconds := func(n uint32) string { return (time.Duration(n) * time.Second).String() }
+				return []string{i.Disk, i.State, i.Step, bytesText(i.DoneBytes), bytesText(i.TotalBytes), seconds(i.ElapsedSeconds), seconds(i.ExpectedSeconds)}
+			}),
 		"mounts": of("mounts", []string{"TARGET", "SOURCE", "FILESYSTEM", "OPTIONS"}, getStorage, watchStorage,
 			(*storagev1.Status).GetMounts, func(m *storagev1.Mount) []string { return []string{m.Target, m.Source, m.Filesystem, m.Options} }),
 		"components": of("Kubernetes components", []string{"NAME", "STATE", "HEALTHY", "DETAIL"}, getKubernetes, watchKubernetes,

@@ -16,6 +16,7 @@ import (
 const (
 	installUsual = 5 * time.Minute
 	installLimit = 30 * time.Minute
+	installLook  = 3 * time.Second // that an answer may take: while the machine restarts there is none
 )
 
 // wantsInstall reports whether documents, which are valid, say that the system is to be installed.
@@ -33,6 +34,8 @@ func (a *app) install(ctx context.Context, p *progress) error {
 		for {
 			var st *storagev1.Status
 			err := a.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
+				ctx, cancel := context.WithTimeout(ctx, installLook)
+				defer cancel()
 				st, err = storagev1.NewStorageClient(conn).GetStatus(ctx, &storagev1.GetStatusRequest{})
 				return err
 			})

@@ -35,7 +35,10 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 	}
 	boot, disk := []string{"-kernel", bootFile, "-initrd", "initramfs.cpio", "-append", cmdline}, "virtio-blk-pci,drive=disk"
 	if m.Firmware == UEFI {
-		boot, disk = m.firmwareArgs(), disk+",bootindex=0" // or the firmware would ask the network, too
+		boot = m.firmwareArgs()
+	}
+	if m.Firmware == UEFI && !m.Medium {
+		disk += ",bootindex=0" // or the firmware would ask the network, too
 	}
 	if m.SecureBoot {
 		machine += ",smm=on"
@@ -46,8 +49,8 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 		"-machine", machine, "-accel", accelerator, "-cpu", cpu, "-smp", fmt.Sprint(m.CPUs), "-m", fmt.Sprint(m.Memory),
 	}
 	a = append(a, boot...)
-	if m.Medium { // before the disk: so a kernel that takes the first root that it finds takes the wrong one
-		a = append(a, "-drive", "file="+mediumFile+",format=raw,if=none,id=medium,readonly=on", "-device", "virtio-blk-pci,drive=medium,serial=medium,bootindex=1")
+	if m.Medium { // before the disk, and without an order: a firmware, or a kernel, that takes what it finds first takes the medium
+		a = append(a, "-drive", "file="+mediumFile+",format=raw,if=none,id=medium,readonly=on", "-device", "virtio-blk-pci,drive=medium,serial=medium")
 	}
 	a = append(a, m.diskArgs()...)
 	a = append(a,

@@ -15,6 +15,7 @@ import (
 // Where the loader is that a firmware starts which remembers nothing, and limits of what is copied from the medium.
 const (
 	loaderDir  = "EFI/BOOT"
+	seedFile   = "random-seed" // of one machine's boot loader: no other may have it
 	maxFiles   = 64
 	maxDepth   = 4
 	tempSuffix = ".part" // of a file that nothing is to start yet
@@ -54,7 +55,7 @@ func list(ctx context.Context, v *fat.Volume, hash bundle.Digest) (out []file, e
 				continue
 			}
 			f := file{dir: dir, name: i.Name, to: i.Name, size: i.Size}
-			if i.Size == 0 {
+			if i.Size == 0 || i.Name == seedFile {
 				continue
 			}
 			open, err := v.Open(dir, i.Name)

@@ -87,7 +87,7 @@ func newMedium(t testing.TB) *medium {
 		data      []byte
 	}{
 		{"EFI/BOOT", "BOOTX64.EFI", m.loader}, {"EFI/systemd", "systemd-bootx64.efi", m.loader}, {"loader", "loader.conf", []byte("timeout 0\n")},
-		{"loader/keys/auto", "db.auth", noise(4, 900)},
+		{"loader/keys/auto", "db.auth", noise(4, 900)}, {"loader", "random-seed", noise(6, 32)},
 		{"EFI/Linux", "bulkhead_0007_0.1.0+2-1.efi", m.kernel},
 		{"EFI/Linux", "bulkhead_0009_9.9.9.efi", makeUKI("bulkhead bulkhead.verity="+strings.Repeat("ab", 32), 10)},
 		{"EFI/Linux", "other.efi", noise(5, 1000)},
@@ -199,6 +199,9 @@ func TestInstall(t *testing.T) {
 		if _, err := v.Open(f.dir, f.name); err != nil {
 			t.Error(err)
 		}
+	}
+	if _, err := v.Open("loader", "random-seed"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the medium's random seed: %v", err)
 	}
 	disk.Fail = func(what string) error {
 		if what == "write" {
