@@ -2,6 +2,7 @@ package machine
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -23,7 +24,7 @@ const encryptedNode = provedBy + "---\napiVersion: bulkhead.dev/v1\nkind: Storag
 var claimCode = regexp.MustCompile(`Claim code:  ([0-9A-Z-]+)`)
 
 // TestReset ends two lives of a machine: after the first its disk has no volume and nobody's credentials count, and a second owner claims it and
-// encrypts anew with the same TPM; after the other the firmware finds nothing to start.
+// encrypts anew with the same TPM; after the other the firmware finds nothing to start. In between the firmware learns its keys from the node.
 func TestReset(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
@@ -45,7 +46,7 @@ func TestReset(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &machineESP{n: n, m: m}
+	e := &machineESP{n: n, m: m, mtools: filepath.Join(m.Dir, "disk.raw") + "@@1M"}
 	n.encrypted(t)
 	volumes := n.volumesOf(t, m)
 	if len(volumes) != 2 {
@@ -63,7 +64,11 @@ func TestReset(t *testing.T) {
 	}
 	n.noVolumes(t, m, volumes)
 
-	t.Run("a second life", func(t *testing.T) { n.claimedAgain(t, e, key[1], document) })
+	t.Run("a second life", func(t *testing.T) {
+		e.withoutKeys(t)
+		second := n.claimedAgain(t, e, key[1], document)
+		t.Run("Secure Boot's keys", func(t *testing.T) { n.enrols(t, e, second) })
+	})
 	t.Run("without a system", func(t *testing.T) {
 		out, err := n.try(t.Context(), 3*time.Minute, "bhctl", "reset", "--yes", "--remove-os")
 		if err != nil || !strings.Contains(out, "The TPM has no owner any more") || !strings.Contains(out, "nothing on /dev/vda can be started any more") {
@@ -141,8 +146,23 @@ func (n *node) noVolumes(t *testing.T, m qemu.Machine, were []gpt.Partition) {
 	}
 }
 
-// claimedAgain starts the machine without the key that its first owner put into its firmware, and becomes the second owner.
-func (n *node) claimedAgain(t *testing.T, e *machineESP, key, document string) {
+// withoutKeys gives the machine a firmware in setup mode, and a boot loader that has no keys to enrol by itself.
+func (e *machineESP) withoutKeys(t *testing.T) {
+	t.Helper()
+	empty, err := os.ReadFile("/usr/share/OVMF/OVMF_VARS_4M.fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(e.m.Dir, qemu.VarsFile), empty, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e.tool(t, "mdel", "-i", e.mtools, "::/loader/keys/auto/*.auth")
+}
+
+// claimedAgain starts the machine without the key that its first owner put into its firmware, becomes the second owner, and returns their
+// recovery key.
+func (n *node) claimedAgain(t *testing.T, e *machineESP, key, document string) (second string) {
+	t.Helper()
 	if err := os.Remove(filepath.Join(e.m.Dir, qemu.ClaimKeyFile)); err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +181,8 @@ func (n *node) claimedAgain(t *testing.T, e *machineESP, key, document string) {
 		return err
 	})
 	out, err := n.try(t.Context(), 3*time.Minute, "bhctl", "--context", "second", "apply", "-f", document)
-	if err != nil || recoveryKey.FindStringSubmatch(out) == nil || strings.Contains(out, key) {
+	shown := recoveryKey.FindStringSubmatch(out)
+	if err != nil || shown == nil || shown[1] == key {
 		t.Fatalf("bhctl apply: %v\n%s", err, out)
 	}
 	n.run(t, "bhctl", "config", "use", "second")
@@ -172,6 +193,59 @@ func (n *node) claimedAgain(t *testing.T, e *machineESP, key, document string) {
 			return nil
 		}
 		return fmt.Errorf("%w\n%s", err, out)
+	})
+	return shown[1]
+}
+
+// enrols writes the image's keys into the firmware: from the next start on Secure Boot is on, and STATE opens by the recovery key only.
+func (n *node) enrols(t *testing.T, e *machineESP, key string) {
+	n.secureBoot(t, "off", "on")
+	if out, err := n.try(t.Context(), time.Minute, "bhctl", "secureboot", "enroll", "--yes"); err == nil || !strings.Contains(err.Error(), "the next start needs the recovery key") {
+		t.Errorf("enrolled without a word about STATE: %v\n%s", err, out)
+	}
+	out, err := n.try(t.Context(), time.Minute, "bhctl", "secureboot", "enroll", "--yes", "--allow-locked")
+	if err != nil || !strings.Contains(out, "STATE will be locked then") {
+		t.Fatalf("bhctl secureboot enroll: %v\n%s", err, out)
+	}
+	if out, err := n.try(t.Context(), time.Minute, "bhctl", "secureboot", "enroll", "--yes", "--allow-locked"); err == nil || !strings.Contains(err.Error(), "not in setup mode") {
+		t.Errorf("enrolled once more: %v\n%s", err, out)
+	}
+	n.run(t, "bhctl", "reboot")
+	e.console(t, 3*time.Minute, "restarting[\\s\\S]*STATE is locked", denied)
+	if out, err := n.unlock(t, key); err != nil {
+		t.Fatalf("bhctl unlock: %v\n%s", err, out)
+	}
+	n.secureBoot(t, "on", "off")
+	if log := n.run(t, "bhctl", "dmesg"); !strings.Contains(log, "Secure boot enabled") {
+		t.Error("the kernel does not say that Secure Boot is on")
+	}
+	sealed := regexp.MustCompile(`(?m)^(STATE-\d+) .* tpm `).FindStringSubmatch(n.run(t, "bhctl", "storage", "keys", "list"))
+	if sealed == nil {
+		t.Fatal("STATE has no key in the TPM")
+	}
+	n.run(t, "bhctl", "storage", "keys", "rotate", sealed[1])
+}
+
+// secureBoot waits until the node says of the firmware that Secure Boot and setup mode are so.
+func (n *node) secureBoot(t *testing.T, secure, setup string) {
+	t.Helper()
+	eventually(t, 2*time.Minute, "Secure Boot is "+secure, func() error {
+		out, err := n.try(t.Context(), 20*time.Second, "bhctl", "get", "security", "-o", "json")
+		if err != nil {
+			return err
+		}
+		var all []struct{ Name, Actual string }
+		if err := json.Unmarshal([]byte(out), &all); err != nil {
+			return err
+		}
+		got := map[string]string{}
+		for _, s := range all {
+			got[s.Name] = s.Actual
+		}
+		if got["firmware.secure-boot"] != secure || got["firmware.setup-mode"] != setup {
+			return errors.New(out)
+		}
+		return nil
 	})
 }
 
