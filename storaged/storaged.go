@@ -127,6 +127,7 @@ func (d *Daemon) serve(ctx context.Context) error {
 		storagev1.RegisterDisposalServer(s, disposalServer{d: d})
 		if d.slots != nil {
 			slotv1.RegisterSlotsServer(s, d.slots)
+			storagev1.RegisterSecureBootServer(s, secureBootServer{d: d, fw: newFirmware(d.slots.Linux)})
 		}
 		controlv1.RegisterControlServer(s, &reconcile.Control[config.Storage, State, Step]{Loop: d.loop, Metrics: d.env.Metrics})
 	})

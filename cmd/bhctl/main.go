@@ -69,7 +69,7 @@ Kubernetes:  bhctl kubeconfig > kubeconfig && kubectl --kubeconfig kubeconfig ge
 	}
 	group("local", a.upCmd(), a.downCmd(), a.statusCmd())
 	group("node", a.versionCmd(), a.healthCmd(), a.servicesCmd(), a.serviceCmd(), a.logsCmd(), a.dmesgCmd(), a.eventsCmd(), a.applyCmd(), a.diffCmd(),
-		a.getCmd(), a.storageCmd(), a.unlockCmd(), a.whyCmd(), a.upgradeCmd(), a.rollbackCmd(), a.markGoodCmd(), a.etcdCmd(), a.rebootCmd(), a.shutdownCmd(), a.resetCmd(), a.bootstrapCmd())
+		a.getCmd(), a.storageCmd(), a.secureBootCmd(), a.unlockCmd(), a.whyCmd(), a.upgradeCmd(), a.rollbackCmd(), a.markGoodCmd(), a.etcdCmd(), a.rebootCmd(), a.shutdownCmd(), a.resetCmd(), a.bootstrapCmd())
 	group("access", a.configCmd(), a.claimCmd(), a.tokenCmd(), a.certificateCmd(), a.kubeconfigCmd())
 	return c
 }

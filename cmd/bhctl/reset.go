@@ -74,14 +74,19 @@ func (a *app) confirmReset(r *machinev1.ResetRequest, yes bool) error {
 		what += ", and its system"
 	}
 	fmt.Fprintf(a.err, "This destroys %s, for ever. Type %s to go on.\n", what, word)
-	typed, err := bufio.NewReader(io.LimitReader(a.in, 4<<10)).ReadString('\n')
-	if err != nil && !errors.Is(err, io.EOF) {
-		return err
-	}
-	if strings.TrimSpace(typed) != word {
-		return errors.New("that is not the name; nothing was changed")
+	if typed, err := a.typed(); err != nil || typed != word {
+		return errors.Join(err, errors.New("that is not the name; nothing was changed"))
 	}
 	return nil
+}
+
+// typed reads a line that is no secret.
+func (a *app) typed() (string, error) {
+	line, err := bufio.NewReader(io.LimitReader(a.in, 4<<10)).ReadString('\n')
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return strings.TrimSpace(line), err
 }
 
 // reset shows the steps as they come, and at the end what is true now.

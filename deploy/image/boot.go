@@ -158,5 +158,9 @@ func (k Keys) publicKeys() (map[string][]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return map[string][]byte{"release.pub": texts["release.pub"], "pcr.pub": texts["pcr.pub"]}, nil
+	out := map[string][]byte{"release.pub": texts["release.pub"], "pcr.pub": texts["pcr.pub"]}
+	for name, signed := range k.Enrol { // what a node can write into its firmware
+		out[name] = signed
+	}
+	return out, nil
 }

@@ -1860,6 +1860,96 @@ func (x *DestroyProgress) GetFacts() []string {
 	return nil
 }
 
+type EnrollKeysRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// STATE may be locked at the next start: somebody has its recovery key.
+	AllowLocked   bool `protobuf:"varint,1,opt,name=allow_locked,json=allowLocked,proto3" json:"allow_locked,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EnrollKeysRequest) Reset() {
+	*x = EnrollKeysRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EnrollKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EnrollKeysRequest) ProtoMessage() {}
+
+func (x *EnrollKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EnrollKeysRequest.ProtoReflect.Descriptor instead.
+func (*EnrollKeysRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *EnrollKeysRequest) GetAllowLocked() bool {
+	if x != nil {
+		return x.AllowLocked
+	}
+	return false
+}
+
+type EnrollKeysResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The TPM's key of STATE does not open it at the next start.
+	Locks         bool `protobuf:"varint,1,opt,name=locks,proto3" json:"locks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EnrollKeysResponse) Reset() {
+	*x = EnrollKeysResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EnrollKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EnrollKeysResponse) ProtoMessage() {}
+
+func (x *EnrollKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EnrollKeysResponse.ProtoReflect.Descriptor instead.
+func (*EnrollKeysResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *EnrollKeysResponse) GetLocks() bool {
+	if x != nil {
+		return x.Locks
+	}
+	return false
+}
+
 var File_storage_v1_storage_proto protoreflect.FileDescriptor
 
 const file_storage_v1_storage_proto_rawDesc = "" +
@@ -2015,7 +2105,11 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\x0fDestroyProgress\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x14\n" +
 	"\x05begun\x18\x02 \x01(\bR\x05begun\x12\x14\n" +
-	"\x05facts\x18\x03 \x03(\tR\x05facts2\xdb\x01\n" +
+	"\x05facts\x18\x03 \x03(\tR\x05facts\"6\n" +
+	"\x11EnrollKeysRequest\x12!\n" +
+	"\fallow_locked\x18\x01 \x01(\bR\vallowLocked\"*\n" +
+	"\x12EnrollKeysResponse\x12\x14\n" +
+	"\x05locks\x18\x01 \x01(\bR\x05locks2\xdb\x01\n" +
 	"\aStorage\x12Z\n" +
 	"\tGetStatus\x12\x1c.storage.v1.GetStatusRequest\x1a\x12.storage.v1.Status\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/storage\x90\x02\x01\x12f\n" +
 	"\vWatchStatus\x12\x1e.storage.v1.WatchStatusRequest\x1a\x12.storage.v1.Status\"!\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/storage:watch\x90\x02\x010\x01\x1a\f\xb2\xbb\x18\bstoraged2\xaf\x01\n" +
@@ -2028,7 +2122,11 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\tRemoveKey\x12\x1c.storage.v1.RemoveKeyRequest\x1a\x1d.storage.v1.RemoveKeyResponse\"\"\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x17*\x15/v1/storage/keys/{id}\x12v\n" +
 	"\tRotateKey\x12\x1c.storage.v1.RotateKeyRequest\x1a\x1d.storage.v1.RotateKeyResponse\",\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02!:\x01*\"\x1c/v1/storage/keys/{id}:rotate\x12\x82\x01\n" +
 	"\x0eGetRecoveryKey\x12!.storage.v1.GetRecoveryKeyRequest\x1a\".storage.v1.GetRecoveryKeyResponse\")\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x1e\"\x1c/v1/storage/recoveryKey:show\x12\xa4\x01\n" +
-	"\x16AcknowledgeRecoveryKey\x12).storage.v1.AcknowledgeRecoveryKeyRequest\x1a*.storage.v1.AcknowledgeRecoveryKeyResponse\"3\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02%\"#/v1/storage/recoveryKey:acknowledge\x90\x02\x02\x1a\f\xb2\xbb\x18\bstoraged2W\n" +
+	"\x16AcknowledgeRecoveryKey\x12).storage.v1.AcknowledgeRecoveryKeyRequest\x1a*.storage.v1.AcknowledgeRecoveryKeyResponse\"3\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02%\"#/v1/storage/recoveryKey:acknowledge\x90\x02\x02\x1a\f\xb2\xbb\x18\bstoraged2\x8e\x01\n" +
+	"\n" +
+	"SecureBoot\x12r\n" +
+	"\n" +
+	"EnrollKeys\x12\x1d.storage.v1.EnrollKeysRequest\x1a\x1e.storage.v1.EnrollKeysResponse\"%\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x1a:\x01*\"\x15/v1/secureboot:enroll\x1a\f\xb2\xbb\x18\bstoraged2W\n" +
 	"\bDisposal\x12K\n" +
 	"\aDestroy\x12\x1a.storage.v1.DestroyRequest\x1a\x1b.storage.v1.DestroyProgress\"\x05\xaa\xbb\x18\x01\x010\x01B:Z8github.com/bulkhead-os/bulkhead/api/storage/v1;storagev1b\x06proto3"
 
@@ -2044,7 +2142,7 @@ func file_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_storage_v1_storage_proto_rawDescData
 }
 
-var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_storage_v1_storage_proto_goTypes = []any{
 	(*ChallengeRequest)(nil),               // 0: storage.v1.ChallengeRequest
 	(*ChallengeResponse)(nil),              // 1: storage.v1.ChallengeResponse
@@ -2075,6 +2173,8 @@ var file_storage_v1_storage_proto_goTypes = []any{
 	(*Mount)(nil),                          // 26: storage.v1.Mount
 	(*DestroyRequest)(nil),                 // 27: storage.v1.DestroyRequest
 	(*DestroyProgress)(nil),                // 28: storage.v1.DestroyProgress
+	(*EnrollKeysRequest)(nil),              // 29: storage.v1.EnrollKeysRequest
+	(*EnrollKeysResponse)(nil),             // 30: storage.v1.EnrollKeysResponse
 }
 var file_storage_v1_storage_proto_depIdxs = []int32{
 	2,  // 0: storage.v1.ChallengeResponse.challenges:type_name -> storage.v1.Challenge
@@ -2098,20 +2198,22 @@ var file_storage_v1_storage_proto_depIdxs = []int32{
 	12, // 18: storage.v1.Keys.RotateKey:input_type -> storage.v1.RotateKeyRequest
 	14, // 19: storage.v1.Keys.GetRecoveryKey:input_type -> storage.v1.GetRecoveryKeyRequest
 	16, // 20: storage.v1.Keys.AcknowledgeRecoveryKey:input_type -> storage.v1.AcknowledgeRecoveryKeyRequest
-	27, // 21: storage.v1.Disposal.Destroy:input_type -> storage.v1.DestroyRequest
-	20, // 22: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
-	20, // 23: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
-	1,  // 24: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
-	4,  // 25: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
-	7,  // 26: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
-	9,  // 27: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
-	11, // 28: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
-	13, // 29: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
-	15, // 30: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
-	17, // 31: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
-	28, // 32: storage.v1.Disposal.Destroy:output_type -> storage.v1.DestroyProgress
-	22, // [22:33] is the sub-list for method output_type
-	11, // [11:22] is the sub-list for method input_type
+	29, // 21: storage.v1.SecureBoot.EnrollKeys:input_type -> storage.v1.EnrollKeysRequest
+	27, // 22: storage.v1.Disposal.Destroy:input_type -> storage.v1.DestroyRequest
+	20, // 23: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
+	20, // 24: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
+	1,  // 25: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
+	4,  // 26: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
+	7,  // 27: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
+	9,  // 28: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
+	11, // 29: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
+	13, // 30: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
+	15, // 31: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
+	17, // 32: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
+	30, // 33: storage.v1.SecureBoot.EnrollKeys:output_type -> storage.v1.EnrollKeysResponse
+	28, // 34: storage.v1.Disposal.Destroy:output_type -> storage.v1.DestroyProgress
+	23, // [23:35] is the sub-list for method output_type
+	11, // [11:23] is the sub-list for method input_type
 	11, // [11:11] is the sub-list for extension type_name
 	11, // [11:11] is the sub-list for extension extendee
 	0,  // [0:11] is the sub-list for field type_name
@@ -2128,9 +2230,9 @@ func file_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_storage_v1_storage_proto_rawDesc), len(file_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   31,
 			NumExtensions: 0,
-			NumServices:   4,
+			NumServices:   5,
 		},
 		GoTypes:           file_storage_v1_storage_proto_goTypes,
 		DependencyIndexes: file_storage_v1_storage_proto_depIdxs,

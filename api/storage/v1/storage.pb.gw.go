@@ -264,6 +264,33 @@ func local_request_Keys_AcknowledgeRecoveryKey_0(ctx context.Context, marshaler 
 	return msg, metadata, err
 }
 
+func request_SecureBoot_EnrollKeys_0(ctx context.Context, marshaler runtime.Marshaler, client SecureBootClient, req *http.Request, pathParams map[string]string) (proto.Message, runtime.ServerMetadata, error) {
+	var (
+		protoReq EnrollKeysRequest
+		metadata runtime.ServerMetadata
+	)
+	if err := marshaler.NewDecoder(req.Body).Decode(&protoReq); err != nil && !errors.Is(err, io.EOF) {
+		return nil, metadata, status.Errorf(codes.InvalidArgument, "%v", err)
+	}
+	if req.Body != nil {
+		_, _ = io.Copy(io.Discard, req.Body)
+	}
+	msg, err := client.EnrollKeys(ctx, &protoReq, grpc.Header(&metadata.HeaderMD), grpc.Trailer(&metadata.TrailerMD))
+	return msg, metadata, err
+}
+
+func local_request_SecureBoot_EnrollKeys_0(ctx context.Context, marshaler runtime.Marshaler, server SecureBootServer, req *http.Request, pathParams map[string]string) (proto.Message, runtime.ServerMetadata, error) {
+	var (
+		protoReq EnrollKeysRequest
+		metadata runtime.ServerMetadata
+	)
+	if err := marshaler.NewDecoder(req.Body).Decode(&protoReq); err != nil && !errors.Is(err, io.EOF) {
+		return nil, metadata, status.Errorf(codes.InvalidArgument, "%v", err)
+	}
+	msg, err := server.EnrollKeys(ctx, &protoReq)
+	return msg, metadata, err
+}
+
 // RegisterStorageHandlerServer registers the http handlers for service Storage to "mux".
 // UnaryRPC     :call StorageServer directly.
 // StreamingRPC :currently unsupported pending https://github.com/grpc/grpc-go/issues/906.
@@ -426,6 +453,36 @@ func RegisterKeysHandlerServer(ctx context.Context, mux *runtime.ServeMux, serve
 			return
 		}
 		forward_Keys_AcknowledgeRecoveryKey_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
+	})
+
+	return nil
+}
+
+// RegisterSecureBootHandlerServer registers the http handlers for service SecureBoot to "mux".
+// UnaryRPC     :call SecureBootServer directly.
+// StreamingRPC :currently unsupported pending https://github.com/grpc/grpc-go/issues/906.
+// Note that using this registration option will cause many gRPC library features to stop working. Consider using RegisterSecureBootHandlerFromEndpoint instead.
+// GRPC interceptors will not work for this type of registration. To use interceptors, you must use the "runtime.WithMiddlewares" option in the "runtime.NewServeMux" call.
+func RegisterSecureBootHandlerServer(ctx context.Context, mux *runtime.ServeMux, server SecureBootServer) error {
+	mux.Handle(http.MethodPost, pattern_SecureBoot_EnrollKeys_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
+		ctx, cancel := context.WithCancel(req.Context())
+		defer cancel()
+		var stream runtime.ServerTransportStream
+		ctx = grpc.NewContextWithServerTransportStream(ctx, &stream)
+		inboundMarshaler, outboundMarshaler := runtime.MarshalerForRequest(mux, req)
+		annotatedContext, err := runtime.AnnotateIncomingContext(ctx, mux, req, "/storage.v1.SecureBoot/EnrollKeys", runtime.WithHTTPPathPattern("/v1/secureboot:enroll"))
+		if err != nil {
+			runtime.HTTPError(ctx, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		resp, md, err := local_request_SecureBoot_EnrollKeys_0(annotatedContext, inboundMarshaler, server, req, pathParams)
+		md.HeaderMD, md.TrailerMD = metadata.Join(md.HeaderMD, stream.Header()), metadata.Join(md.TrailerMD, stream.Trailer())
+		annotatedContext = runtime.NewServerMetadataContext(annotatedContext, md)
+		if err != nil {
+			runtime.HTTPError(annotatedContext, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		forward_SecureBoot_EnrollKeys_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
 	})
 
 	return nil
@@ -671,4 +728,68 @@ var (
 	forward_Keys_RotateKey_0              = runtime.ForwardResponseMessage
 	forward_Keys_GetRecoveryKey_0         = runtime.ForwardResponseMessage
 	forward_Keys_AcknowledgeRecoveryKey_0 = runtime.ForwardResponseMessage
+)
+
+// RegisterSecureBootHandlerFromEndpoint is same as RegisterSecureBootHandler but
+// automatically dials to "endpoint" and closes the connection when "ctx" gets done.
+func RegisterSecureBootHandlerFromEndpoint(ctx context.Context, mux *runtime.ServeMux, endpoint string, opts []grpc.DialOption) (err error) {
+	conn, err := grpc.NewClient(endpoint, opts...)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			if cerr := conn.Close(); cerr != nil {
+				grpclog.Errorf("Failed to close conn to %s: %v", endpoint, cerr)
+			}
+			return
+		}
+		go func() {
+			<-ctx.Done()
+			if cerr := conn.Close(); cerr != nil {
+				grpclog.Errorf("Failed to close conn to %s: %v", endpoint, cerr)
+			}
+		}()
+	}()
+	return RegisterSecureBootHandler(ctx, mux, conn)
+}
+
+// RegisterSecureBootHandler registers the http handlers for service SecureBoot to "mux".
+// The handlers forward requests to the grpc endpoint over "conn".
+func RegisterSecureBootHandler(ctx context.Context, mux *runtime.ServeMux, conn *grpc.ClientConn) error {
+	return RegisterSecureBootHandlerClient(ctx, mux, NewSecureBootClient(conn))
+}
+
+// RegisterSecureBootHandlerClient registers the http handlers for service SecureBoot
+// to "mux". The handlers forward requests to the grpc endpoint over the given implementation of "SecureBootClient".
+// Note: the gRPC framework executes interceptors within the gRPC handler. If the passed in "SecureBootClient"
+// doesn't go through the normal gRPC flow (creating a gRPC client etc.) then it will be up to the passed in
+// "SecureBootClient" to call the correct interceptors. This client ignores the HTTP middlewares.
+func RegisterSecureBootHandlerClient(ctx context.Context, mux *runtime.ServeMux, client SecureBootClient) error {
+	mux.Handle(http.MethodPost, pattern_SecureBoot_EnrollKeys_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
+		ctx, cancel := context.WithCancel(req.Context())
+		defer cancel()
+		inboundMarshaler, outboundMarshaler := runtime.MarshalerForRequest(mux, req)
+		annotatedContext, err := runtime.AnnotateContext(ctx, mux, req, "/storage.v1.SecureBoot/EnrollKeys", runtime.WithHTTPPathPattern("/v1/secureboot:enroll"))
+		if err != nil {
+			runtime.HTTPError(ctx, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		resp, md, err := request_SecureBoot_EnrollKeys_0(annotatedContext, inboundMarshaler, client, req, pathParams)
+		annotatedContext = runtime.NewServerMetadataContext(annotatedContext, md)
+		if err != nil {
+			runtime.HTTPError(annotatedContext, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		forward_SecureBoot_EnrollKeys_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
+	})
+	return nil
+}
+
+var (
+	pattern_SecureBoot_EnrollKeys_0 = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "secureboot"}, "enroll"))
+)
+
+var (
+	forward_SecureBoot_EnrollKeys_0 = runtime.ForwardResponseMessage
 )

@@ -649,6 +649,118 @@ var Keys_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
+	SecureBoot_EnrollKeys_FullMethodName = "/storage.v1.SecureBoot/EnrollKeys"
+)
+
+// SecureBootClient is the client API for SecureBoot service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// SecureBoot is about whom the machine's firmware trusts.
+type SecureBootClient interface {
+	// EnrollKeys writes the image's keys (db, KEK, PK) into a firmware that is in setup mode and has none. From the next start on Secure Boot is on, and only
+	// what those keys have signed starts: option ROMs of the machine's cards too. FAILED_PRECONDITION, with nothing changed, if the firmware has keys, if
+	// something on the EFI partition is not signed by them, or if STATE will not open by itself any more and allow_locked is not set.
+	EnrollKeys(ctx context.Context, in *EnrollKeysRequest, opts ...grpc.CallOption) (*EnrollKeysResponse, error)
+}
+
+type secureBootClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewSecureBootClient(cc grpc.ClientConnInterface) SecureBootClient {
+	return &secureBootClient{cc}
+}
+
+func (c *secureBootClient) EnrollKeys(ctx context.Context, in *EnrollKeysRequest, opts ...grpc.CallOption) (*EnrollKeysResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EnrollKeysResponse)
+	err := c.cc.Invoke(ctx, SecureBoot_EnrollKeys_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// SecureBootServer is the server API for SecureBoot service.
+// All implementations must embed UnimplementedSecureBootServer
+// for forward compatibility.
+//
+// SecureBoot is about whom the machine's firmware trusts.
+type SecureBootServer interface {
+	// EnrollKeys writes the image's keys (db, KEK, PK) into a firmware that is in setup mode and has none. From the next start on Secure Boot is on, and only
+	// what those keys have signed starts: option ROMs of the machine's cards too. FAILED_PRECONDITION, with nothing changed, if the firmware has keys, if
+	// something on the EFI partition is not signed by them, or if STATE will not open by itself any more and allow_locked is not set.
+	EnrollKeys(context.Context, *EnrollKeysRequest) (*EnrollKeysResponse, error)
+	mustEmbedUnimplementedSecureBootServer()
+}
+
+// UnimplementedSecureBootServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedSecureBootServer struct{}
+
+func (UnimplementedSecureBootServer) EnrollKeys(context.Context, *EnrollKeysRequest) (*EnrollKeysResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method EnrollKeys not implemented")
+}
+func (UnimplementedSecureBootServer) mustEmbedUnimplementedSecureBootServer() {}
+func (UnimplementedSecureBootServer) testEmbeddedByValue()                    {}
+
+// UnsafeSecureBootServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to SecureBootServer will
+// result in compilation errors.
+type UnsafeSecureBootServer interface {
+	mustEmbedUnimplementedSecureBootServer()
+}
+
+func RegisterSecureBootServer(s grpc.ServiceRegistrar, srv SecureBootServer) {
+	// If the following call panics, it indicates UnimplementedSecureBootServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&SecureBoot_ServiceDesc, srv)
+}
+
+func _SecureBoot_EnrollKeys_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EnrollKeysRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SecureBootServer).EnrollKeys(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: SecureBoot_EnrollKeys_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SecureBootServer).EnrollKeys(ctx, req.(*EnrollKeysRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// SecureBoot_ServiceDesc is the grpc.ServiceDesc for SecureBoot service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var SecureBoot_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "storage.v1.SecureBoot",
+	HandlerType: (*SecureBootServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "EnrollKeys",
+			Handler:    _SecureBoot_EnrollKeys_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "storage/v1/storage.proto",
+}
+
+const (
 	Disposal_Destroy_FullMethodName = "/storage.v1.Disposal/Destroy"
 )
 
