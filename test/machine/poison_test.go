@@ -65,7 +65,7 @@ func (n *node) upFirmware(t *testing.T, image, documents string, memory int, mor
 		t.Fatal(err)
 	}
 	args := append([]string{"up", "--name", n.name, "--image", image, "-f", file}, more...)
-	out, err := n.try(t.Context(), 15*time.Minute, "bhctl", args...)
+	out, err := n.try(t.Context(), 25*time.Minute, "bhctl", args...)
 	if err != nil {
 		t.Fatalf("bhctl up: %v", err)
 	}
