@@ -31,7 +31,7 @@ type poison struct {
 
 // poisons are those of a node without Kubernetes; each is tried three times.
 var poisons = []poison{
-	{name: "panic", into: "init", file: "panic.go", quick: true, why: `the kernel panicked: sysrq triggered crash`},
+	{name: "panic", into: "init", file: "panic.go", why: `the kernel panicked: sysrq triggered crash`},
 	{name: "PID 1 ends", into: "init", file: "pid1-ends.go", why: `the kernel panicked: Attempted to kill init! exitcode=0x00000000`},
 	{name: "verity error", rot: true, quick: true, why: `PID 1 gave up: cannot mount the root: input/output error`},
 	{name: "disk does not unlock", signer: true, why: `STATE does not open: tpm: .*signed`},
