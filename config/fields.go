@@ -105,7 +105,7 @@ var fields = map[string]field{
 	"Update": {doc: "When a new version of the system is good."},
 	"Update.health": {doc: "What it must prove, all of it.", standard: "all of these, but etcd on workers", most: 5,
 		oneOf: []string{"api", "services", "config", "etcd", "kubelet"}},
-	"Update.patience": {doc: "Minutes that it has, before the machine restarts for its next try, or for the old version after the last.", standard: "10", min: 1, max: 1440},
+	"Update.patience": {doc: "Minutes that it has, before the machine restarts for its next try, or for the old version after the last. A try after one that had them all gets two.", standard: "10", min: 1, max: 1440},
 }
 
 // rule returns the rule of a path with or without list indexes.

@@ -212,6 +212,6 @@ type Update struct {
 	// Health is what must be proved, all of it. Default: everything but etcd on a worker.
 	Health []Proof `yaml:"health,omitempty"`
 	// Patience is how many minutes a version on trial has, before the machine restarts for its next try, or for the old version after the
-	// last. 1 to 1440; default 10.
+	// last. A try after one that had them all gets two. 1 to 1440; default 10.
 	Patience int `yaml:"patience,omitempty"`
 }

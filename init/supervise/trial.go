@@ -13,7 +13,7 @@ import (
 
 // judgeLimit is how long nobody may judge a version on trial. updated judges every few seconds from a few seconds after its start on, which is an
 // early one and waits for nothing but storaged's word on the slots.
-const judgeLimit = 2 * time.Minute
+const judgeLimit = 90 * time.Second
 
 // maxReason bounds what is taken over from a file of storaged's, in bytes.
 const maxReason = 300

@@ -79,7 +79,7 @@ func TestLastWords(t *testing.T) {
 		{"a storaged that crashes", bare, func(s *Supervisor) {
 			*s.units[1] = service{Unit: s.units[1].Unit, state: Waiting, failures: 12, end: initctl.Exited, value: 3}
 		}, "cannot keep this version: STATE was not mounted; storaged failed 12 times in a row: exit 3"},
-		{"not judged", mounted, func(s *Supervisor) { s.order = 0; s.guard(time.Now().Add(judgeLimit)) }, "cannot keep this version: nobody has judged it for 120 s"},
+		{"not judged", mounted, func(s *Supervisor) { s.order = 0; s.guard(time.Now().Add(judgeLimit)) }, "cannot keep this version: nobody has judged it for 90 s"},
 		{"good", bare, func(s *Supervisor) { write(t, s.trial.Good, "", time.Now()) }, ""},
 		{"turned off", bare, func(s *Supervisor) { s.order = initctl.PowerOff }, ""},
 		{"not on trial", bare, func(s *Supervisor) { s.trial = Trial{} }, ""},

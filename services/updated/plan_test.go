@@ -152,7 +152,7 @@ func TestExplain(t *testing.T) {
 		{"panic", nil, at(machinev1.Boot_PANIC, fell), "the kernel panicked: " + fell, "[ 3.0] before|[ 3.1] Kernel panic"},
 		{"panic after STATE", mine(nil), at(machinev1.Boot_PANIC, fell), "the kernel panicked: " + fell, "[ 3.0] before"},
 		{"panic in the last try, an earlier one ended with a reason", mine(func(x *trial) { ended(x); x.Try = 2 }), at(machinev1.Boot_PANIC, fell), "the kernel panicked: " + fell, "[ 3.0]"},
-		{"PID 1 left it", mine(nil), at(machinev1.Boot_PANIC, "PID 1 gave up: cannot keep this version: nobody has judged it for 120 s"), "nobody has judged it for 120 s", "[ 3.0]"},
+		{"PID 1 left it", mine(nil), at(machinev1.Boot_PANIC, "PID 1 gave up: cannot keep this version: nobody has judged it for 90 s"), "nobody has judged it for 90 s", "[ 3.0]"},
 		{"PID 1 gave up", nil, at(machinev1.Boot_PANIC, "PID 1 gave up: cannot mount the root: input/output error"), "PID 1 gave up: cannot mount the root: input/output error", "[ 3.0]"},
 		{"never healthy", mine(ended), at(machinev1.Boot_UNKNOWN, "no trace"), "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready", "[ 1.0] a|[ 2.0] b"},
 		{"never healthy, then cut", mine(func(x *trial) { ended(x); x.Try = 2 }), at(machinev1.Boot_UNKNOWN, "no trace"), "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready", "[ 1.0] a"},

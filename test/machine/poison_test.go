@@ -22,7 +22,7 @@ const backLimit = 3 * time.Minute
 // rollback reports whether everything is tried that takes long: "make test-rollback".
 func rollback() bool { return os.Getenv("BULKHEAD_ROLLBACK") != "" }
 
-// hasty is for work on a poison: a version has one try only, and no limit of time, for other people's machines run here too.
+// hasty is for work on these tests: a bad version has one try only, and no limit of time, for other machines run here too; few good ones follow one another.
 func hasty() bool { return os.Getenv("BULKHEAD_HASTY") != "" }
 
 // TestPoison installs versions of which each has one thing wrong with it. Every one gives way to the old version by itself, within its three tries, and the node then
@@ -65,7 +65,7 @@ func (n *node) upFirmware(t *testing.T, image, documents string, memory int, mor
 		t.Fatal(err)
 	}
 	args := append([]string{"up", "--name", n.name, "--image", image, "-f", file}, more...)
-	out, err := n.try(t.Context(), 15*time.Minute, "bhctl", args...)
+	out, err := n.try(t.Context(), 25*time.Minute, "bhctl", args...)
 	if err != nil {
 		t.Fatalf("bhctl up: %v", err)
 	}

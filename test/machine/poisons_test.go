@@ -31,17 +31,17 @@ type poison struct {
 
 // poisons are those of a node without Kubernetes; each is tried three times.
 var poisons = []poison{
-	{name: "panic", into: "init", file: "panic.go", quick: true, why: `the kernel panicked: sysrq triggered crash`},
+	{name: "panic", into: "init", file: "panic.go", why: `the kernel panicked: sysrq triggered crash`},
 	{name: "PID 1 ends", into: "init", file: "pid1-ends.go", why: `the kernel panicked: Attempted to kill init! exitcode=0x00000000`},
 	{name: "verity error", rot: true, quick: true, why: `PID 1 gave up: cannot mount the root: input/output error`},
 	{name: "disk does not unlock", signer: true, why: `STATE does not open: tpm: .*signed`},
-	{name: "a daemon crash-loops", into: "cmd/bulkheadd", file: "storaged-crashes.go", why: `nobody has judged it for 120 s; storaged failed \d+ times in a row: exit 3`},
+	{name: "a daemon crash-loops", into: "cmd/bulkheadd", file: "storaged-crashes.go", why: `nobody has judged it for 90 s; storaged failed \d+ times in a row: exit 3`},
 	{name: "API dead", into: "cmd/bulkheadd", file: "apid-dead.go", why: `did not prove its health in 1m0s; missing: api: api.answered: no call with credentials has come through apid`},
 	{name: "the network is cut", into: "init", file: "network-cut.go", why: `did not prove its health in 1m0s; missing: api: api.answered: no call with credentials has come through apid`},
 	{name: "wrong clock", into: "init", file: "clock.go", why: `did not prove its health in 1m0s; missing: api: .*; its clock was wrong: it said 20[5-9]\d-`},
 	{name: "initramfs hangs", into: "init", file: "initramfs-hangs.go", why: `it hung before it could write to STATE, and the hardware watchdog reset the machine`},
 	{name: "hard hang", into: "init", file: "hangs.go", why: `its last try hung, and the hardware watchdog reset the machine; its last sign of life was \d+s after its start`},
-	{name: "the judge crash-loops", into: "cmd/bulkheadd", file: "updated-crashes.go", why: `nobody has judged it for 120 s; updated failed \d+ times in a row: exit 3`},
+	{name: "the judge crash-loops", into: "cmd/bulkheadd", file: "updated-crashes.go", why: `nobody has judged it for 90 s; updated failed \d+ times in a row: exit 3`},
 }
 
 // clusterPoisons are those of a node with Kubernetes.
