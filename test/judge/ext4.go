@@ -2,6 +2,7 @@ package judge
 
 import (
 	"bytes"
+	"context"
 	"crypto/aes"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/crypto/xts"
 
 	"github.com/bulkhead-os/bulkhead/services/machined/store"
+	"github.com/bulkhead-os/bulkhead/storaged"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 )
 
@@ -119,22 +121,18 @@ func mountable(image string) error {
 	if found.Kind != probe.Ext4 || found.Label != stateLabel {
 		return fmt.Errorf("found %s where the file system ext4 %q must be", found, stateLabel)
 	}
-	code, text := 0, ""
 	if !found.Dirty {
-		if code, text, err = tool("e2fsck", "-p", "-E", "journal_only", image); err != nil {
+		if code, _, err := tool("e2fsck", "-p", "-E", "journal_only", image); err != nil || code <= 1 {
 			return err
 		}
 	}
-	if found.Dirty || code > 1 {
-		if code, text, err = tool("e2fsck", "-p", image); err != nil {
-			return err
-		}
-	}
-	if code > 1 {
-		return fmt.Errorf("e2fsck ends with %d: %s", code, text)
-	}
-	code, text, err = tool("e2fsck", "-fn", image) // the kernel does not look, but there is nothing to be found
-	if err == nil && code != 0 {
+	return storaged.Fsck(context.Background(), image)
+}
+
+// sound looks through a whole file system. The kernel would not, but nothing must be there that a machine may not repair alone.
+func sound(image string) error {
+	code, text, err := tool("e2fsck", "-fp", image)
+	if err == nil && code > 1 {
 		err = fmt.Errorf("the journal leaves a damaged file system: e2fsck ends with %d: %s", code, text)
 	}
 	return err

@@ -12,6 +12,7 @@ import (
 	"slices"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/unlock"
 	"github.com/bulkhead-os/bulkhead/storaged/luks"
 	"github.com/bulkhead-os/bulkhead/storaged/secret"
 )
@@ -109,8 +110,12 @@ func (j *Judge) byPerson(p piece, h *luks.Header) (secret.Bytes, error) {
 			return secret.Bytes{}, err
 		}
 		key, err := once(j, "recovery "+hex.EncodeToString(id[:]), [4]uint64{}, func() (secret.Bytes, error) { // argon2id takes its time
-			for _, r := range j.o.Recovery {
-				if key, _, err := h.Open(readOnly{p.reader()}, secret.From([]byte(r)), n); err == nil {
+			for _, text := range j.o.Recovery {
+				typed, err := unlock.ParseRecoveryKey(text)
+				if err != nil {
+					return secret.Bytes{}, err
+				}
+				if key, _, err := h.Open(readOnly{p.reader()}, secret.From(typed), n); err == nil {
 					return key, nil
 				}
 			}
@@ -208,7 +213,7 @@ func (j *Judge) files(v volume, from, length int64) (c contents, err error) {
 	if err := mountable(image); err != nil {
 		return c, err
 	}
-	if err := dump(image, dir); err != nil {
+	if err := errors.Join(dump(image, dir), sound(image)); err != nil {
 		return c, err
 	}
 	if c.varKey, err = optional(dir, "storaged/var.key"); err != nil {

@@ -126,7 +126,7 @@ func (s *story) live(t *testing.T, n *node, upgrade string) {
 	for range 2 {
 		may := now
 		may.Generations = []uint64{now.Generations[0], now.Generations[0] + 1}
-		do("config apply", may, func() { s.apply(t, n, "apply") })
+		do(fmt.Sprintf("config apply %d", now.Generations[0]+1), may, func() { s.apply(t, n, "apply") })
 	}
 	do("key rotation", now, func() { s.rotate(t, n) })
 	for _, to := range []string{secondVersion, firstVersion} {
@@ -143,7 +143,7 @@ func (s *story) live(t *testing.T, n *node, upgrade string) {
 		}
 		// Firmware renames the kernel to count the try. It does so in several writes, between which the old version may be what is left.
 		do("first start of "+to, may, func() { n.rebootUnasked(t, s.Machine) })
-		do("mark good", now, func() { n.foundGood(t, to) })
+		do("mark "+to+" good", now, func() { n.foundGood(t, to) })
 	}
 }
 
@@ -171,7 +171,7 @@ func (s *story) apply(t *testing.T, n *node, with string) {
 func (s *story) learnRecovery(t *testing.T, out string, must bool) {
 	t.Helper()
 	if key := recoveryKey.FindStringSubmatch(out); key != nil {
-		s.Recovery = append(s.Recovery, strings.ReplaceAll(key[1], "-", ""))
+		s.Recovery = append(s.Recovery, key[1])
 	} else if must {
 		t.Fatalf("no recovery key is shown:\n%s", out)
 	}
