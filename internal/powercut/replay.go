@@ -218,6 +218,11 @@ func (i *Interval) State(number int) (*State, error) {
 	return s, nil
 }
 
+// Done returns the disk with all that was done so far, and nothing else. It is valid until Next.
+func (p *Replay) Done() *State {
+	return &State{newImage(p.disk, p.size), -1, 0, p, map[int64]uint64{}}
+}
+
 // part does a random part of the interval, in one of five ways: for most of what goes wrong, one of them is likely to hit it.
 func (i *Interval) part(m *Image, random *rand.Rand) error {
 	coin := func() bool { return random.IntN(2) == 0 }
@@ -252,6 +257,22 @@ func (i *Interval) part(m *Image, random *rand.Rand) error {
 		}
 	}
 	return nil
+}
+
+// WriteAt changes the state, not the disk that the replay has.
+func (s *State) WriteAt(p []byte, at int64) (int, error) {
+	first, last := at/page, (at+int64(len(p))-1)/page
+	change := func() { // takes the pages' sums out, and puts them in
+		for n := first; n <= last; n++ {
+			if b := s.over[n]; b != nil {
+				s.delta[n*page/BlockSize] ^= s.replay.sums[n] ^ s.replay.hash(n, b[:])
+			}
+		}
+	}
+	change()
+	n, err := s.Image.WriteAt(p, at)
+	change()
+	return n, err
 }
 
 // Sum tells contents apart: of two states of one replay it is the same for a range, in whole mebibytes, if and, but for one chance in 2^63, only if they have the same there.

@@ -209,27 +209,21 @@ func (s *story) at(rec *powercut.Recording, event int) int {
 func (r *rebuilding) first(t *testing.T) {
 	p := r.replay(t)
 	mark := 0
-	var last powercut.State
 	for i, err := p.Next(nil); i != nil || err != nil; i, err = p.Next(i) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s, err := i.State(0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		last = *s
 		if now := r.s.at(r.rec, i.First); now != mark {
 			mark = now
-			if err := r.judge.Learn(s); err != nil {
+			if err := r.judge.Learn(p.Done()); err != nil {
 				t.Fatalf("%s: %v", r.s.Marks[mark].Name, err)
 			}
 		}
 	}
-	if err := r.judge.Learn(&last); err != nil {
+	if err := r.judge.Learn(p.Done()); err != nil {
 		t.Fatal(err)
 	}
-	found, err := r.judge.Look(&last)
+	found, err := r.judge.Look(p.Done())
 	if err != nil {
 		t.Fatalf("the disk that the machine has left: %v", err)
 	}
@@ -244,6 +238,7 @@ func (r *rebuilding) first(t *testing.T) {
 	if err := p.Same(end); err != nil {
 		t.Fatalf("the recording does not lead to the disk that the machine has left: %v", err)
 	}
+	r.notices(t, p, found)
 }
 
 // judgeAll goes through the recording, and looks at every state.
