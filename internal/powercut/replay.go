@@ -21,7 +21,6 @@ type Replay struct {
 	rec  *Recording
 	disk *os.File // with all that was flushed so far
 	size int64
-	next int // event
 
 	seed maphash.Seed
 	sums map[int64]uint64 // of each page that is not all zeros

@@ -82,14 +82,14 @@ func (r *rebuilding) boot(t *testing.T, s *powercut.State, event int, want judge
 
 // agrees waits until the node says what it is to its owner, and compares.
 func (r *rebuilding) agrees(t *testing.T, want judge.Found) error {
-	deadline := time.Now().Add(3 * time.Minute)
+	deadline := time.Now().Add(5 * time.Minute)
 	for {
 		done, err := r.ask(t, want)
 		if done {
 			return err
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("not within 3 minutes: %w", err)
+			return fmt.Errorf("not within 5 minutes: %w", err)
 		}
 		wait(t.Context(), 300*time.Millisecond)
 	}

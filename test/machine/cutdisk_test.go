@@ -7,13 +7,16 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-os/bulkhead/internal/fat"
@@ -98,6 +101,7 @@ func (r *rebuilding) prepare(t *testing.T) {
 		r.s = recordStory(t, r.n)
 		if dir == "" {
 			dir = filepath.Join(r.n.dir, "story")
+			t.Cleanup(func() { r.keep(t) })
 		}
 		if out, err := r.n.shell(t, "", "mv", "-T", r.s.dir, dir); err != nil {
 			t.Fatalf("%v\n%s", err, out)
@@ -125,6 +129,23 @@ func (r *rebuilding) prepare(t *testing.T) {
 		t.Fatalf("%d flushes: the guest's do not reach the recorder", r.flushes)
 	}
 	r.judge = judge.New(judge.Options{Kernels: r.s.Kernels, Recovery: r.s.Recovery, Folder: quickFolder(t), Loader: r.loader(t)})
+}
+
+// keep saves the recording of a failed test.
+func (r *rebuilding) keep(t *testing.T) {
+	if !t.Failed() {
+		return
+	}
+	dir := filepath.Join(r.n.root, "out", "test-vm", t.Name(), "story")
+	if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(filepath.Dir(dir), 0o755)); err != nil {
+		t.Log(err)
+		return
+	}
+	if out, err := exec.Command("cp", "-r", "--sparse=always", r.s.dir, dir).CombinedOutput(); err != nil {
+		t.Logf("the recording is not kept: %v\n%s", err, out)
+		return
+	}
+	t.Logf("the recording is kept: the same again with BULKHEAD_CUT_STORY=%s", dir)
 }
 
 // quickFolder returns a folder in memory, if there is room: e2fsck waits for the disk each time.
@@ -258,11 +279,14 @@ func (r *rebuilding) judgeAll(t *testing.T) {
 		if i.Writes() > 0 {
 			count += parts
 		}
-		var g sync.WaitGroup
+		var g errgroup.Group
+		g.SetLimit(runtime.GOMAXPROCS(0))
 		for number := range count {
-			g.Go(func() { r.look(t, i, number, m) })
+			g.Go(func() error { return r.look(t, i, number, m) })
 		}
-		g.Wait()
+		if err := g.Wait(); err != nil {
+			t.Fatal(err)
+		}
 		for range picks[i.Number] {
 			r.reallyBoot(t, i, 1, m)
 			c.boots++
@@ -315,12 +339,11 @@ func (r *rebuilding) pick() map[int]int {
 	return picks
 }
 
-// look judges one state.
-func (r *rebuilding) look(t *testing.T, i *powercut.Interval, number int, m mark) {
+// look judges one state. An error is the test's own, not the state's.
+func (r *rebuilding) look(t *testing.T, i *powercut.Interval, number int, m mark) error {
 	s, err := i.State(number)
 	if err != nil {
-		t.Error(err)
-		return
+		return err
 	}
 	found, err := r.judge.Look(s)
 	if err == nil {
@@ -334,6 +357,7 @@ func (r *rebuilding) look(t *testing.T, i *powercut.Interval, number int, m mark
 	if err != nil {
 		r.fail(t, s, m, err)
 	}
+	return nil
 }
 
 // allowed says what is wrong with what was found.
@@ -371,5 +395,5 @@ func (r *rebuilding) fail(t *testing.T, s *powercut.State, m mark, err error) {
 		t.Log(err)
 		return
 	}
-	t.Logf("the disk is kept as %s", file)
+	t.Logf("the disk is kept: %s", file)
 }

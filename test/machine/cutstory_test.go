@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -202,7 +203,7 @@ func (n *node) rebootUnasked(t *testing.T, m qemu.Machine) {
 	}
 	before := boots()
 	n.run(t, "bhctl", "reboot")
-	eventually(t, 3*time.Minute, "the node is back", func() error {
+	eventually(t, 5*time.Minute, "the node is back", func() error {
 		if boots() == before {
 			return errors.New("its kernel has not started")
 		}
@@ -220,7 +221,7 @@ func (n *node) rebootUnasked(t *testing.T, m qemu.Machine) {
 func (n *node) foundGood(t *testing.T, version string) {
 	t.Helper()
 	line := regexp.MustCompile(`(?m)^[AB] +` + regexp.QuoteMeta(version) + ` +good +yes`)
-	eventually(t, 3*time.Minute, version+" is found good", func() error {
+	eventually(t, 5*time.Minute, version+" is found good", func() error {
 		if _, err := n.try(t.Context(), 20*time.Second, "bhctl", "version"); err != nil { // the proof that the API answers
 			return err
 		}
@@ -255,6 +256,9 @@ func (s *story) watchTPM(t *testing.T) (stop func()) {
 			return last, err
 		}
 		state, err := os.ReadFile(filepath.Join(s.dir, qemu.TPMFolder, name))
+		if errors.Is(err, fs.ErrNotExist) { // not yet
+			return last, nil
+		}
 		if err != nil || string(state) == string(last) {
 			return last, err
 		}
