@@ -104,29 +104,29 @@ func tool(argv ...string) (int, string, error) {
 }
 
 // mountable does to a file system what storaged and the kernel do before it is mounted (storaged/volume.go): replay the journal, and repair only what a
-// machine may repair alone.
-func mountable(image string) error {
+// machine may repair alone. It returns whether there was something to repair.
+func mountable(image string) (repaired bool, err error) {
 	f, err := os.Open(image)
 	if err != nil {
-		return err
+		return false, err
 	}
 	fi, err := f.Stat()
 	if err != nil {
-		return errors.Join(err, f.Close())
+		return false, errors.Join(err, f.Close())
 	}
 	found, err := probe.Read(f, fi.Size())
 	if err = errors.Join(err, f.Close()); err != nil {
-		return err
+		return false, err
 	}
 	if found.Kind != probe.Ext4 || found.Label != stateLabel {
-		return fmt.Errorf("found %s where the file system ext4 %q must be", found, stateLabel)
+		return false, fmt.Errorf("found %s where the file system ext4 %q must be", found, stateLabel)
 	}
 	if !found.Dirty {
 		if code, _, err := tool("e2fsck", "-p", "-E", "journal_only", image); err != nil || code <= 1 {
-			return err
+			return false, err
 		}
 	}
-	return storaged.Fsck(context.Background(), image)
+	return true, storaged.Fsck(context.Background(), image)
 }
 
 // sound looks through a whole file system. The kernel would not, but nothing must be there that a machine may not repair alone.

@@ -47,7 +47,7 @@ func (j *Judge) state(d Disk, t gpt.Table) (Found, error) {
 	if err != nil {
 		return Found{}, fmt.Errorf("STATE: %w", err)
 	}
-	f := Found{Formatted: true, Owner: on.owner, Generation: on.generation, Documents: on.documents}
+	f := Found{Formatted: true, Owner: on.owner, Generation: on.generation, Documents: on.documents, Repaired: on.repaired}
 	if p, ok := t.ByName("VAR"); !ok || p.Attributes&unformatted != 0 {
 		return f, nil
 	}
@@ -197,6 +197,7 @@ type contents struct {
 	owner, documents string
 	generation       uint64
 	varKey           []byte
+	repaired         bool
 }
 
 // files mounts STATE, as far as that goes without a kernel, and reads what is on it.
@@ -210,7 +211,7 @@ func (j *Judge) files(v volume, from, length int64) (c contents, err error) {
 	if err := j.decrypt(v, from, length, image); err != nil {
 		return c, err
 	}
-	if err := mountable(image); err != nil {
+	if c.repaired, err = mountable(image); err != nil {
 		return c, err
 	}
 	if err := errors.Join(dump(image, dir), sound(image)); err != nil {

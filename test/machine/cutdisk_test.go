@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -30,6 +31,7 @@ import (
 // of them it really boots, to see whether the node agrees. What a disk may lose is what it was not told to flush: sectors of 512 bytes, in any combination.
 //
 // BULKHEAD_CUT_STATES and BULKHEAD_CUT_BOOTS make it longer. BULKHEAD_CUT_STORY names a folder that keeps the recording, and from which it is taken if it is there.
+// BULKHEAD_CUT_ONLY boots the one state that it names, as FLUSH/STATE.
 func TestCutDisk(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
@@ -49,14 +51,14 @@ func TestCutDisk(t *testing.T) {
 		t.Logf("» %-24s %5d states (%d flushes), %d boots: %v", m, c.states, c.flushes, c.boots, c.found)
 	}
 	t.Logf("» %d states, %d boots, after %s: %d bad", total, r.booted, time.Since(start).Round(time.Second), r.bad)
-	if total < r.states || r.booted < r.boots {
+	if os.Getenv("BULKHEAD_CUT_ONLY") == "" && (total < r.states || r.booted < r.boots) {
 		t.Errorf("only %d states of %d, and %d boots of %d", total, r.states, r.booted, r.boots)
 	}
 }
 
 // number reads one from the environment.
 func number(name string, otherwise int) int {
-	if n, err := strconv.Atoi(os.Getenv(name)); err == nil && n > 0 {
+	if n, err := strconv.Atoi(os.Getenv(name)); err == nil && n >= 0 {
 		return n
 	}
 	return otherwise
@@ -77,6 +79,9 @@ type rebuilding struct {
 	booted int
 	bad    int
 	mu     sync.Mutex
+
+	repaired int // a state of this interval in which a file system was repaired; 0: none
+	repairs  int // booted of those
 }
 
 // A tally is what was seen of one operation.
@@ -225,6 +230,17 @@ func (s *story) at(rec *powercut.Recording, event int) int {
 	return i
 }
 
+// may returns the mark that an interval begins in. If others follow within it, it may leave what they may leave.
+func (s *story) may(rec *powercut.Recording, first, last int) mark {
+	at := s.at(rec, first)
+	m := s.Marks[at]
+	for _, o := range s.Marks[at+1 : s.at(rec, last)+1] {
+		m.Versions, m.Generations = slices.Concat(m.Versions, o.Versions), slices.Concat(m.Generations, o.Generations)
+		m.Owned = m.Owned && o.Owned
+	}
+	return m
+}
+
 // first goes through the recording once, to learn what was whole at the marks, and whether the recording is: its end must be the disk that the
 // machine has left.
 func (r *rebuilding) first(t *testing.T) {
@@ -264,79 +280,84 @@ func (r *rebuilding) first(t *testing.T) {
 
 // judgeAll goes through the recording, and looks at every state.
 func (r *rebuilding) judgeAll(t *testing.T) {
-	picks := r.pick()
-	parts := (r.states - r.flushes + r.written() - 1) / r.written()
-	parts = max(1, parts)
+	parts, boots := r.plan()
+	only := os.Getenv("BULKHEAD_CUT_ONLY")
 	p := r.replay(t)
 	for i, err := p.Next(nil); i != nil || err != nil; i, err = p.Next(i) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m := r.s.Marks[r.s.at(r.rec, i.First)]
+		m := r.s.may(r.rec, i.First, i.Last)
+		if only != "" {
+			if flush, state, _ := strings.Cut(only, "/"); flush == strconv.Itoa(i.Number) {
+				number, _ := strconv.Atoi(state)
+				r.reallyBoot(t, i, number, m)
+				return
+			}
+			continue
+		}
 		c := r.count[m.Name]
 		c.flushes++
-		count := 1
-		if i.Writes() > 0 {
-			count += parts
-		}
 		var g errgroup.Group
 		g.SetLimit(runtime.GOMAXPROCS(0))
-		for number := range count {
+		for number := range 1 + parts[i.Number] {
 			g.Go(func() error { return r.look(t, i, number, m) })
 		}
 		if err := g.Wait(); err != nil {
 			t.Fatal(err)
 		}
-		for range picks[i.Number] {
-			r.reallyBoot(t, i, 1, m)
+		for number := range boots[i.Number] {
+			r.reallyBoot(t, i, 1+number, m)
 			c.boots++
 		}
+		if r.repaired > 0 && r.boots > 0 && r.repairs <= r.boots/10 { // those are rare, and what they need runs on the node nowhere else
+			r.reallyBoot(t, i, r.repaired, m)
+			c.boots++
+			r.repairs++
+		}
+		r.repaired = 0
 		if r.bad > 20 {
 			t.Fatal("too many are bad")
 		}
 	}
 }
 
-// written is how many intervals have writes.
-func (r *rebuilding) written() (n int) {
-	before := powercut.Flush
-	for _, e := range r.rec.Events {
-		if e.Kind != powercut.Flush && before == powercut.Flush {
-			n++
-		}
-		before = e.Kind
-	}
-	return n
-}
-
-// pick chooses the intervals of which a state is really booted: of each operation as many, at random.
-func (r *rebuilding) pick() map[int]int {
+// plan says how many random states of each interval are judged, and how many are booted: of each operation as many, but for those that it has at every
+// flush. What is between operations is judged, and not booted.
+func (r *rebuilding) plan() (parts, boots map[int]int) {
 	of := map[string][]int{}
-	interval, writes := 0, 0
+	interval, first := 0, 0
 	for n, e := range r.rec.Events {
-		name := r.s.Marks[r.s.at(r.rec, n)].Name
+		if e.Kind != powercut.Flush && n+1 < len(r.rec.Events) {
+			continue
+		}
+		name := r.s.may(r.rec, first, n).Name
 		if r.count[name] == nil {
 			r.count[name] = &tally{found: map[string]int{}}
 			r.order = append(r.order, name)
 		}
-		if writes++; e.Kind == powercut.Flush {
-			if writes > 1 && name[:min(6, len(name))] != "after " {
-				of[name] = append(of[name], interval)
-			}
-			interval, writes = interval+1, 0
+		if n > first || e.Kind != powercut.Flush { // there are writes
+			of[name] = append(of[name], interval)
+		}
+		interval, first = interval+1, n+1
+	}
+	parts, boots = map[int]int{}, map[int]int{}
+	each := (r.states-interval)/len(of) + 1
+	for _, all := range of {
+		for _, i := range all {
+			parts[i] = each/len(all) + 1
 		}
 	}
 	random := rand.New(rand.NewPCG(7, 7))
-	picks := map[int]int{}
-	for n := 0; n < r.boots; {
+	for n := 0; n < r.boots; { // ends: there are operations
 		for _, name := range r.order {
-			if all := of[name]; len(all) > 0 && n < r.boots {
-				picks[all[random.IntN(len(all))]]++
+			if all := of[name]; len(all) > 0 && n < r.boots && !strings.HasPrefix(name, rest) {
+				boots[all[random.IntN(len(all))]]++
 				n++
 			}
 		}
 	}
-	return picks
+	return parts, boots
 }
 
 // look judges one state. An error is the test's own, not the state's.
@@ -354,6 +375,10 @@ func (r *rebuilding) look(t *testing.T, i *powercut.Interval, number int, m mark
 	c := r.count[m.Name]
 	c.states++
 	c.found[fmt.Sprintf("%s/%d", found.Version, found.Generation)]++
+	if found.Repaired {
+		c.found["repaired"]++
+		r.repaired = max(r.repaired, number)
+	}
 	if err != nil {
 		r.fail(t, s, m, err)
 	}

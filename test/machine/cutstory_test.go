@@ -56,6 +56,9 @@ const (
 	endFile   = "disk.raw" // the disk as the machine left it
 )
 
+// rest is before the name of what was done last, while nothing is done.
+const rest = "after "
+
 const (
 	firstVersion, secondVersion = "9.0.0", "9.1.0"
 )
@@ -120,7 +123,7 @@ func (s *story) live(t *testing.T, n *node, upgrade string) {
 		f()
 		now = may
 		now.Versions, now.Generations, now.Owned = may.Versions[len(may.Versions)-1:], may.Generations[len(may.Generations)-1:], true
-		s.mark(t, "after "+name, now)
+		s.mark(t, rest+name, now)
 	}
 	do("install", now, func() { s.apply(t, n, "up") })
 	n.encrypted(t)
