@@ -144,7 +144,7 @@ func (l *linux) Do(ctx context.Context, s Step) error {
 		if err != nil {
 			return err
 		}
-		return fsck(ctx, m.Device)
+		return Fsck(ctx, m.Device)
 	case opMount:
 		return l.mount(ctx, s)
 	case opGrowFS:

@@ -3,6 +3,7 @@ package storaged
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -28,6 +29,12 @@ const (
 	noProfile  = "MKE2FS_CONFIG=/nonexistent" // mke2fs then uses what is compiled in, on every machine the same
 	blockSize  = 4096
 	bytesInode = 16384
+
+	// groupBlocks is ext4's own choice. The second group starts with a copy of the superblock; a file system that is too small for
+	// two such groups is given smaller ones.
+	groupBlocks, smallGroup = 32768, 8192
+
+	fsckCannot = 8 // exit code of e2fsck that found no superblock that it believes, among others
 )
 
 // tail keeps the last bytes written to it.
@@ -92,7 +99,7 @@ func (l *linux) mkfs(ctx context.Context, s Step) error {
 	if err != nil {
 		return err
 	}
-	if _, err := run(ctx, mkfsTime, "mkfs.ext4", "-F", "-q", "-L", v.label, "-b", fmt.Sprint(blockSize), "-i", fmt.Sprint(bytesInode),
+	if _, err := run(ctx, mkfsTime, "mkfs.ext4", "-F", "-q", "-L", v.label, "-b", fmt.Sprint(blockSize), "-g", fmt.Sprint(groupOf(m.Size)), "-i", fmt.Sprint(bytesInode),
 		"-m", fmt.Sprint(v.reserved), "-e", "remount-ro", "-O", "metadata_csum,64bit",
 		"-E", "root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1", m.Device); err != nil {
 		return err
@@ -122,13 +129,45 @@ func flushAndProbe(device string, size int64) (probe.Result, error) {
 	return probe.Read(f, size)
 }
 
-// fsck repairs what can be repaired without a person. Exit codes are those of fsck(8): 1 is "errors corrected".
-func fsck(ctx context.Context, device string) error {
+// groupOf returns how many blocks a group of a new file system has.
+func groupOf(size int64) int {
+	if size < 2*groupBlocks*blockSize {
+		return smallGroup
+	}
+	return groupBlocks
+}
+
+// Fsck repairs what can be repaired in an ext4 of ours without a person, and replays the journal. The superblock has two sectors, and the kernel
+// writes it without the journal when it mounts and unmounts: a disk that loses its power between the two leaves one that does not match its checksum.
+// Then it is made anew from its copy in the second group. Exit codes are those of fsck(8): 1 is "errors corrected".
+func Fsck(ctx context.Context, device string) error {
 	code, err := run(ctx, fsckTime, "e2fsck", "-p", device)
+	if code == fsckCannot {
+		if group, gerr := groupAt(device); gerr == nil {
+			code, err = run(ctx, fsckTime, "e2fsck", "-p", "-b", fmt.Sprint(group), "-B", fmt.Sprint(blockSize), device)
+		}
+	}
 	if code == 0 || code == 1 {
 		return nil
 	}
 	return fmt.Errorf("%w; it needs a person: e2fsck from a rescue system", err)
+}
+
+// groupAt reads how many blocks a group has from the first sector of the superblock, which never changes there.
+func groupAt(device string) (int, error) {
+	f, err := os.Open(device)
+	if err != nil {
+		return 0, err
+	}
+	b := make([]byte, 4)
+	_, err = f.ReadAt(b, 1024+32) // s_blocks_per_group
+	if err = errors.Join(err, f.Close()); err != nil {
+		return 0, err
+	}
+	if n := binary.LittleEndian.Uint32(b); n == groupBlocks || n == smallGroup {
+		return int(n), nil
+	}
+	return 0, errors.New("no file system of ours")
 }
 
 // mount mounts a volume that is whole. The journal is the kernel's business; only if the kernel says that the file system is damaged
@@ -153,7 +192,7 @@ func (l *linux) mount(ctx context.Context, s Step) error {
 		return fmt.Errorf("found %s where the file system ext4 %q must be", content, v.label)
 	}
 	if content.Dirty { // what was locked until now could not be seen when this was planned
-		if err := fsck(ctx, m.Device); err != nil {
+		if err := Fsck(ctx, m.Device); err != nil {
 			return err
 		}
 	}
@@ -164,7 +203,7 @@ func (l *linux) mount(ctx context.Context, s Step) error {
 	target := filepath.Join(l.root, v.target)
 	err = unix.Mount(m.Device, target, "ext4", flags, "")
 	if errors.Is(err, unix.EUCLEAN) || errors.Is(err, unix.EFSBADCRC) {
-		if err := fsck(ctx, m.Device); err != nil {
+		if err := Fsck(ctx, m.Device); err != nil {
 			return err
 		}
 		err = unix.Mount(m.Device, target, "ext4", flags, "")

@@ -21,7 +21,6 @@ type Replay struct {
 	rec  *Recording
 	disk *os.File // with all that was flushed so far
 	size int64
-	next int // event
 
 	seed maphash.Seed
 	sums map[int64]uint64 // of each page that is not all zeros
@@ -38,23 +37,48 @@ func NewReplay(rec *Recording, disk *os.File) (*Replay, error) {
 		return nil, fmt.Errorf("replay: a disk of %d bytes: want whole mebibytes", fi.Size())
 	}
 	p := &Replay{rec: rec, disk: disk, size: fi.Size(), seed: maphash.MakeSeed(), sums: map[int64]uint64{}, sum: make([]uint64, fi.Size()/BlockSize)}
+	return p, p.scan(disk, func(n int64, sum uint64) { p.note(n, sum) })
+}
+
+// scan hashes every page of a file but those in its holes.
+func (p *Replay) scan(f *os.File, note func(n int64, sum uint64)) error {
 	buf := make([]byte, BlockSize)
 	for at := int64(0); at < p.size; at += BlockSize {
-		data, err := unix.Seek(int(disk.Fd()), at, unix.SEEK_DATA)
+		data, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
 		if errors.Is(err, unix.ENXIO) {
-			break // only a hole is left
+			return nil // only a hole is left
 		} else if err != nil {
-			return nil, os.NewSyscallError("lseek", err)
+			return os.NewSyscallError("lseek", err)
 		}
 		at = data / BlockSize * BlockSize
-		if _, err := disk.ReadAt(buf, at); err != nil {
-			return nil, err
+		if _, err := f.ReadAt(buf, at); err != nil {
+			return err
 		}
 		for i := int64(0); i < BlockSize; i += page {
-			p.note((at+i)/page, p.hash((at+i)/page, buf[i:i+page]))
+			note((at+i)/page, p.hash((at+i)/page, buf[i:i+page]))
 		}
 	}
-	return p, nil
+	return nil
+}
+
+// Same says where a disk differs from what the replay has done so far; nil if nowhere.
+func (p *Replay) Same(disk *os.File) error {
+	left, differs := len(p.sums), int64(-1)
+	err := p.scan(disk, func(n int64, sum uint64) {
+		if sum != p.sums[n] && differs < 0 {
+			differs = n * page
+		}
+		if sum != 0 {
+			left--
+		}
+	})
+	if err == nil && differs >= 0 {
+		err = fmt.Errorf("it differs at byte %d", differs)
+	}
+	if err == nil && left != 0 {
+		err = fmt.Errorf("it has %d pages too few", left)
+	}
+	return err
 }
 
 var zeros [page]byte
@@ -193,6 +217,11 @@ func (i *Interval) State(number int) (*State, error) {
 	return s, nil
 }
 
+// Done returns the disk with all that was done so far, and nothing else. It is valid until Next.
+func (p *Replay) Done() *State {
+	return &State{newImage(p.disk, p.size), -1, 0, p, map[int64]uint64{}}
+}
+
 // part does a random part of the interval, in one of five ways: for most of what goes wrong, one of them is likely to hit it.
 func (i *Interval) part(m *Image, random *rand.Rand) error {
 	coin := func() bool { return random.IntN(2) == 0 }
@@ -227,6 +256,22 @@ func (i *Interval) part(m *Image, random *rand.Rand) error {
 		}
 	}
 	return nil
+}
+
+// WriteAt changes the state, not the disk that the replay has.
+func (s *State) WriteAt(p []byte, at int64) (int, error) {
+	first, last := at/page, (at+int64(len(p))-1)/page
+	change := func() { // takes the pages' sums out, and puts them in
+		for n := first; n <= last; n++ {
+			if b := s.over[n]; b != nil {
+				s.delta[n*page/BlockSize] ^= s.replay.sums[n] ^ s.replay.hash(n, b[:])
+			}
+		}
+	}
+	change()
+	n, err := s.Image.WriteAt(p, at)
+	change()
+	return n, err
 }
 
 // Sum tells contents apart: of two states of one replay it is the same for a range, in whole mebibytes, if and, but for one chance in 2^63, only if they have the same there.

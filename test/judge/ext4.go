@@ -2,6 +2,7 @@ package judge
 
 import (
 	"bytes"
+	"context"
 	"crypto/aes"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/crypto/xts"
 
 	"github.com/bulkhead-os/bulkhead/services/machined/store"
+	"github.com/bulkhead-os/bulkhead/storaged"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 )
 
@@ -102,39 +104,35 @@ func tool(argv ...string) (int, string, error) {
 }
 
 // mountable does to a file system what storaged and the kernel do before it is mounted (storaged/volume.go): replay the journal, and repair only what a
-// machine may repair alone.
-func mountable(image string) error {
+// machine may repair alone. It returns whether there was something to repair.
+func mountable(image string) (repaired bool, err error) {
 	f, err := os.Open(image)
 	if err != nil {
-		return err
+		return false, err
 	}
 	fi, err := f.Stat()
 	if err != nil {
-		return errors.Join(err, f.Close())
+		return false, errors.Join(err, f.Close())
 	}
 	found, err := probe.Read(f, fi.Size())
 	if err = errors.Join(err, f.Close()); err != nil {
-		return err
+		return false, err
 	}
 	if found.Kind != probe.Ext4 || found.Label != stateLabel {
-		return fmt.Errorf("found %s where the file system ext4 %q must be", found, stateLabel)
+		return false, fmt.Errorf("found %s where the file system ext4 %q must be", found, stateLabel)
 	}
-	code, text := 0, ""
 	if !found.Dirty {
-		if code, text, err = tool("e2fsck", "-p", "-E", "journal_only", image); err != nil {
-			return err
+		if code, _, err := tool("e2fsck", "-p", "-E", "journal_only", image); err != nil || code <= 1 {
+			return false, err
 		}
 	}
-	if found.Dirty || code > 1 {
-		if code, text, err = tool("e2fsck", "-p", image); err != nil {
-			return err
-		}
-	}
-	if code > 1 {
-		return fmt.Errorf("e2fsck ends with %d: %s", code, text)
-	}
-	code, text, err = tool("e2fsck", "-fn", image) // the kernel does not look, but there is nothing to be found
-	if err == nil && code != 0 {
+	return true, storaged.Fsck(context.Background(), image)
+}
+
+// sound looks through a whole file system. The kernel would not, but nothing must be there that a machine may not repair alone.
+func sound(image string) error {
+	code, text, err := tool("e2fsck", "-fp", image)
+	if err == nil && code > 1 {
 		err = fmt.Errorf("the journal leaves a damaged file system: e2fsck ends with %d: %s", code, text)
 	}
 	return err

@@ -45,6 +45,8 @@ type Found struct {
 	// Generation is that of the configuration, and Documents its text; 0 if there is none.
 	Generation uint64
 	Documents  string
+	// Repaired is true if STATE's file system needed more than its journal.
+	Repaired bool
 }
 
 // Judge remembers what it has looked at: equal pieces of disks are looked at once. It may be used by several goroutines.

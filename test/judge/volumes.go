@@ -12,6 +12,7 @@ import (
 	"slices"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/unlock"
 	"github.com/bulkhead-os/bulkhead/storaged/luks"
 	"github.com/bulkhead-os/bulkhead/storaged/secret"
 )
@@ -46,7 +47,7 @@ func (j *Judge) state(d Disk, t gpt.Table) (Found, error) {
 	if err != nil {
 		return Found{}, fmt.Errorf("STATE: %w", err)
 	}
-	f := Found{Formatted: true, Owner: on.owner, Generation: on.generation, Documents: on.documents}
+	f := Found{Formatted: true, Owner: on.owner, Generation: on.generation, Documents: on.documents, Repaired: on.repaired}
 	if p, ok := t.ByName("VAR"); !ok || p.Attributes&unformatted != 0 {
 		return f, nil
 	}
@@ -109,8 +110,12 @@ func (j *Judge) byPerson(p piece, h *luks.Header) (secret.Bytes, error) {
 			return secret.Bytes{}, err
 		}
 		key, err := once(j, "recovery "+hex.EncodeToString(id[:]), [4]uint64{}, func() (secret.Bytes, error) { // argon2id takes its time
-			for _, r := range j.o.Recovery {
-				if key, _, err := h.Open(readOnly{p.reader()}, secret.From([]byte(r)), n); err == nil {
+			for _, text := range j.o.Recovery {
+				typed, err := unlock.ParseRecoveryKey(text)
+				if err != nil {
+					return secret.Bytes{}, err
+				}
+				if key, _, err := h.Open(readOnly{p.reader()}, secret.From(typed), n); err == nil {
 					return key, nil
 				}
 			}
@@ -192,6 +197,7 @@ type contents struct {
 	owner, documents string
 	generation       uint64
 	varKey           []byte
+	repaired         bool
 }
 
 // files mounts STATE, as far as that goes without a kernel, and reads what is on it.
@@ -205,10 +211,10 @@ func (j *Judge) files(v volume, from, length int64) (c contents, err error) {
 	if err := j.decrypt(v, from, length, image); err != nil {
 		return c, err
 	}
-	if err := mountable(image); err != nil {
+	if c.repaired, err = mountable(image); err != nil {
 		return c, err
 	}
-	if err := dump(image, dir); err != nil {
+	if err := errors.Join(dump(image, dir), sound(image)); err != nil {
 		return c, err
 	}
 	if c.varKey, err = optional(dir, "storaged/var.key"); err != nil {

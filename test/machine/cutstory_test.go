@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -55,6 +56,9 @@ const (
 	endFile   = "disk.raw" // the disk as the machine left it
 )
 
+// rest is before the name of what was done last, while nothing is done.
+const rest = "after "
+
 const (
 	firstVersion, secondVersion = "9.0.0", "9.1.0"
 )
@@ -77,7 +81,7 @@ func recordStory(t *testing.T, n *node) *story {
 	s := &story{dir: n.machineDir(), Kernels: map[string]string{}, Applied: []string{""}}
 	bundles := map[string]string{}
 	for _, v := range []string{firstVersion, secondVersion} {
-		bundles[v] = n.otherImage(t, v, "")
+		bundles[v] = n.bundleOf(t, poison{}, v, false)
 		kernel, err := os.ReadFile(filepath.Join(filepath.Dir(bundles[v]), "bulkhead.efi"))
 		if err != nil {
 			t.Fatal(err)
@@ -119,14 +123,14 @@ func (s *story) live(t *testing.T, n *node, upgrade string) {
 		f()
 		now = may
 		now.Versions, now.Generations, now.Owned = may.Versions[len(may.Versions)-1:], may.Generations[len(may.Generations)-1:], true
-		s.mark(t, "after "+name, now)
+		s.mark(t, rest+name, now)
 	}
 	do("install", now, func() { s.apply(t, n, "up") })
 	n.encrypted(t)
 	for range 2 {
 		may := now
 		may.Generations = []uint64{now.Generations[0], now.Generations[0] + 1}
-		do("config apply", may, func() { s.apply(t, n, "apply") })
+		do(fmt.Sprintf("config apply %d", now.Generations[0]+1), may, func() { s.apply(t, n, "apply") })
 	}
 	do("key rotation", now, func() { s.rotate(t, n) })
 	for _, to := range []string{secondVersion, firstVersion} {
@@ -143,7 +147,7 @@ func (s *story) live(t *testing.T, n *node, upgrade string) {
 		}
 		// Firmware renames the kernel to count the try. It does so in several writes, between which the old version may be what is left.
 		do("first start of "+to, may, func() { n.rebootUnasked(t, s.Machine) })
-		do("mark good", now, func() { n.foundGood(t, to) })
+		do("mark "+to+" good", now, func() { n.foundGood(t, to) })
 	}
 }
 
@@ -171,7 +175,7 @@ func (s *story) apply(t *testing.T, n *node, with string) {
 func (s *story) learnRecovery(t *testing.T, out string, must bool) {
 	t.Helper()
 	if key := recoveryKey.FindStringSubmatch(out); key != nil {
-		s.Recovery = append(s.Recovery, strings.ReplaceAll(key[1], "-", ""))
+		s.Recovery = append(s.Recovery, key[1])
 	} else if must {
 		t.Fatalf("no recovery key is shown:\n%s", out)
 	}
@@ -202,7 +206,7 @@ func (n *node) rebootUnasked(t *testing.T, m qemu.Machine) {
 	}
 	before := boots()
 	n.run(t, "bhctl", "reboot")
-	eventually(t, 3*time.Minute, "the node is back", func() error {
+	eventually(t, 5*time.Minute, "the node is back", func() error {
 		if boots() == before {
 			return errors.New("its kernel has not started")
 		}
@@ -220,7 +224,7 @@ func (n *node) rebootUnasked(t *testing.T, m qemu.Machine) {
 func (n *node) foundGood(t *testing.T, version string) {
 	t.Helper()
 	line := regexp.MustCompile(`(?m)^[AB] +` + regexp.QuoteMeta(version) + ` +good +yes`)
-	eventually(t, 3*time.Minute, version+" is found good", func() error {
+	eventually(t, 5*time.Minute, version+" is found good", func() error {
 		if _, err := n.try(t.Context(), 20*time.Second, "bhctl", "version"); err != nil { // the proof that the API answers
 			return err
 		}
@@ -255,6 +259,9 @@ func (s *story) watchTPM(t *testing.T) (stop func()) {
 			return last, err
 		}
 		state, err := os.ReadFile(filepath.Join(s.dir, qemu.TPMFolder, name))
+		if errors.Is(err, fs.ErrNotExist) { // not yet
+			return last, nil
+		}
 		if err != nil || string(state) == string(last) {
 			return last, err
 		}
