@@ -22,7 +22,7 @@ func installedTo(selector string) string {
 func TestInstall(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
-	image := filepath.Dir(n.otherImage(t, "9.0.0", ""))
+	image := n.build(t, otherImage{version: "9.0.0"})
 	n.run(t, filepath.Join(n.root, "out/bin/mkimage"), "convert", "iso", image)
 	up := func(document string) (string, error) {
 		file := filepath.Join(n.dir, "node.yaml")

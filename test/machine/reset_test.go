@@ -28,7 +28,7 @@ var claimCode = regexp.MustCompile(`Claim code:  ([0-9A-Z-]+)`)
 func TestReset(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
-	image := filepath.Dir(n.otherImage(t, "9.1.0", ""))
+	image := n.build(t, otherImage{version: "9.1.0"})
 	document := filepath.Join(n.dir, "node.yaml")
 	if err := os.WriteFile(document, []byte(encryptedNode), 0o600); err != nil {
 		t.Fatal(err)
