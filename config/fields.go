@@ -77,7 +77,7 @@ var fields = map[string]field{
 		allowed: `a name like "opt/org.example/key", at most 55 characters`, pattern: `^opt/[A-Za-z0-9_./-]{1,51}$`},
 	"Storage.keys.address": {doc: "For kms: host and port of the key service.", ok: isHostPort, allowed: `a host and port like "10.0.0.9:4050"`, pattern: `^[^ /]+:[0-9]+$`},
 	"Storage.keys.pin":     {doc: "For kms: digest of the public key in the server's certificate.", ok: isPin, allowed: `"sha256:" and 64 hex digits`, pattern: `^sha256:[0-9a-f]{64}$`},
-	"Storage.install": {doc: "Copy the system from the medium that the machine was started from to a disk, and put STATE and VAR there. A machine that runs from its own disk is not changed."},
+	"Storage.install":      {doc: "Copy the system from the medium that the machine was started from to a disk, and put STATE and VAR there. A machine that runs from its own disk is not changed."},
 	"Storage.install.disk": {doc: "What the disk is like: all of it must hold, of exactly one disk. In texts, * stands for any characters.", required: true, some: true,
 		allowed: "a mapping with at least one of device, transport, model, serial, wwn, size"},
 	"Storage.install.disk.device":    {doc: "Its name, which may be another one after a restart.", ok: isDevice, allowed: `a device like "/dev/sda"`, pattern: `^/dev/[^ ]+$`},
