@@ -3,7 +3,9 @@ package storaged
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
@@ -139,6 +141,49 @@ func TestPlanInstall(t *testing.T) {
 			return m
 		}()},
 	})
+}
+
+// TestInstalled goes through what people see of an installation: the word, the condition, the restart.
+func TestInstalled(t *testing.T) {
+	m := machine(isoDisk("/dev/vda"), emptyDisk("/dev/vdb", 20*gib, nil))
+	want := selects(config.DiskSelector{Device: "/dev/vdb"})
+	steps, err := plan(*want, m.State)
+	if err != nil {
+		t.Fatal(err)
+	}
+	see := func(when, word, condition string, restarts bool) {
+		t.Helper()
+		got, found := installStatus(m.State), ""
+		for _, c := range conditions(m.State) {
+			if c.GetName() == "install" {
+				found = c.GetTrouble()
+			}
+		}
+		if got.GetState() != word || !strings.Contains(found, condition) || (condition == "") != (found == "") || (restart(m.State) != "") != restarts {
+			t.Errorf("%s: %v, condition %q, restart %q", when, got, found, restart(m.State))
+		}
+	}
+	see("before", "", "", false)
+	for _, s := range steps {
+		if s.Op == opBoot {
+			m.Install.Progress = Progress{Step: "copy the boot files", Disk: "/dev/vdb", Done: 25, Total: 100, Since: time.Unix(10, 0), At: time.Unix(15, 0)}
+			see("while it copies", "copying", "", false)
+			if i := installStatus(m.State); i.GetDoneBytes() != 25 || i.GetTotalBytes() != 100 || i.GetElapsedSeconds() != 5 || i.GetExpectedSeconds() != 20 {
+				t.Errorf("progress %v", i)
+			}
+		}
+		if err := m.do(s); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.Install.Recovery = true
+	see("nobody has the recovery key", "waiting", "bhctl storage keys recovery", false)
+	m.Install.Recovery = false
+	see("all is done", "restarting", "", true)
+	m.boot()
+	see("the medium again", "medium", "put /dev/vdb first", false)
+	m.Disks[0].System, m.Disks[1].System = false, true
+	see("from the disk", "running", "", false)
 }
 
 func TestLike(t *testing.T) {

@@ -65,13 +65,15 @@ func TestArgs(t *testing.T) {
 	secure.Firmware, secure.SecureBoot, secure.TPM = UEFI, true, true
 	recorded := plain
 	recorded.Record = "record"
+	installs := secure
+	installs.Medium = true
 	var b strings.Builder
 	for _, test := range []struct {
 		name    string
 		m       Machine
 		accel   string
 		claimed bool
-	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}, {"recorded", recorded, accelTCG, false}} {
+	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}, {"an installation medium", installs, accelTCG, true}, {"recorded", recorded, accelTCG, false}} {
 		fmt.Fprintf(&b, "# %s", test.name)
 		for _, arg := range test.m.args("bulkhead a=b\n", test.accel, test.claimed) {
 			if strings.HasPrefix(arg, "-") {
@@ -174,6 +176,41 @@ func checkDisk(t *testing.T, path string) {
 	b := make([]byte, 4)
 	if _, err := f.ReadAt(b, 100<<20); err != nil || string(b) != "data" {
 		t.Errorf("disk: %q, %v", b, err)
+	}
+}
+
+// TestMedium: a machine that is to be installed has an empty disk and a copy of the medium, until that is taken out.
+func TestMedium(t *testing.T) {
+	m, image := aMachine(t), anImage(t)
+	m.Medium = true
+	if err := m.Validate(); err == nil || !strings.Contains(err.Error(), "firmware uefi") {
+		t.Errorf("without a firmware: %v", err)
+	}
+	m.Firmware = UEFI
+	if _, err := os.Stat(firmwareVars); err != nil {
+		t.Skip("no ovmf")
+	}
+	if err := m.Create(image, nil); err == nil || !strings.Contains(err.Error(), "make dist") {
+		t.Errorf("without an ISO: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(image, isoFile), []byte("iso"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Create(image, nil); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(m.Dir, diskFile), &st); err != nil || st.Size != m.DiskSize || st.Blocks != 0 {
+		t.Errorf("the disk has %d bytes, %d blocks of them used, %v", st.Size, st.Blocks, err)
+	}
+	if b, err := os.ReadFile(filepath.Join(m.Dir, mediumFile)); string(b) != "iso" {
+		t.Errorf("the medium is %q, %v", b, err)
+	}
+	if err := m.Eject(); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := Load(m.Name); err != nil || again.Medium {
+		t.Errorf("the medium is still there: %v", err)
 	}
 }
 

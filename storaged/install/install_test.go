@@ -226,7 +226,7 @@ func TestPowerCuts(t *testing.T) {
 		if cut.starts(t, m) {
 			started++
 		}
-		if count++; count%11 == 0 {
+		if count++; count%17 == 0 {
 			if err := cut.all(t.Context(), m); err != nil {
 				t.Errorf("after cut %d it does not go on: %v", count, err)
 			} else if !cut.starts(t, m) {
@@ -244,7 +244,7 @@ func TestPowerCuts(t *testing.T) {
 func TestFaults(t *testing.T) {
 	m := newMedium(t)
 	broken := errors.New("the disk is broken")
-	for n := 0; ; n += 5 {
+	for n := 0; ; n += 13 {
 		d, disk := newTarget()
 		count := 0
 		disk.Fail = func(string) error {
