@@ -103,7 +103,7 @@ func (l *linux) destroy(s Step) error {
 	if err != nil {
 		return err
 	}
-	if p.Attributes&doomed == 0 {
+	if !isDoomed(p) {
 		return fmt.Errorf("%w (partition %d is not marked to be destroyed)", reconcile.ErrSkipped, s.Number)
 	}
 	how, err := wipe.Partition(k.Device, k.KernelSize)

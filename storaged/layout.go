@@ -27,9 +27,12 @@ const (
 // Bits 48 to 63 belong to the partition's type, and the type is ours.
 const unformatted uint64 = 1 << 48
 
-// doomed is set in the same place when a volume is to be destroyed. It is never opened or mounted again, and storaged destroys it as soon as it sees
-// it, whatever the configuration says.
+// doomed is set beside it when a volume is to be destroyed. Such a volume is never opened or mounted again, and storaged destroys it as soon as it sees
+// it, whatever the configuration says. Alone the bit means nothing: an older image, which does not know it, formats what is unformatted and leaves it.
 const doomed uint64 = 1 << 49
+
+// isDoomed reports whether a volume's entry in the table says that it is to be destroyed.
+func isDoomed(p gpt.Partition) bool { return p.Attributes&doomed != 0 && p.Attributes&unformatted != 0 }
 
 // VolumeName is "STATE" or "VAR", as in the partition table.
 type VolumeName string

@@ -145,7 +145,7 @@ func (d Disk) volume(v volume) (Partition, bool) {
 	if !d.HasTable {
 		return Partition{}, false
 	}
-	i := slices.IndexFunc(d.Partitions, func(p Partition) bool { return v.owns(p.Partition) && p.Attributes&doomed == 0 })
+	i := slices.IndexFunc(d.Partitions, func(p Partition) bool { return v.owns(p.Partition) && !isDoomed(p.Partition) })
 	if i < 0 {
 		return Partition{}, false
 	}

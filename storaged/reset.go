@@ -48,7 +48,7 @@ func (d Disk) doomed() (out []Partition) {
 		return nil
 	}
 	for _, p := range d.Partitions {
-		if volumeOf(p.Partition) >= 0 && p.Attributes&doomed != 0 {
+		if volumeOf(p.Partition) >= 0 && isDoomed(p.Partition) {
 			out = append(out, p)
 		}
 	}
@@ -62,7 +62,7 @@ func (s State) mountsOf(v volume, p Partition) bool {
 	return ok && m.Dev != "" && (m.Dev == p.Dev || m.Dev == p.Map.Dev)
 }
 
-// doom marks all volumes of a table to be destroyed. They are unformatted, too: an older image, which does not know the mark, opens none of them.
+// doom marks all volumes of a table to be destroyed. They are unformatted, too: an older image opens none of them.
 // This one write of the table is the moment of a reset: before it the node starts as it was, after it the next start destroys what is left.
 func doom(t *gpt.Table) {
 	for i, p := range t.Partitions {
@@ -75,7 +75,7 @@ func doom(t *gpt.Table) {
 // drop takes the volumes that are marked out of a table, and returns their numbers.
 func drop(t *gpt.Table) (numbers []int) {
 	t.Partitions = slices.DeleteFunc(slices.Clone(t.Partitions), func(p gpt.Partition) bool {
-		gone := volumeOf(p) >= 0 && p.Attributes&doomed != 0
+		gone := volumeOf(p) >= 0 && isDoomed(p)
 		if gone {
 			numbers = append(numbers, p.Number)
 		}

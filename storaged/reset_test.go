@@ -189,6 +189,24 @@ func TestResetPowerCut(t *testing.T) {
 	t.Logf("%d cuts: %d as it was, %d reset", n, was, reset)
 }
 
+// An older image that finds a marked volume makes it anew, and leaves the mark. That one is in use, and never destroyed.
+func TestResetOlderImage(t *testing.T) {
+	m := machine(imageDisk("/dev/vda", 8*gib))
+	if err := m.run(t, &childSpec); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{5, 6} {
+		m.Disks[0].part(n).Attributes |= doomed
+	}
+	m.boot()
+	if steps := planReset(m.State); len(steps) > 0 {
+		t.Errorf("volumes that are in use are to be destroyed: %v", steps)
+	}
+	if err := m.run(t, nil); err != nil || len(m.Mounts) != 2 {
+		t.Errorf("they are not mounted: %v, %v", m.Mounts, err)
+	}
+}
+
 // FuzzReset: from whatever is found, with a power cut after any step and files open or not, a reset ends with no volume of ours on its disk, and
 // touches nobody else's data. The spec that the node still has makes nothing until it restarts.
 func FuzzReset(f *testing.F) {

@@ -87,7 +87,8 @@ func (s secureBootServer) EnrollKeys(ctx context.Context, r *storagev1.EnrollKey
 	case !is.Setup && is.Secure:
 		return nil, errs.New(errs.Precondition, "Secure Boot is on: the firmware has keys already")
 	case !is.Setup:
-		return nil, errs.New(errs.Precondition, "the firmware has keys and is not in setup mode: delete all Secure Boot keys in its setup, or switch Secure Boot on there")
+		return nil, errs.New(errs.Precondition, "the firmware has keys and is not in setup mode: restart the machine if they were enrolled just now; else delete all Secure Boot keys in the "+
+			"firmware's setup, or switch Secure Boot on there")
 	}
 	keys, err := enrol.ReadKeys(s.fw.keys)
 	if err != nil {

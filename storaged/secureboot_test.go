@@ -29,7 +29,7 @@ func TestEnrollKeys(t *testing.T) {
 	}{
 		"no UEFI":      {func(vars string, fw *firmware, _ *model) { fw.vars = enrol.Firmware(vars + "/none") }, "not started by UEFI"},
 		"Secure Boot":  {func(vars string, _ *firmware, _ *model) { set(vars, "SetupMode", 0); set(vars, "SecureBoot", 1) }, "Secure Boot is on"},
-		"others' keys": {func(vars string, _ *firmware, _ *model) { set(vars, "SetupMode", 0) }, "not in setup mode: delete all Secure Boot keys"},
+		"others' keys": {func(vars string, _ *firmware, _ *model) { set(vars, "SetupMode", 0) }, "not in setup mode: restart the machine if"},
 		"no keys":      {func(vars string, fw *firmware, _ *model) { fw.keys = vars }, "db.auth: no such file"},
 		"nothing on ESP": {func(_ string, fw *firmware, _ *model) {
 			fw.esp = func(func(string, *fat.File) error) error { return nil }

@@ -4,7 +4,7 @@
 // It may write to any disk, so everything that decides is pure (plan.go) and everything that acts looks once more (kernel.go,
 // volume.go). Two rules stand above what a user asks for: what holds data is never formatted unless Storage.wipe allows it, and
 // a volume of ours that was ever formatted never is again. It keeps no file open on a volume, so that PID 1 can unmount it, and
-// it unmounts nothing itself.
+// it unmounts nothing itself. A reset is the exception to all of this: it ends the volumes (reset.go, destroy.go, disposal.go).
 package storaged
 
 import (

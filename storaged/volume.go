@@ -110,7 +110,7 @@ func (l *linux) mkfs(ctx context.Context, s Step) error {
 	return l.table(s.Disk, func(_ *os.File, t *gpt.Table) error {
 		for i := range t.Partitions {
 			if t.Partitions[i] == p {
-				t.Partitions[i].Attributes &^= unformatted
+				t.Partitions[i].Attributes &^= unformatted | doomed
 			}
 		}
 		return nil

@@ -19,6 +19,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/internal/pcrpolicy"
 	"github.com/bulkhead-os/bulkhead/internal/testtool"
+	"github.com/bulkhead-os/bulkhead/storaged/enrol"
 )
 
 // TestBuild makes an image of the real packages twice, and looks at it with other people's tools.
@@ -170,6 +171,7 @@ func lookAtBoot(t *testing.T, m Manifest, dir string, keys Keys) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	nodesKeys(t, public, image)
 	trusted, err := bundle.ParseKeys(public["release.pub"])
 	if err != nil {
 		t.Fatal(err)
@@ -224,5 +226,23 @@ func lookAtSections(t *testing.T, m Manifest, image []byte) {
 	}
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// nodesKeys lets storaged read what the root has for the firmware, and find that the image is signed for it.
+func nodesKeys(t *testing.T, public map[string][]byte, image []byte) {
+	t.Helper()
+	folder := t.TempDir()
+	for name, data := range public {
+		if err := os.WriteFile(filepath.Join(folder, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	keys, err := enrol.ReadKeys(folder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := keys.Covers(bytes.NewReader(image), int64(len(image))); !ok || err != nil {
+		t.Errorf("the node takes its own kernel for foreign: %v, %v", ok, err)
 	}
 }

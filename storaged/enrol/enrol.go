@@ -54,9 +54,10 @@ func (f Firmware) State() (s State, err error) {
 	if err != nil {
 		return s, err
 	}
+	// A firmware may have none; and once it has got keys, OVMF's cannot be read any more until the machine restarts (EINVAL).
 	secure, err := f.value("SecureBoot" + global)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return s, err
+	if err != nil {
+		secure = nil
 	}
 	return State{Setup: bytes.Equal(setup, []byte{1}), Secure: bytes.Equal(secure, []byte{1})}, nil
 }

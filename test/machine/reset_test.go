@@ -74,7 +74,7 @@ func TestReset(t *testing.T) {
 		if err != nil || !strings.Contains(out, "The TPM has no owner any more") || !strings.Contains(out, "nothing on /dev/vda can be started any more") {
 			t.Fatalf("bhctl reset: %v\n%s", err, out)
 		}
-		e.console(t, 3*time.Minute, `restarting[\s\S]*No bootable option or device was found`, `restarting[\s\S]*root verified`)
+		e.console(t, 3*time.Minute, `(restarting[\s\S]*){2}No bootable option or device was found`, `(restarting[\s\S]*){2}root verified`)
 		if err := m.Kill(t.Context()); err != nil {
 			t.Fatal(err)
 		}
