@@ -40,7 +40,7 @@ var poisons = []poison{
 	{name: "the network is cut", into: "init", file: "network-cut.go", why: `did not prove its health in 1m0s; missing: api: api.answered: no call with credentials has come through apid`},
 	{name: "wrong clock", into: "init", file: "clock.go", why: `did not prove its health in 1m0s; missing: api: .*; its clock was wrong: it said 20[5-9]\d-`},
 	{name: "initramfs hangs", into: "init", file: "initramfs-hangs.go", why: `it hung before it could write to STATE, and the hardware watchdog reset the machine`},
-	{name: "hard hang", into: "init", file: "hangs.go", why: `its last try hung, and the hardware watchdog reset the machine; its last sign of life was \d+s after its start`},
+	{name: "hard hang", into: "init", file: "hangs.go", why: `(its last try hung|it hung before it could write to STATE), and the hardware watchdog reset the machine`},
 	{name: "the judge crash-loops", into: "cmd/bulkheadd", file: "updated-crashes.go", why: `nobody has judged it for 90 s; updated failed \d+ times in a row: exit 3`},
 }
 
