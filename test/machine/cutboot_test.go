@@ -135,7 +135,7 @@ func (r *rebuilding) again(t *testing.T, dir string, second mark) error {
 }
 
 // agrees waits until the node says what it is to its owner, and compares: the version must be the judge's, and the configuration one that may be there. It is
-// another one than the judge's where the last block of a transaction is torn: the kernel (jbd2, since 6.11) is content with the first sector of that, e2fsck wants all.
+// another one than the judge's where the last block of a transaction is torn: the kernel (jbd2 of 6.12) is content with the first sector of that, e2fsck wants all.
 func (r *rebuilding) agrees(t *testing.T, want judge.Found, m mark) (generations []uint64, err error) {
 	deadline := time.Now().Add(5 * time.Minute)
 	for {
