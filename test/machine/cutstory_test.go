@@ -33,8 +33,9 @@ type story struct {
 
 // A mark is the moment at which something began, and what a power cut may leave until the next one.
 type mark struct {
-	Name string
-	Log  int64 // length of the log then
+	Name  string
+	Log   int64  // length of the log then
+	Where string // for messages; "" is Name
 	// Versions are those of which one must start, Generations those of which one must be there; 0 is none.
 	Versions    []string
 	Generations []uint64
