@@ -119,7 +119,7 @@ func (b *upgradeBench) well(t *testing.T) {
 func (b *upgradeBench) upgrade(t *testing.T, to, version string) {
 	before := b.memory(t.Context())
 	api, pod := gaps(t, b.call), gaps(t, b.n.ask)
-	peak := watch(t, before, func(ctx context.Context, peak uint64) uint64 { return max(peak, b.memory(ctx)) })
+	peak := repeat(t, before, func(ctx context.Context, peak uint64) uint64 { return max(peak, b.memory(ctx)) })
 	start := time.Now()
 	if _, err := b.n.try(t.Context(), 10*time.Minute, "bhctl", "upgrade", "--image", to, "--no-reboot"); err != nil {
 		t.Fatalf("bhctl upgrade: %v", err)
@@ -187,8 +187,8 @@ func (b *upgradeBench) bad(t *testing.T, to string) {
 	b.row("bad image, its last try begins → pod answers", since(tries[2]), "")
 }
 
-// watch calls f again and again, until the function that it returns is called, which returns what f returned last.
-func watch[T any](t *testing.T, first T, f func(context.Context, T) T) func() T {
+// repeat calls f again and again, until the function that it returns is called, which returns what f returned last.
+func repeat[T any](t *testing.T, first T, f func(context.Context, T) T) func() T {
 	ctx, cancel := context.WithCancel(t.Context())
 	var g sync.WaitGroup
 	g.Go(func() {
@@ -208,7 +208,7 @@ func watch[T any](t *testing.T, first T, f func(context.Context, T) T) func() T 
 // gaps asks all the time; what it returns says how long there was no answer, at most.
 func gaps(t *testing.T, ask func(context.Context) error) func() time.Duration {
 	last := time.Now()
-	return watch(t, time.Duration(0), func(ctx context.Context, longest time.Duration) time.Duration {
+	return repeat(t, time.Duration(0), func(ctx context.Context, longest time.Duration) time.Duration {
 		if ask(ctx) == nil {
 			longest, last = max(longest, time.Since(last)), time.Now()
 		}
