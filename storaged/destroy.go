@@ -23,11 +23,14 @@ func (l *linux) held() bool {
 	return err == nil
 }
 
-// Wiped is as in kernel.
-func (l *linux) Wiped(v VolumeName) wipe.How {
-	how, _ := l.wiped.Load(v)
-	h, _ := how.(wipe.How)
-	return h
+// destroyed copies what is known of volumes that were destroyed.
+func (l *linux) destroyed() map[VolumeName]wipe.How {
+	out := map[VolumeName]wipe.How{}
+	l.wiped.Range(func(v, how any) bool {
+		out[v.(VolumeName)] = how.(wipe.How)
+		return true
+	})
+	return out
 }
 
 // reset is Do for what ends the volumes.

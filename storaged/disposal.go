@@ -142,23 +142,23 @@ func (s disposalServer) facts(before, after State) (out []string) {
 		if !ok {
 			continue
 		}
-		how := s.d.kernel.Wiped(v.name)
+		how, busy := after.Wiped[v.name], slices.ContainsFunc(after.Disks, func(d Disk) bool {
+			return slices.ContainsFunc(d.doomed(), func(q Partition) bool { return q.Name == string(v.name) })
+		})
 		text := string(v.name) + ": "
 		switch {
 		case p.encrypted():
 			text += "its keyslots and both headers are overwritten, and were read back from the disk as zeros: no key opens it, the recovery key included."
 		case how == wipe.Discarded:
 			text += "it was not encrypted; the disk was told to forget its data. Whether it has is the disk's word: to be sure, destroy the disk."
+		case busy:
+			text += "it was NOT encrypted, and the disk forgets nothing that is in use: until the next start who has the disk can recover most of the data."
 		default:
 			text += "it was NOT encrypted, and the disk cannot be told to forget: who has the disk can recover most of the data. Overwrite or destroy it."
 		}
 		out = append(out, text)
-		for _, d := range after.Disks {
-			for _, q := range d.doomed() {
-				if q.Name == string(v.name) {
-					out = append(out, string(v.name)+" is still in use, and taken off the disk at the next start.")
-				}
-			}
+		if busy {
+			out = append(out, string(v.name)+" is still in use, and taken off the disk at the next start.")
 		}
 	}
 	if len(out) == 0 {

@@ -11,7 +11,7 @@ import (
 // before the power failed is finished before anything else happens.
 //
 // VAR comes first: as long as STATE is there, a cut in the middle destroys no more than was meant. That a volume is destroyed is seen on the
-// disk, by its first bytes. One that is still in use stays in the table, marked: its file system may write a last block when the machine goes
+// disk, by its first bytes, and in what this process has done: each start does it once more, for a disk forgets nothing that is in use. One that is still in use stays in the table, marked: its file system may write a last block when the machine goes
 // down, and the next start makes sure.
 func planReset(have State) []Step {
 	var steps []Step
@@ -26,7 +26,7 @@ func planReset(have State) []Step {
 			if q.Device == "" {
 				p.add(p.step(opTell, v, q))
 			}
-			if q.Content.Kind == probe.Empty {
+			if q.Content.Kind == probe.Empty && have.Wiped[v.name] != "" {
 				free = free && !q.Busy
 				continue
 			}
