@@ -49,11 +49,11 @@ func (s disposalServer) Destroy(r *storagev1.DestroyRequest, out grpc.ServerStre
 	}
 	facts = append(s.facts(have, after), facts...)
 	if r.GetRemoveOs() {
-		i := slices.IndexFunc(after.Disks, func(d Disk) bool { return d.System })
-		if i < 0 {
+		disk := have.withSystem()
+		if disk == "" {
 			return errs.New(errs.Precondition, "the disk that the system was started from is not known; the system stays on it")
 		}
-		step := Step{Op: opRemoveOS, Disk: after.Disks[i].Device}
+		step := Step{Op: opRemoveOS, Disk: disk}
 		say(&storagev1.DestroyProgress{Step: step.String()})
 		if err := s.d.kernel.Do(ctx, step); err != nil {
 			return errs.New(errs.Internal, "%s: %w", step, err)
@@ -133,6 +133,20 @@ func (s disposalServer) finish(ctx context.Context, say func(*storagev1.DestroyP
 		}
 	}
 	return errors.New("the volumes are still there")
+}
+
+// withSystem returns the disk that the node's system is on: that of the volumes, if it has one, or else that which was started. They differ where the
+// volumes have a disk of their own, and where a medium for installation was started once more: that stays as it is.
+func (s State) withSystem() string {
+	if home, err := s.home(""); err == nil && home != nil && slices.ContainsFunc(home.Partitions, func(p Partition) bool { return p.Name == "ESP" }) {
+		return home.Device
+	}
+	for _, d := range s.Disks {
+		if d.System {
+			return d.Device
+		}
+	}
+	return ""
 }
 
 // facts says what has become of the volumes.

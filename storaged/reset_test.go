@@ -450,6 +450,35 @@ func TestDestroy(t *testing.T) {
 	}
 }
 
+func TestWithSystem(t *testing.T) {
+	volumes := func(d Disk) Disk {
+		for i, v := range volumes {
+			start, _ := free(d.table(), d.Size)
+			d.Partitions = append(d.Partitions, part(8+i, string(v.name), v.typ, start, 64*mib, probe.Ext4))
+		}
+		return d
+	}
+	esp := part(7, "ESP", gpt.LinuxGeneric, 809*mib, 128*mib, "vfat")
+	system, medium := imageDisk("/dev/vda", 8*gib), imageDisk("/dev/vda", 8*gib)
+	system.Partitions = append(system.Partitions, esp)
+	installed := imageDisk("/dev/vdb", 8*gib)
+	installed.System, installed.Partitions = false, append(installed.Partitions, esp)
+	for name, c := range map[string]struct {
+		disks []Disk
+		want  string
+	}{
+		"one disk":           {[]Disk{volumes(system)}, "/dev/vda"},
+		"volumes apart":      {[]Disk{system, volumes(foreignTable("/dev/vdb", 8*gib))}, "/dev/vda"},
+		"medium and disk":    {[]Disk{medium, volumes(installed)}, "/dev/vdb"},
+		"nothing configured": {[]Disk{system}, "/dev/vda"},
+		"not known":          {[]Disk{foreignTable("/dev/vdb", 8*gib)}, ""},
+	} {
+		if got := (State{Disks: c.disks}).withSystem(); got != c.want {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
 // The facts do not promise more than is so.
 func TestDestroyFacts(t *testing.T) {
 	m := machine(imageDisk("/dev/vda", 8*gib))
