@@ -23,11 +23,14 @@ func (l *linux) held() bool {
 	return err == nil
 }
 
-// Wiped is as in kernel.
-func (l *linux) Wiped(v VolumeName) wipe.How {
-	how, _ := l.wiped.Load(v)
-	h, _ := how.(wipe.How)
-	return h
+// destroyed copies what is known of volumes that were destroyed.
+func (l *linux) destroyed() map[VolumeName]wipe.How {
+	out := map[VolumeName]wipe.How{}
+	l.wiped.Range(func(v, how any) bool {
+		out[v.(VolumeName)] = how.(wipe.How)
+		return true
+	})
+	return out
 }
 
 // reset is Do for what ends the volumes.
@@ -54,7 +57,8 @@ func (l *linux) reset(s Step) error {
 	return fmt.Errorf("unknown step %q", s.Op)
 }
 
-// leave unmounts a volume and closes it. If a file on it is open it is shut down instead: whatever runs on, nothing of it reaches the disk.
+// leave lets a volume's file system write no more, unmounts it and closes the volume. Files on it may be open, and pods have mounts of it that nobody
+// else sees; then it stays mounted or open until the machine is down, which is no harm: nothing reaches the disk any more.
 func (l *linux) leave(s Step) error {
 	_, k, err := l.inKernel(s)
 	if err != nil {
@@ -67,23 +71,31 @@ func (l *linux) leave(s Step) error {
 		if err != nil {
 			continue // not mounted: below it may be PID 1's own mount, which stays
 		}
-		err = errors.Join(unix.Syncfs(fd), unix.Close(fd))
-		if err == nil {
-			err = unix.Unmount(filepath.Join(l.root, v.target), 0)
-		}
-		if err == nil {
-			break
-		}
-		if fd, err = l.openVolume(v, dev); err != nil {
+		if err := errors.Join(unix.Syncfs(fd), shutdown(fd), unix.Close(fd)); err != nil {
 			return err
 		}
-		l.log.Warn("a file on the volume is open; its file system is shut down", "disk", s.Device)
-		return errors.Join(shutdown(fd), unix.Close(fd))
+		if err := unix.Unmount(filepath.Join(l.root, v.target), 0); err != nil {
+			l.log.Warn("the volume stays mounted until the machine is down", "disk", s.Device, "err", err.Error())
+		}
 	}
 	if m.Device == "" {
 		return nil
 	}
-	return l.close(s.Volume)
+	err = l.close(s.Volume)
+	if errors.Is(err, unix.EBUSY) {
+		l.log.Warn("the volume stays open until the machine is down", "disk", s.Device, "err", err.Error())
+		return nil
+	}
+	return err
+}
+
+// inUse reports whether a file system or another device has a block device for itself, in whatever namespace.
+func inUse(device string) bool {
+	fd, err := unix.Open(device, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return errors.Is(err, unix.EBUSY)
 }
 
 // shutdown is the ioctl EXT4_IOC_SHUTDOWN (linux/fs/ext4/ext4.h) without a flush of the log: the file system does no I/O any more.

@@ -49,11 +49,11 @@ func (s disposalServer) Destroy(r *storagev1.DestroyRequest, out grpc.ServerStre
 	}
 	facts = append(s.facts(have, after), facts...)
 	if r.GetRemoveOs() {
-		i := slices.IndexFunc(after.Disks, func(d Disk) bool { return d.System })
-		if i < 0 {
+		disk := have.withSystem()
+		if disk == "" {
 			return errs.New(errs.Precondition, "the disk that the system was started from is not known; the system stays on it")
 		}
-		step := Step{Op: opRemoveOS, Disk: after.Disks[i].Device}
+		step := Step{Op: opRemoveOS, Disk: disk}
 		say(&storagev1.DestroyProgress{Step: step.String()})
 		if err := s.d.kernel.Do(ctx, step); err != nil {
 			return errs.New(errs.Internal, "%s: %w", step, err)
@@ -135,6 +135,20 @@ func (s disposalServer) finish(ctx context.Context, say func(*storagev1.DestroyP
 	return errors.New("the volumes are still there")
 }
 
+// withSystem returns the disk that the node's system is on: that of the volumes, if it has one, or else that which was started. They differ where the
+// volumes have a disk of their own, and where a medium for installation was started once more: that stays as it is.
+func (s State) withSystem() string {
+	if home, err := s.home(""); err == nil && home != nil && slices.ContainsFunc(home.Partitions, func(p Partition) bool { return p.Name == "ESP" }) {
+		return home.Device
+	}
+	for _, d := range s.Disks {
+		if d.System {
+			return d.Device
+		}
+	}
+	return ""
+}
+
 // facts says what has become of the volumes.
 func (s disposalServer) facts(before, after State) (out []string) {
 	for _, v := range volumes {
@@ -142,23 +156,23 @@ func (s disposalServer) facts(before, after State) (out []string) {
 		if !ok {
 			continue
 		}
-		how := s.d.kernel.Wiped(v.name)
+		how, busy := after.Wiped[v.name], slices.ContainsFunc(after.Disks, func(d Disk) bool {
+			return slices.ContainsFunc(d.doomed(), func(q Partition) bool { return q.Name == string(v.name) })
+		})
 		text := string(v.name) + ": "
 		switch {
 		case p.encrypted():
 			text += "its keyslots and both headers are overwritten, and were read back from the disk as zeros: no key opens it, the recovery key included."
 		case how == wipe.Discarded:
 			text += "it was not encrypted; the disk was told to forget its data. Whether it has is the disk's word: to be sure, destroy the disk."
+		case busy:
+			text += "it was NOT encrypted, and the disk forgets nothing that is in use: until the next start who has the disk can recover most of the data."
 		default:
 			text += "it was NOT encrypted, and the disk cannot be told to forget: who has the disk can recover most of the data. Overwrite or destroy it."
 		}
 		out = append(out, text)
-		for _, d := range after.Disks {
-			for _, q := range d.doomed() {
-				if q.Name == string(v.name) {
-					out = append(out, string(v.name)+" is still in use, and taken off the disk at the next start.")
-				}
-			}
+		if busy {
+			out = append(out, string(v.name)+" is still in use, and taken off the disk at the next start.")
 		}
 	}
 	if len(out) == 0 {

@@ -62,6 +62,9 @@ func (l *linux) crypt(p *Partition) {
 		return
 	}
 	v := volumes[i]
+	if isDoomed(p.Partition) { // pods may have it mounted where we see nothing of it
+		p.Busy = p.Busy || inUse(p.Device)
+	}
 	m, uuid := l.mapOf(v, p.Device)
 	if p.encrypted() {
 		f, err := os.Open(p.Device)

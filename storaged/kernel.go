@@ -62,7 +62,7 @@ func devText(dev uint64) string { return fmt.Sprintf("%d:%d", unix.Major(dev), u
 func (l *linux) Read(context.Context) (State, error) {
 	l.looks.RLock()
 	defer l.looks.RUnlock()
-	s := State{Volumes: map[VolumeName]Space{}, Entries: map[VolumeName]map[string]found{}, TPM: l.vault.Machine(), Reset: l.held()}
+	s := State{Volumes: map[VolumeName]Space{}, Entries: map[VolumeName]map[string]found{}, TPM: l.vault.Machine(), Reset: l.held(), Wiped: l.destroyed()}
 	var err error
 	if s.Mounts, err = l.mounts(); err != nil {
 		return State{}, err

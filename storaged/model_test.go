@@ -17,7 +17,6 @@ type model struct {
 	State
 	lost   []string                    // what steps destroyed
 	inside map[VolumeName]probe.Result // of encrypted volumes that are locked
-	wiped  map[VolumeName]wipe.How     // how volumes were destroyed
 	open   map[VolumeName]bool         // files of somebody's are open on the volume
 }
 
@@ -127,10 +126,10 @@ func (m *model) doReset(p *Partition, s Step) error {
 		p.Map, p.Busy = Map{}, false
 		return nil
 	}
-	if m.wiped == nil {
-		m.wiped = map[VolumeName]wipe.How{}
+	if m.Wiped == nil {
+		m.Wiped = map[VolumeName]wipe.How{}
 	}
-	m.wiped[s.Volume] = wipe.Kept
+	m.Wiped[s.Volume] = wipe.Kept
 	p.Content, p.LUKS = probe.Result{Kind: probe.Empty}, vault.Header{}
 	return nil
 }
@@ -314,7 +313,7 @@ func (m *model) doInstall(d *Disk, s Step) error {
 // boot forgets what a restart of the machine forgets; the kernel reads the tables anew.
 func (m *model) boot() {
 	m.Mounts, m.Entries = nil, map[VolumeName]map[string]found{}
-	m.TPM.Capped, m.Reset, m.open = false, false, nil
+	m.TPM.Capped, m.Reset, m.Wiped, m.open = false, false, nil, nil
 	m.Install.Began = false
 	if m.inside == nil {
 		m.inside = map[VolumeName]probe.Result{}
@@ -341,7 +340,8 @@ func (m *model) boot() {
 
 // clone copies everything that steps change.
 func (m *model) clone() *model {
-	c := &model{State: m.State, lost: slices.Clone(m.lost), inside: maps.Clone(m.inside), wiped: maps.Clone(m.wiped), open: maps.Clone(m.open)}
+	c := &model{State: m.State, lost: slices.Clone(m.lost), inside: maps.Clone(m.inside), open: maps.Clone(m.open)}
+	c.Wiped = maps.Clone(m.Wiped)
 	c.Disks = slices.Clone(m.Disks)
 	for i := range c.Disks {
 		c.Disks[i].Partitions = slices.Clone(c.Disks[i].Partitions)

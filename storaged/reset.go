@@ -11,7 +11,7 @@ import (
 // before the power failed is finished before anything else happens.
 //
 // VAR comes first: as long as STATE is there, a cut in the middle destroys no more than was meant. That a volume is destroyed is seen on the
-// disk, by its first bytes. One that is still mounted stays in the table, marked: what is mounted may be written to until the machine is
+// disk, by its first bytes, and in what this process has done: each start does it once more, for a disk forgets nothing that is in use. One that is still in use stays in the table, marked: its file system may write a last block when the machine goes
 // down, and the next start makes sure.
 func planReset(have State) []Step {
 	var steps []Step
@@ -26,8 +26,8 @@ func planReset(have State) []Step {
 			if q.Device == "" {
 				p.add(p.step(opTell, v, q))
 			}
-			if q.Content.Kind == probe.Empty {
-				free = free && !have.mountsOf(v, q)
+			if q.Content.Kind == probe.Empty && have.Wiped[v.name] != "" {
+				free = free && !q.Busy
 				continue
 			}
 			p.add(p.step(opLeave, v, q))
@@ -54,12 +54,6 @@ func (d Disk) doomed() (out []Partition) {
 	}
 	slices.SortStableFunc(out, func(a, b Partition) int { return volumeOf(b.Partition) - volumeOf(a.Partition) })
 	return out
-}
-
-// mountsOf reports whether a volume is mounted, from its partition or from the open device over it, whatever the partition holds now.
-func (s State) mountsOf(v volume, p Partition) bool {
-	m, ok := s.mounted(v.target)
-	return ok && m.Dev != "" && (m.Dev == p.Dev || m.Dev == p.Map.Dev)
 }
 
 // doom marks all volumes of a table to be destroyed. They are unformatted, too: an older image opens none of them.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -29,7 +30,8 @@ import (
 // cutDisk is a disk in memory on which steps of a reset are done as linux does them.
 type cutDisk struct {
 	powercut.Device
-	size int64
+	size  int64
+	wiped map[VolumeName]wipe.How // since the start
 }
 
 func (d cutDisk) section(p gpt.Partition) powercut.Section {
@@ -52,7 +54,7 @@ func (d cutDisk) look(t *testing.T) State {
 			p.LUKS = *h
 		}
 	}
-	return State{Disks: []Disk{out}}
+	return State{Disks: []Disk{out}, Wiped: d.wiped}
 }
 
 func (d cutDisk) edit(t *testing.T, change func(*gpt.Table)) {
@@ -84,6 +86,7 @@ func (d cutDisk) finish(t *testing.T) {
 			case opLeave:
 			case opDestroy:
 				sec := d.section(*partOf(have, s.Number))
+				d.wiped[s.Volume] = wipe.Kept
 				if err := errors.Join(wipe.Overwrite(sec, sec.Length), wipe.Check(sec, sec.Length)); err != nil {
 					t.Fatal(err)
 				}
@@ -126,7 +129,7 @@ func encryptedVolume(t *testing.T, size int64) ([]byte, *luks.Header, secret.Byt
 func TestResetPowerCut(t *testing.T) {
 	const size, volumeSize = 8 * mib, 2 * mib
 	raw := powercut.New(make([]byte, size))
-	d := cutDisk{raw, size}
+	d := cutDisk{raw, size, map[VolumeName]wipe.How{}}
 	table := gpt.Table{DiskGUID: newGUID()}
 	headers, keys := map[string]*luks.Header{}, map[string]secret.Bytes{}
 	for i, name := range []string{"ROOT-A", "STATE", "VAR"} {
@@ -152,7 +155,7 @@ func TestResetPowerCut(t *testing.T) {
 
 	was, reset := 0, 0
 	n := raw.Cuts(rand.New(rand.NewPCG(1, 2)), 6, func(m *powercut.Image) {
-		cut := cutDisk{m, size}
+		cut := cutDisk{m, size, map[VolumeName]wipe.How{}}
 		have := cut.look(t)
 		marked := len(have.Disks[0].doomed())
 		if len(have.Disks[0].Partitions) == 3 && marked == 0 {
@@ -271,14 +274,14 @@ func FuzzReset(f *testing.F) {
 	})
 }
 
-// TestResetVolumes destroys volumes on a real disk: of one a file is open, so that only the next start takes them off.
+// TestResetVolumes destroys volumes on a real disk: of one a file is open, and of the other somebody has a mount that is not ours, so that only the
+// next start takes them off.
 func TestResetVolumes(t *testing.T) {
 	isolate(t)
 	b := newBench(t, 3*gib, true)
 	want := &config.Storage{StateSize: 64 * mib}
 	b.converge(want)
 	const needle = "a secret that nobody may find"
-	defer func() { t.Logf("wiped: %q", b.Wiped(StateVolume)) }()
 	if err := os.WriteFile(b.root+"/state/machined/x", []byte(needle), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -287,6 +290,17 @@ func TestResetVolumes(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer busy.Close()
+	pod := exec.Command("unshare", "--mount", "--propagation", "private", "sh", "-c", "echo there; exec sleep 100")
+	there, err := pod.StdoutPipe()
+	if err == nil {
+		err = pod.Start()
+	}
+	if err == nil {
+		_, err = there.Read(make([]byte, 8))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	do := func(steps ...Step) {
 		t.Helper()
 		for _, s := range steps {
@@ -308,23 +322,30 @@ func TestResetVolumes(t *testing.T) {
 			t.Error("a file on a volume that was destroyed can be written")
 		}
 	}
-	if b.Wiped(StateVolume) == "" || b.Wiped(VarVolume) == "" {
-		t.Errorf("wiped: %q and %q", b.Wiped(StateVolume), b.Wiped(VarVolume))
+	marked := b.read().Disks[0].doomed()
+	if len(marked) != 2 {
+		t.Fatalf("marked: %v", marked)
 	}
-	have := b.read()
-	if n := len(have.Disks[0].doomed()); n != 2 || have.Disks[0].doomed()[0].Content.Kind != probe.Empty {
-		t.Errorf("%d volumes are marked: %v", n, have.Disks[0].Partitions)
+	for _, p := range marked {
+		if !p.Busy || p.Content.Kind != probe.Empty {
+			t.Errorf("%s: in use %v, it holds %v", p.Name, p.Busy, p.Content)
+		}
 	}
 	busy.Close()
+	if err := pod.Process.Kill(); err != nil {
+		t.Error(err)
+	}
+	_ = pod.Wait()          // it was killed
 	do(Step{Op: opRelease}) // as the folder, which lives as long as the machine runs
+	b.wiped.Clear()
 	b.reboot()
 	for range 3 {
 		if errs := b.round(nil); len(errs) > 0 {
 			t.Fatal(errs)
 		}
 	}
-	if left := b.read().Disks[0].Partitions; len(left) != 4 {
-		t.Errorf("left: %v", left)
+	if have := b.read(); len(have.Disks[0].Partitions) != 4 || have.Wiped[StateVolume] == "" || have.Wiped[VarVolume] == "" {
+		t.Errorf("left: %v, wiped: %v", have.Disks[0].Partitions, have.Wiped)
 	}
 	b.tool("sgdisk", "-v", b.file)
 	if holds(t, b.file, needle) {
@@ -429,6 +450,35 @@ func TestDestroy(t *testing.T) {
 	}
 }
 
+func TestWithSystem(t *testing.T) {
+	volumes := func(d Disk) Disk {
+		for i, v := range volumes {
+			start, _ := free(d.table(), d.Size)
+			d.Partitions = append(d.Partitions, part(8+i, string(v.name), v.typ, start, 64*mib, probe.Ext4))
+		}
+		return d
+	}
+	esp := part(7, "ESP", gpt.LinuxGeneric, 809*mib, 128*mib, "vfat")
+	system, medium := imageDisk("/dev/vda", 8*gib), imageDisk("/dev/vda", 8*gib)
+	system.Partitions = append(system.Partitions, esp)
+	installed := imageDisk("/dev/vdb", 8*gib)
+	installed.System, installed.Partitions = false, append(installed.Partitions, esp)
+	for name, c := range map[string]struct {
+		disks []Disk
+		want  string
+	}{
+		"one disk":           {[]Disk{volumes(system)}, "/dev/vda"},
+		"volumes apart":      {[]Disk{system, volumes(foreignTable("/dev/vdb", 8*gib))}, "/dev/vda"},
+		"medium and disk":    {[]Disk{medium, volumes(installed)}, "/dev/vdb"},
+		"nothing configured": {[]Disk{system}, "/dev/vda"},
+		"not known":          {[]Disk{foreignTable("/dev/vdb", 8*gib)}, ""},
+	} {
+		if got := (State{Disks: c.disks}).withSystem(); got != c.want {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
 // The facts do not promise more than is so.
 func TestDestroyFacts(t *testing.T) {
 	m := machine(imageDisk("/dev/vda", 8*gib))
@@ -437,7 +487,7 @@ func TestDestroyFacts(t *testing.T) {
 	}
 	m.open = map[VolumeName]bool{VarVolume: true}
 	steps, _, facts, err := destroy(t, serve(t, m, uid.Machined), &storagev1.DestroyRequest{})
-	if err != nil || !strings.Contains(facts, "NOT encrypted") || !strings.Contains(facts, "VAR is still in use, and taken off the disk at the next start") {
+	if err != nil || strings.Count(facts, "NOT encrypted") != 2 || !strings.Contains(facts, "until the next start who has the disk") || !strings.Contains(facts, "VAR is still in use, and taken off the disk at the next start") {
 		t.Errorf("%v, %s, %v", steps, facts, err)
 	}
 }

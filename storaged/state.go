@@ -8,6 +8,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
+	"github.com/bulkhead-os/bulkhead/storaged/wipe"
 )
 
 // State is what one look found. It is data only: plan needs nothing else.
@@ -20,6 +21,8 @@ type State struct {
 	TPM     vault.Machine
 	Install Installation
 	Reset   bool // the node is being reset: nothing is made, opened or mounted until it restarts
+	// Wiped says how volumes were destroyed since the start of this process.
+	Wiped map[VolumeName]wipe.How
 }
 
 // Installation is what was seen of one that this machine may be in.

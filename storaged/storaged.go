@@ -27,7 +27,6 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/storaged/slots"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
-	"github.com/bulkhead-os/bulkhead/storaged/wipe"
 )
 
 // Config is fixed for the life of the process.
@@ -44,8 +43,6 @@ type kernel interface {
 	Read(context.Context) (State, error)
 	Do(context.Context, Step) error
 	Watch(ctx context.Context, wake func()) error
-	// Wiped says how a volume's data were destroyed in this process; "" if they were not.
-	Wiped(VolumeName) wipe.How
 }
 
 // Daemon is storaged. Make it with New; Run must be called once.

@@ -22,7 +22,6 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
-	"github.com/bulkhead-os/bulkhead/storaged/wipe"
 )
 
 var probeEmpty = probe.Result{Kind: probe.Empty}
@@ -48,12 +47,6 @@ func (f *fake) Do(_ context.Context, s Step) error {
 func (f *fake) Watch(ctx context.Context, _ func()) error {
 	<-ctx.Done()
 	return ctx.Err()
-}
-
-func (f *fake) Wiped(v VolumeName) wipe.How {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.m.wiped[v]
 }
 
 // serve runs a storaged on a model; callers are whom who says.
