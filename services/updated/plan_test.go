@@ -83,6 +83,8 @@ func TestPlan(t *testing.T) {
 		{"a worker on trial", worker, State{Slots: trial, Checks: healthy("!etcd.converged: none here")}, "mark good 0.2.0"},
 		{"on trial, time is over", want, State{Slots: trial, Checks: healthy("!etcd.converged: no leader"), Uptime: 10 * time.Minute},
 			"prove etcd: etcd.converged: no leader; restart 0.2.0 did not prove its health in 10m0s; missing: etcd: etcd.converged: no leader"},
+		{"on trial, time is over, two things miss", want, State{Slots: trial, Checks: healthy("!etcd.converged: no leader", "!kubernetes.converged: waits"), Uptime: 10 * time.Minute},
+			"prove kubelet: kubernetes.converged: waits; prove etcd: etcd.converged: no leader; restart 0.2.0 did not prove its health in 10m0s; missing: etcd: etcd.converged: no leader; kubelet: kubernetes.converged: waits"},
 	} {
 		steps, err := plan(c.want, c.state)
 		var got []string
