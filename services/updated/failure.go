@@ -67,7 +67,7 @@ func explain(v *slotv1.Slot, j journal, e ending, now time.Time) failure {
 	if t != nil {
 		f.Reason += wrongClock(t, installed(j, v.GetVersion()), now)
 	}
-	f.Reason = cut(f.Reason)
+	f.Reason = cut(oneLine(f.Reason)) // checks may say several things, one a line
 	return f
 }
 

@@ -2,6 +2,7 @@ package updated
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -198,7 +199,7 @@ func patience(u config.Update, s State) time.Duration {
 	return all
 }
 
-// missing joins what is to be proved.
+// missing joins what is to be proved: etcd first, for without it the API server, and with it the kubelet, prove nothing.
 func missing(steps []Step) string {
 	var all []string
 	for _, s := range steps {
@@ -206,5 +207,14 @@ func missing(steps []Step) string {
 			all = append(all, s.What)
 		}
 	}
+	slices.SortStableFunc(all, func(a, b string) int {
+		switch first := string(config.ProofEtcd) + ":"; {
+		case strings.HasPrefix(a, first):
+			return -1
+		case strings.HasPrefix(b, first):
+			return 1
+		}
+		return 0
+	})
 	return strings.Join(all, "; ")
 }

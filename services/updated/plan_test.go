@@ -83,6 +83,8 @@ func TestPlan(t *testing.T) {
 		{"a worker on trial", worker, State{Slots: trial, Checks: healthy("!etcd.converged: none here")}, "mark good 0.2.0"},
 		{"on trial, time is over", want, State{Slots: trial, Checks: healthy("!etcd.converged: no leader"), Uptime: 10 * time.Minute},
 			"prove etcd: etcd.converged: no leader; restart 0.2.0 did not prove its health in 10m0s; missing: etcd: etcd.converged: no leader"},
+		{"on trial, time is over, two things miss", want, State{Slots: trial, Checks: healthy("!etcd.converged: no leader", "!kubernetes.converged: waits"), Uptime: 10 * time.Minute},
+			"prove kubelet: kubernetes.converged: waits; prove etcd: etcd.converged: no leader; restart 0.2.0 did not prove its health in 10m0s; missing: etcd: etcd.converged: no leader; kubelet: kubernetes.converged: waits"},
 	} {
 		steps, err := plan(c.want, c.state)
 		var got []string
@@ -162,6 +164,7 @@ func TestExplain(t *testing.T) {
 		{"no trace", nil, at(machinev1.Boot_CLEAN, "reboot ordered by ann"), "no try got as far as STATE: it was refused by the firmware, or hung or was reset before", ""},
 		{"nothing known", nil, ending{}, "no try got as far as STATE: it was refused by the firmware, or hung or was reset before", ""},
 		{"another version's trace", mine(func(x *trial) { x.Sequence = 1 }), ending{}, "no try got as far as STATE: it was refused by the firmware, or hung or was reset before", ""},
+		{"several lines", mine(func(x *trial) { x.End = "missing: kubelet: one\nand two" }), ending{}, "missing: kubelet: one and two", ""},
 		{"a clock years ahead", mine(func(x *trial) { ended(x); x.Time = now.AddDate(30, 0, 0) }), ending{}, "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready; its clock was wrong: it said 2056-05-01 00:00:00", ""},
 		{"a clock years behind", mine(func(x *trial) { ended(x); x.Time = time.Unix(60, 0) }), ending{}, "0.2.0 did not prove its health in 10m0s; missing: kubelet: not Ready; its clock was wrong: it said 1970-01-01 00:01:00", ""},
 	} {
