@@ -306,7 +306,7 @@ func (r *rebuilding) judgeAll(t *testing.T) {
 			r.reallyBoot(t, i, 1+number, m)
 			r.tally(m.Name).boots++
 		}
-		if repaired > 0 && r.boots > 0 && r.repairs <= r.boots/10 { // those are rare, and what they need runs on the node nowhere else
+		if repaired > 0 && r.boots > 0 && r.repairs <= r.boots/20 { // those are rare, and what they need runs on the node nowhere else
 			r.reallyBoot(t, i, repaired, m)
 			r.tally(m.Name).boots++
 			r.repairs++
