@@ -1,8 +1,11 @@
 package storaged
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"os"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -60,5 +63,45 @@ func tear(t *testing.T, device string) {
 	}
 	if err := errors.Join(f.Sync(), f.Close()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestMended: only what a power cut can have torn is mended.
+func TestMended(t *testing.T) {
+	whole := make([]byte, superSize)
+	copy(whole[0x68:], "an UUID of 16 by")
+	seal := func(b []byte) []byte {
+		binary.LittleEndian.PutUint32(b[checksumAt:], superSum(b))
+		return b
+	}
+	seal(whole)
+	change := func(at int, value byte) []byte {
+		b := bytes.Clone(whole)
+		b[at] = value
+		return b
+	}
+	for _, c := range []struct {
+		name         string
+		torn, copied []byte
+		want         string
+	}{
+		{"a mount", change(incompatAt, needsRecovery), whole, ""},
+		{"an orphan", change(roCompatAt+2, orphanPresent>>16), whole, ""},
+		{"times", change(0x274, 9), whole, ""},
+		{"another UUID", change(0x68, 'x'), whole, "differs from its copy at byte 0x5c"},
+		{"another size", change(0x04, 9), whole, "differs from its copy at byte 0x0"},
+		{"another feature", change(incompatAt, 1), whole, "differs from its copy at byte 0x5c"},
+		{"a bad copy", change(0x274, 9), change(0x200, 1), "the copy of the superblock is damaged too"},
+	} {
+		got, err := mended(c.torn, c.copied)
+		if c.want != "" {
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%s: %v, want %q", c.name, err, c.want)
+			}
+			continue
+		}
+		if err != nil || !bytes.Equal(got, seal(bytes.Clone(c.torn))) || !bytes.Equal(got[:superSector], c.torn[:superSector]) {
+			t.Errorf("%s: %v", c.name, err)
+		}
 	}
 }

@@ -3,7 +3,6 @@ package storaged
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -30,7 +29,7 @@ const (
 	blockSize  = 4096
 	bytesInode = 16384
 
-	// groupBlocks is ext4's own choice. The second group starts with a copy of the superblock; a file system that is too small for
+	// groupBlocks is ext4's own choice. The second group starts with a copy of the superblock, which mend needs; a file system too small for
 	// two such groups is given smaller ones.
 	groupBlocks, smallGroup = 32768, 8192
 
@@ -137,37 +136,20 @@ func groupOf(size int64) int {
 	return groupBlocks
 }
 
-// Fsck repairs what can be repaired in an ext4 of ours without a person, and replays the journal. The superblock has two sectors, and the kernel
-// writes it without the journal when it mounts and unmounts: a disk that loses its power between the two leaves one that does not match its checksum.
-// Then it is made anew from its copy in the second group. Exit codes are those of fsck(8): 1 is "errors corrected".
+// Fsck repairs what can be repaired in an ext4 of ours without a person, and replays the journal. Exit codes are those of fsck(8): 1 is "errors corrected".
 func Fsck(ctx context.Context, device string) error {
 	code, err := run(ctx, fsckTime, "e2fsck", "-p", device)
 	if code == fsckCannot {
-		if group, gerr := groupAt(device); gerr == nil {
-			code, err = run(ctx, fsckTime, "e2fsck", "-p", "-b", fmt.Sprint(group), "-B", fmt.Sprint(blockSize), device)
+		if merr := mend(device); merr != nil {
+			err = fmt.Errorf("%w; %w", err, merr)
+		} else {
+			code, err = run(ctx, fsckTime, "e2fsck", "-p", device)
 		}
 	}
 	if code == 0 || code == 1 {
 		return nil
 	}
 	return fmt.Errorf("%w; it needs a person: e2fsck from a rescue system", err)
-}
-
-// groupAt reads how many blocks a group has from the first sector of the superblock, which never changes there.
-func groupAt(device string) (int, error) {
-	f, err := os.Open(device)
-	if err != nil {
-		return 0, err
-	}
-	b := make([]byte, 4)
-	_, err = f.ReadAt(b, 1024+32) // s_blocks_per_group
-	if err = errors.Join(err, f.Close()); err != nil {
-		return 0, err
-	}
-	if n := binary.LittleEndian.Uint32(b); n == groupBlocks || n == smallGroup {
-		return int(n), nil
-	}
-	return 0, errors.New("no file system of ours")
 }
 
 // mount mounts a volume that is whole. The journal is the kernel's business; only if the kernel says that the file system is damaged

@@ -76,14 +76,14 @@ type rebuilding struct {
 	flushes       int
 	owner         string // that the disk had in the end
 
-	order  []string
-	count  map[string]*tally
-	booted int
-	bad    int
-	mu     sync.Mutex
+	booted  int
+	repairs int // of those, which needed e2fsck
 
-	repaired int // a state of this interval in which a file system was repaired; 0: none
-	repairs  int // booted of those
+	mu       sync.Mutex
+	order    []string          // guarded by mu; of the operations
+	count    map[string]*tally // guarded by mu; by operation
+	bad      int               // guarded by mu
+	repaired int               // guarded by mu; a state of this interval that needed e2fsck, 0: none
 }
 
 // A tally is what was seen of one operation.
@@ -306,7 +306,7 @@ func (r *rebuilding) judgeAll(t *testing.T) {
 			r.reallyBoot(t, i, 1+number, m)
 			r.tally(m.Name).boots++
 		}
-		if repaired > 0 && r.boots > 0 && r.repairs <= r.boots/10 { // those are rare, and what they need runs on the node nowhere else
+		if repaired > 0 && r.boots > 0 && r.repairs <= r.boots/20 { // those are rare, and what they need runs on the node nowhere else
 			r.reallyBoot(t, i, repaired, m)
 			r.tally(m.Name).boots++
 			r.repairs++
@@ -334,7 +334,7 @@ func (r *rebuilding) plan() (parts, boots map[int]int) {
 		interval, first = interval+1, n+1
 	}
 	parts, boots = map[int]int{}, map[int]int{}
-	each := (r.states-interval)/len(of) + 1
+	each := max(0, r.states-interval)/len(of) + 1
 	for _, all := range of {
 		for _, i := range all {
 			parts[i] = each/len(all) + 1
@@ -390,7 +390,9 @@ func (r *rebuilding) look(t *testing.T, i *powercut.Interval, number int, m mark
 	c.found[fmt.Sprintf("%s/%d", found.Version, found.Generation)]++
 	if found.Repaired {
 		c.found["repaired"]++
-		r.repaired = max(r.repaired, number)
+		if found.Generation > 0 { // there is something to lose
+			r.repaired = max(r.repaired, number)
+		}
 	}
 	if err != nil {
 		r.fail(t, s, m, err)
@@ -415,7 +417,7 @@ func (r *rebuilding) allowed(m mark, f judge.Found) error {
 	return nil
 }
 
-// fail reports a bad state, and keeps the first ones. mu is held.
+// fail reports a bad state, and keeps the first ones. Nobody else looks meanwhile, or mu is held.
 func (r *rebuilding) fail(t *testing.T, s *powercut.State, m mark, err error) {
 	t.Helper()
 	where := m.Where
@@ -423,11 +425,11 @@ func (r *rebuilding) fail(t *testing.T, s *powercut.State, m mark, err error) {
 		where = m.Name
 	}
 	t.Errorf("%s, state %d of flush %d: %v", where, s.Number, s.Interval, err)
-	if r.bad++; r.bad > 3 {
+	if r.bad++; r.bad > 3 { // more take room, and tell nothing
 		return
 	}
 	dir := filepath.Join(r.n.root, "out", "test-vm", t.Name())
-	file := filepath.Join(dir, fmt.Sprintf("flush-%d-state-%d.raw", s.Interval, s.Number))
+	file := filepath.Join(dir, fmt.Sprintf("%s-flush-%d-state-%d.raw", strings.ReplaceAll(m.Name, " ", "-"), s.Interval, s.Number))
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Log(err)
 		return
