@@ -85,18 +85,21 @@ func (d *Daemon) settleLocked() error {
 	return d.load(d.cfg.Runtime, volatile)
 }
 
-// setLocked looks whether STATE is locked, and says so once. A node that was claimed before, or could be, is not locked for that: its STATE
-// is another disk's that came later. The caller holds d.mu.
+// setLocked looks whether STATE is locked, and says so, and again when the reason is another one: the first may be that the network is not up yet. A
+// node that was claimed before, or could be, is not locked for that: its STATE is another disk's that came later. The caller holds d.mu.
 func (d *Daemon) setLocked() bool {
-	reason, err := os.ReadFile(d.cfg.Locked)
-	locked := err == nil && d.where == unknown
+	text, err := os.ReadFile(d.cfg.Locked)
+	locked, reason := err == nil && d.where == unknown, string(text)
+	if locked && (!d.locked || reason != d.reason) {
+		d.show(lockedBanner(reason))
+	}
+	d.reason = reason
 	if locked == d.locked {
 		return locked
 	}
 	d.since = d.cfg.Now() // between being unlocked and being mounted there is a moment
 	if d.locked = locked; locked {
 		d.log.Warn("volume STATE is locked; nobody can be let in until somebody unlocks it")
-		d.show(lockedBanner(string(reason)))
 		d.trust.Set(&trustv1.TrustState{Locked: true})
 	}
 	return locked

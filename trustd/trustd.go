@@ -61,6 +61,7 @@ type Daemon struct {
 	code    string     // guarded by mu; normalized claim code; "" once claimed or while it is not known whether it is
 	where   place      // guarded by mu
 	locked  bool       // guarded by mu; STATE is locked
+	reason  string     // guarded by mu; why, in storaged's words
 	since   time.Time  // guarded by mu; from when on a STATE that is there has stateWait to be mounted
 	problem string     // guarded by mu; of the last look at the folders
 

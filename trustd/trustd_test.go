@@ -505,6 +505,13 @@ func TestLockedState(t *testing.T) {
 	if out := m.console.String(); strings.Contains(out, "Claim code") || strings.Count(out, "bhctl unlock") != 1 || !strings.Contains(out, "\n  tpm: the image was changed\n") {
 		t.Errorf("the console says %s", out)
 	}
+	m.must(os.Chmod(m.cfg.Locked, 0o600))
+	m.must(os.WriteFile(m.cfg.Locked, []byte("kms: no route to host\n"), 0o600))
+	m.must(d.settle())
+	m.must(d.settle())
+	if out := m.console.String(); strings.Count(out, "bhctl unlock") != 2 || !strings.Contains(out, "\n  kms: no route to host\n") {
+		t.Errorf("with another reason the console says %s", out)
+	}
 	if _, err := d.claim(&trustv1.ClaimRequest{Csr: csr, ChannelBinding: binding}); !errs.Is(err, errs.Unavailable) {
 		t.Errorf("claimed: %v", err)
 	}

@@ -2,8 +2,10 @@ package updated
 
 import (
 	"context"
+	"strings"
 
 	keysv1 "github.com/bulkhead-os/bulkhead/api/keys/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/keyservice"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
@@ -18,9 +20,24 @@ type relayServer struct {
 }
 
 func (relayServer) Seal(ctx context.Context, r *keysv1.RelaySealRequest) (*keysv1.SealResponse, error) {
-	return keyservice.Seal(ctx, r.GetServer(), r.GetPlaintext())
+	a, err := keyservice.Seal(ctx, r.GetServer(), r.GetPlaintext())
+	return a, refusal(err)
 }
 
 func (relayServer) Unseal(ctx context.Context, r *keysv1.RelayUnsealRequest) (*keysv1.UnsealResponse, error) {
-	return keyservice.Unseal(ctx, r.GetServer(), r.GetSealed())
+	a, err := keyservice.Unseal(ctx, r.GetServer(), r.GetSealed())
+	return a, refusal(err)
+}
+
+// refusal is what storaged is told, in words for people. It is nothing that storaged's connection to us should be tried again for: storaged
+// itself asks again, for hours if need be.
+func refusal(err error) error {
+	if err == nil {
+		return nil
+	}
+	text := errs.Text(err)
+	if _, cause, ok := strings.Cut(text, "Error while dialing: "); ok { // grpc quotes it
+		text = strings.TrimSuffix(cause, `"`)
+	}
+	return errs.New(errs.Precondition, "%s", text)
 }

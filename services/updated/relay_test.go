@@ -17,6 +17,7 @@ import (
 	"time"
 
 	keysv1 "github.com/bulkhead-os/bulkhead/api/keys/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/keyservice"
 )
 
@@ -63,5 +64,9 @@ func TestRelay(t *testing.T) {
 	got, err := relayServer{}.Unseal(ctx, &keysv1.RelayUnsealRequest{Server: place, Sealed: sealed.GetSealed()})
 	if err != nil || !bytes.Equal(got.GetPlaintext(), []byte("x")) {
 		t.Errorf("%v, %v", got, err)
+	}
+	gone := &keysv1.Server{Address: "127.0.0.1:1", Pin: s.Pin(), Certificate: cert, Key: der}
+	if _, err := (relayServer{}).Unseal(ctx, &keysv1.RelayUnsealRequest{Server: gone, Sealed: sealed.GetSealed()}); errs.Text(err) != "dial tcp 127.0.0.1:1: connect: connection refused" {
+		t.Errorf("nobody there: %v", err)
 	}
 }
