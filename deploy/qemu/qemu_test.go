@@ -188,7 +188,10 @@ func TestMedium(t *testing.T) {
 	}
 	m.Firmware = UEFI
 	if _, err := os.Stat(firmwareVars); err != nil {
-		t.Skip("no ovmf")
+		if os.Getenv("REQUIRE_ROOT") == "1" {
+			t.Fatal(err)
+		}
+		t.Skip("no firmware: install the package ovmf")
 	}
 	if err := m.Create(image, nil); err == nil || !strings.Contains(err.Error(), "make dist") {
 		t.Errorf("without an ISO: %v", err)

@@ -111,13 +111,19 @@ type Boot struct {
 	Serial uint32
 }
 
-// Copy brings all boot files to the disk and reads them back. What starts something has another name there.
-func (b Boot) Copy(ctx context.Context, report Report) error {
+// files opens the medium's EFI partition and lists what is to be copied.
+func (b Boot) files(ctx context.Context) (*fat.Volume, []file, error) {
 	from, err := fat.Open(readOnly{b.Medium}, b.Medium.Size())
 	if err != nil {
-		return fmt.Errorf("the medium's EFI partition: %w", err)
+		return nil, nil, fmt.Errorf("the medium's EFI partition: %w", err)
 	}
 	files, err := list(ctx, from, b.Hash)
+	return from, files, err
+}
+
+// Copy brings all boot files to the disk and reads them back. What starts something has another name there.
+func (b Boot) Copy(ctx context.Context, report Report) error {
+	from, files, err := b.files(ctx)
 	if err != nil {
 		return err
 	}
@@ -220,11 +226,7 @@ func (b Boot) check(ctx context.Context, files []file) error {
 
 // Finish gives kernel and loader their names, after which a firmware starts the disk: the loader's is the last.
 func (b Boot) Finish(ctx context.Context) error {
-	from, err := fat.Open(readOnly{b.Medium}, b.Medium.Size())
-	if err != nil {
-		return fmt.Errorf("the medium's EFI partition: %w", err)
-	}
-	files, err := list(ctx, from, b.Hash)
+	_, files, err := b.files(ctx)
 	if err != nil {
 		return err
 	}

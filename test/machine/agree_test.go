@@ -115,7 +115,7 @@ type machineDisk struct {
 
 func openDisk(t *testing.T, m qemu.Machine) machineDisk {
 	t.Helper()
-	f, err := os.Open(filepath.Join(m.Dir, "disk.raw"))
+	f, err := os.OpenFile(filepath.Join(m.Dir, "disk.raw"), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,13 +131,20 @@ func openDisk(t *testing.T, m qemu.Machine) machineDisk {
 	return machineDisk{f, table}
 }
 
-// part copies a partition, at most its first GiB, which the tools find enough, to a file of its own.
-func (d machineDisk) part(t *testing.T, name string) string {
+// partition returns where a partition is.
+func (d machineDisk) partition(t *testing.T, name string) gpt.Partition {
 	t.Helper()
 	p, ok := d.table.ByName(name)
 	if !ok {
 		t.Fatalf("the disk has no partition %s", name)
 	}
+	return p
+}
+
+// part copies a partition, at most its first GiB, which the tools find enough, to a file of its own.
+func (d machineDisk) part(t *testing.T, name string) string {
+	t.Helper()
+	p := d.partition(t, name)
 	out, err := os.Create(filepath.Join(t.TempDir(), name))
 	if err != nil {
 		t.Fatal(err)

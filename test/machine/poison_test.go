@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/bulkhead-os/bulkhead/deploy/qemu"
-	"github.com/bulkhead-os/bulkhead/internal/gpt"
 )
 
 // impatient is a node in no cluster that waits for a minute only for a version to prove itself.
@@ -170,30 +169,14 @@ func (n *node) lastTry(t *testing.T, m qemu.Machine) {
 // rot changes one bit of the file system's first block in the slot that does not run, on the disk of a machine that is off.
 func (n *node) rot(t *testing.T, m qemu.Machine) {
 	t.Helper()
-	disk, err := os.OpenFile(filepath.Join(m.Dir, "disk.raw"), os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer disk.Close()
-	fi, err := disk.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	table, _, err := gpt.Read(disk, fi.Size())
-	if err != nil {
-		t.Fatal(err)
-	}
-	slot, ok := table.ByName("ROOT-B")
-	if !ok {
-		t.Fatal("no ROOT-B")
-	}
+	disk := openDisk(t, m)
 	const at = 8 // the time of a squashfs: not even its own magic would show
-	b := make([]byte, 1)
-	if _, err := disk.ReadAt(b, slot.Start()+at); err != nil {
+	b, where := make([]byte, 1), disk.partition(t, "ROOT-B").Start()+at
+	if _, err := disk.file.ReadAt(b, where); err != nil {
 		t.Fatal(err)
 	}
 	b[0] ^= 1
-	if _, err := disk.WriteAt(b, slot.Start()+at); err != nil {
+	if _, err := disk.file.WriteAt(b, where); err != nil {
 		t.Fatal(err)
 	}
 }

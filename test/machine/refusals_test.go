@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/bulkhead-os/bulkhead/deploy/qemu"
-	"github.com/bulkhead-os/bulkhead/internal/gpt"
 )
 
 // refusals change what the disk's key is bound to, one thing at a time, on a machine that is off. Each time no key is had: the node knows nobody, gives nothing
@@ -92,29 +91,14 @@ func (n *node) staysLocked(t *testing.T, m *qemu.Machine, why string) {
 // header writes the 16 MiB before STATE's data, if there are any to write, and returns what was there.
 func (n *node) header(t *testing.T, m qemu.Machine, with []byte) []byte {
 	t.Helper()
-	disk, err := os.OpenFile(filepath.Join(m.Dir, "disk.raw"), os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer disk.Close()
-	fi, err := disk.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	table, _, err := gpt.Read(disk, fi.Size())
-	if err != nil {
-		t.Fatal(err)
-	}
-	state, ok := table.ByName("STATE")
-	if !ok {
-		t.Fatal("no STATE")
-	}
+	disk := openDisk(t, m)
+	state := disk.partition(t, "STATE")
 	was := make([]byte, 16<<20)
-	if _, err := disk.ReadAt(was, state.Start()); err != nil {
+	if _, err := disk.file.ReadAt(was, state.Start()); err != nil {
 		t.Fatal(err)
 	}
 	if with != nil {
-		if _, err := disk.WriteAt(with, state.Start()); err != nil {
+		if _, err := disk.file.WriteAt(with, state.Start()); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -29,23 +29,7 @@ func TestReset(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
 	image := n.build(t, otherImage{version: "9.1.0"})
-	document := filepath.Join(n.dir, "node.yaml")
-	if err := os.WriteFile(document, []byte(encryptedNode), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	out, err := n.try(t.Context(), 6*time.Minute, "bhctl", "up", "--no-bootstrap", "--name", n.name, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort),
-		"--kubernetes-port", fmt.Sprint(n.kubePort), "--image", image, "--memory", "1024", "--firmware", "uefi", "--secure-boot", "--tpm", "-f", document)
-	if err != nil {
-		t.Fatalf("bhctl up: %v", err)
-	}
-	key := recoveryKey.FindStringSubmatch(out)
-	if key == nil {
-		t.Fatalf("bhctl up shows no recovery key:\n%s", out)
-	}
-	m, err := qemu.Load(n.name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	m, key := n.upSecure(t, image, encryptedNode, 1024)
 	e := &machineESP{n: n, m: m, mtools: filepath.Join(m.Dir, "disk.raw") + "@@1M"}
 	n.encrypted(t)
 	volumes := n.volumesOf(t, m)
@@ -54,7 +38,7 @@ func TestReset(t *testing.T) {
 	}
 	n.resetRefused(t)
 
-	out, err = n.try(t.Context(), 3*time.Minute, "bhctl", "reset", "--yes", "--power-off")
+	out, err := n.try(t.Context(), 3*time.Minute, "bhctl", "reset", "--yes", "--power-off")
 	if err != nil || strings.Count(out, "no key opens it") != 2 || !strings.Contains(out, "The TPM has no owner any more") {
 		t.Fatalf("bhctl reset: %v\n%s", err, out)
 	}
@@ -66,7 +50,7 @@ func TestReset(t *testing.T) {
 
 	t.Run("a second life", func(t *testing.T) {
 		e.withoutKeys(t)
-		second := n.claimedAgain(t, e, key[1], document)
+		second := n.claimedAgain(t, e, key)
 		t.Run("Secure Boot's keys", func(t *testing.T) { n.enrols(t, e, second) })
 	})
 	t.Run("without a system", func(t *testing.T) {
@@ -161,7 +145,7 @@ func (e *machineESP) withoutKeys(t *testing.T) {
 
 // claimedAgain starts the machine without the key that its first owner put into its firmware, becomes the second owner, and returns their
 // recovery key.
-func (n *node) claimedAgain(t *testing.T, e *machineESP, key, document string) (second string) {
+func (n *node) claimedAgain(t *testing.T, e *machineESP, key string) (second string) {
 	t.Helper()
 	if err := os.Remove(filepath.Join(e.m.Dir, qemu.ClaimKeyFile)); err != nil {
 		t.Fatal(err)
@@ -180,7 +164,7 @@ func (n *node) claimedAgain(t *testing.T, e *machineESP, key, document string) (
 		_, err := n.try(t.Context(), time.Minute, "bhctl", "claim", fmt.Sprintf("127.0.0.1:%d", n.apiPort), "--code", code[1], "--as", "second")
 		return err
 	})
-	out, err := n.try(t.Context(), 3*time.Minute, "bhctl", "--context", "second", "apply", "-f", document)
+	out, err := n.try(t.Context(), 3*time.Minute, "bhctl", "--context", "second", "apply", "-f", filepath.Join(n.dir, "node.yaml"))
 	shown := recoveryKey.FindStringSubmatch(out)
 	if err != nil || shown == nil || shown[1] == key {
 		t.Fatalf("bhctl apply: %v\n%s", err, out)

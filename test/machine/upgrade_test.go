@@ -23,23 +23,7 @@ var recoveryKey = regexp.MustCompile(`(?m)^ +((?:[0-9A-Z]{4}-){7}[0-9A-Z]{4})$`)
 func TestUpgrade(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
-	document := filepath.Join(n.dir, "node.yaml")
-	if err := os.WriteFile(document, []byte(provedBy), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	out, err := n.try(t.Context(), 6*time.Minute, "bhctl", "up", "--no-bootstrap", "--name", n.name, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort),
-		"--kubernetes-port", fmt.Sprint(n.kubePort), "--image", filepath.Join(n.root, "out/image"), "--memory", "2048", "--firmware", "uefi", "--secure-boot", "--tpm", "-f", document)
-	if err != nil {
-		t.Fatalf("bhctl up: %v", err)
-	}
-	key := recoveryKey.FindStringSubmatch(out)
-	if key == nil {
-		t.Fatalf("bhctl up shows no recovery key:\n%s", out)
-	}
-	m, err := qemu.Load(n.name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	m, key := n.upSecure(t, filepath.Join(n.root, "out/image"), provedBy, 2048)
 	generations := n.run(t, "bhctl", "get", "generations", "-o", "json")
 	n.encrypted(t)
 	good := n.bundleOf(t, poison{}, "9.1.0", false)
@@ -81,7 +65,7 @@ func TestUpgrade(t *testing.T) {
 	t.Run("others agree", func(t *testing.T) {
 		s := n.says(t)
 		n.off(t, m)
-		s.agree(t, m, filepath.Join(n.root, "out/image/db.crt"), key[1])
+		s.agree(t, m, filepath.Join(n.root, "out/image/db.crt"), key)
 		if err := m.Start(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
@@ -105,7 +89,7 @@ func TestUpgrade(t *testing.T) {
 		if out, err := n.unlock(t, strings.Repeat("0000-", 7)+"0000"); err == nil {
 			t.Errorf("a wrong key unlocks:\n%s", out)
 		}
-		if out, err := n.unlock(t, key[1]); err != nil {
+		if out, err := n.unlock(t, key); err != nil {
 			t.Fatalf("bhctl unlock: %v\n%s", err, out)
 		}
 		eventually(t, 2*time.Minute, "the node knows its owner again", func() error {
@@ -114,6 +98,29 @@ func TestUpgrade(t *testing.T) {
 		})
 		n.runs(t, running, generations)
 	})
+}
+
+// upSecure boots an image as the README's tour does, configured, in no cluster, and returns its recovery key.
+func (n *node) upSecure(t *testing.T, image, documents string, memory int) (qemu.Machine, string) {
+	t.Helper()
+	document := filepath.Join(n.dir, "node.yaml")
+	if err := os.WriteFile(document, []byte(documents), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := n.try(t.Context(), 6*time.Minute, "bhctl", "up", "--no-bootstrap", "--name", n.name, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort),
+		"--kubernetes-port", fmt.Sprint(n.kubePort), "--image", image, "--memory", fmt.Sprint(memory), "--firmware", "uefi", "--secure-boot", "--tpm", "-f", document)
+	if err != nil {
+		t.Fatalf("bhctl up: %v", err)
+	}
+	key := recoveryKey.FindStringSubmatch(out)
+	if key == nil {
+		t.Fatalf("bhctl up shows no recovery key:\n%s", out)
+	}
+	m, err := qemu.Load(n.name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m, key[1]
 }
 
 // encrypted wants both volumes encrypted and mounted.
