@@ -224,6 +224,7 @@ func (a *app) waitGood(ctx context.Context, version string, say func(string)) er
 	ask := *a
 	ask.timeout = 5 * time.Second
 	last, down := "it does not answer", false // what the node tells before it has gone down may be older than the installation
+	var leftAt time.Time
 	for {
 		var st *updatev1.Status
 		err := ask.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
@@ -241,7 +242,13 @@ func (a *app) waitGood(ctx context.Context, version string, say func(string)) er
 		case good:
 			return nil
 		case left && down:
-			return errors.New(why)
+			if leftAt.IsZero() {
+				leftAt = time.Now()
+			}
+			if explained(st, version) || time.Since(leftAt) > reasonLimit {
+				return errors.New(why)
+			}
+			last = "it was left; the node finds out why"
 		default:
 			last = why
 		}
@@ -253,6 +260,19 @@ func (a *app) waitGood(ctx context.Context, version string, say func(string)) er
 			return err
 		}
 	}
+}
+
+// reasonLimit is how long a node that is back may take to find out why it left a version.
+const reasonLimit = time.Minute
+
+// explained says whether the node knows why a version failed. One that did not fail needs no reason.
+func explained(st *updatev1.Status, version string) bool {
+	for _, v := range st.GetSlots() {
+		if v.GetVersion() == version && v.GetStatus() == "failed" {
+			return st.GetFailure().GetRootHash() == v.GetRootHash()
+		}
+	}
+	return true
 }
 
 // judgeVersion says what became of a version: it is good; or it was left, and why; or it is not decided, and what is missing.

@@ -168,6 +168,25 @@ func TestJudgeVersion(t *testing.T) {
 	}
 }
 
+// A version that failed is not done with before the node has said why: a reason of another version, or none, is not it.
+func TestExplained(t *testing.T) {
+	failed := &updatev1.Slot{Version: "0.2.0", Status: "failed", RootHash: "2222"}
+	for _, c := range []struct {
+		what string
+		st   *updatev1.Status
+		want bool
+	}{
+		{"no reason yet", &updatev1.Status{Slots: []*updatev1.Slot{failed}}, false},
+		{"of an earlier one", &updatev1.Status{Slots: []*updatev1.Slot{failed}, Failure: &updatev1.Failure{RootHash: "1111"}}, false},
+		{"its own", &updatev1.Status{Slots: []*updatev1.Slot{failed}, Failure: &updatev1.Failure{RootHash: "2222"}}, true},
+		{"given up", &updatev1.Status{Slots: []*updatev1.Slot{{Version: "0.2.0", Status: "given up"}}}, true},
+	} {
+		if got := explained(c.st, "0.2.0"); got != c.want {
+			t.Errorf("%s: %v", c.what, got)
+		}
+	}
+}
+
 // Progress fits a terminal, and is a few lines in a file.
 func TestUpgradeView(t *testing.T) {
 	var b bytes.Buffer

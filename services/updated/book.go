@@ -102,7 +102,10 @@ func (d *Daemon) keepBook(ctx context.Context) error {
 		}
 		d.publish()
 		wait := resyncTime
-		if open, _ := d.book.load(); !open || s.onTrial() || err != nil {
+		switch {
+		case !d.openBook() || err != nil: // somebody may be waiting for what it says
+			wait, changed = bookTime, nil
+		case s.onTrial():
 			wait, changed = trialTime, nil
 		}
 		timer := time.NewTimer(wait)
@@ -118,13 +121,18 @@ func (d *Daemon) keepBook(ctx context.Context) error {
 	}
 }
 
-// turnPage is one round of it.
-func (d *Daemon) turnPage(ctx context.Context, s State) error {
+// openBook opens the journal if STATE is there, and reports whether it is open.
+func (d *Daemon) openBook() bool {
 	open, err := d.book.load()
 	if err != nil {
 		d.log.Error("journal damaged, put aside", "err", err.Error())
 	}
-	if !open || s.Slots == nil {
+	return open
+}
+
+// turnPage is one round of it.
+func (d *Daemon) turnPage(ctx context.Context, s State) error {
+	if !d.openBook() || s.Slots == nil {
 		return nil
 	}
 	if err := d.explainLast(ctx, s); err != nil {

@@ -38,6 +38,7 @@ func (d *Daemon) publish() {
 		limit = barePatience(want, s)
 	}
 	p, _ := d.progress.Get()
+	d.openBook() // what earlier boots have written is in the first status after STATE is there
 	st := status(want, limit, s, d.loop.State(), d.book.get(), d.quit.Load(), time.Now())
 	st.Upgrade = p
 	if was, _ := d.status.Get(); !proto.Equal(was, st) {

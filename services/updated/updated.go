@@ -39,6 +39,7 @@ const releaseKeys = "/usr/share/bulkhead/release.pub"
 // Times between two looks.
 const (
 	trialTime  = 5 * time.Second // while a version is on trial
+	bookTime   = time.Second     // until the journal is open and a version that was left is explained
 	resyncTime = 10 * time.Minute
 	callTime   = 10 * time.Second // that a call to another daemon may take
 )
