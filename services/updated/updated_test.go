@@ -367,6 +367,26 @@ func TestDamagedJournal(t *testing.T) {
 	}
 }
 
+// What earlier boots have written is in the first status that was made after STATE was mounted: nobody sees an empty history where there is one.
+func TestLateState(t *testing.T) {
+	b := newBench(t)
+	next := b.folder
+	b.folder = filepath.Join(t.TempDir(), "mounted")
+	j := journal{}
+	j.say(event{Time: time.Unix(1e9, 0), What: "installed", Version: "0.1.0"})
+	must(t, j.write(next))
+	b.start()
+	if st := b.until("a first look", func(s *updatev1.Status) bool { return len(s.GetSlots()) > 0 }); len(st.GetHistory()) != 0 {
+		t.Fatalf("a history before STATE is there: %v", st.GetHistory())
+	}
+	must(t, os.Rename(next, b.folder))
+	b.spec(specText)
+	st := b.until("a round after that", func(s *updatev1.Status) bool { return s.GetGeneration() > 0 })
+	if len(st.GetHistory()) != 1 || st.GetHistory()[0].GetWhat() != "installed" {
+		t.Errorf("the history is %v", st.GetHistory())
+	}
+}
+
 func TestControl(t *testing.T) {
 	b := newBench(t)
 	b.start()
