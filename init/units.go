@@ -52,7 +52,7 @@ var units = []unit.Unit{
 		Listen:       []string{"unix"},
 		MemoryMax:    536870912,
 		PidsMax:      256,
-		CPUWeight:    200,
+		CPUWeight:    1000,
 		NoFile:       65536,
 		OOMScoreAdj:  -900,
 		Restart:      "always",

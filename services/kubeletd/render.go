@@ -84,6 +84,7 @@ var entries = []entry{
 	{file: folder + "/pki/etcd-ca.pem", template: "EtcdCA", public: true, units: []string{"kube-apiserver"}, needs: needsAuth},
 	{file: folder + "/pki/front-proxy-ca.pem", template: "FrontProxyCA", public: true, units: []string{"kube-apiserver"}, needs: needsAuth},
 
+	// With no grace for watches the API server waits a minute for its clients to end them, which they never do.
 	apiserver("args", "kube-apiserver.args"), apiserver("admission.yaml", "admission.yaml"),
 	apiserver("audit.yaml", "audit.yaml"), apiserver("encryption.yaml", "encryption.yaml"),
 	pair("kube-apiserver/server.pem", "kube-apiserver-server", uid.KubeAPIServer),

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -20,6 +21,7 @@ import (
 
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	"github.com/bulkhead-os/bulkhead/deploy/qemu"
 	"github.com/bulkhead-os/bulkhead/internal/client"
 )
 
@@ -427,6 +429,13 @@ func testReboot(t *testing.T, n *node) {
 		t.Fatalf("bhctl reboot --wait: %v", err)
 	}
 	t.Logf("» healthy %s after the order to reboot", time.Since(start).Round(time.Second))
+	console, err := os.ReadFile(filepath.Join(n.dir, "machines", n.name, qemu.ConsoleFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if killed := regexp.MustCompile(`(?m)^.*: does not stop, killing it`).FindAllString(string(console), -1); killed != nil {
+		t.Errorf("the reboot was not clean:\n%s", strings.Join(killed, "\n"))
+	}
 	if after := n.run(t, "bhctl", "get", "config"); after != before {
 		t.Errorf("the document changed:\n%s\nwas\n%s", after, before)
 	}
