@@ -46,6 +46,11 @@ const (
 	// UNLOCK is for the holder of a key to the node's locked volumes, while it is not known who owns the node because that is written on
 	// them; the method checks the key itself. Once the owner is known it is as ADMIN.
 	Role_UNLOCK Role = 7
+	// NODE is for other nodes of the same cluster, known by the certificate of their apid. The server of the method decides which of them, by their name
+	// and by whether they are control planes: peer.CallerFrom tells both.
+	Role_NODE Role = 8
+	// JOIN is for nodes without a certificate: new ones with a token, and old ones that were off for so long that theirs expired. The method checks the proof itself.
+	Role_JOIN Role = 9
 )
 
 // Enum value maps for Role.
@@ -59,6 +64,8 @@ var (
 		5: "ETCD_BACKUP",
 		6: "ADMIN",
 		7: "UNLOCK",
+		8: "NODE",
+		9: "JOIN",
 	}
 	Role_value = map[string]int32{
 		"ROLE_UNSPECIFIED": 0,
@@ -69,6 +76,8 @@ var (
 		"ETCD_BACKUP":      5,
 		"ADMIN":            6,
 		"UNLOCK":           7,
+		"NODE":             8,
+		"JOIN":             9,
 	}
 )
 
@@ -138,7 +147,7 @@ var File_auth_v1_auth_proto protoreflect.FileDescriptor
 
 const file_auth_v1_auth_proto_rawDesc = "" +
 	"\n" +
-	"\x12auth/v1/auth.proto\x12\aauth.v1\x1a google/protobuf/descriptor.proto*w\n" +
+	"\x12auth/v1/auth.proto\x12\aauth.v1\x1a google/protobuf/descriptor.proto*\x8b\x01\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\f\n" +
 	"\bINTERNAL\x10\x01\x12\t\n" +
@@ -149,7 +158,9 @@ const file_auth_v1_auth_proto_rawDesc = "" +
 	"\vETCD_BACKUP\x10\x05\x12\t\n" +
 	"\x05ADMIN\x10\x06\x12\n" +
 	"\n" +
-	"\x06UNLOCK\x10\a:C\n" +
+	"\x06UNLOCK\x10\a\x12\b\n" +
+	"\x04NODE\x10\b\x12\b\n" +
+	"\x04JOIN\x10\t:C\n" +
 	"\x04need\x12\x1e.google.protobuf.MethodOptions\x18\xb5\x87\x03 \x03(\x0e2\r.auth.v1.RoleR\x04need:>\n" +
 	"\tserved_by\x12\x1f.google.protobuf.ServiceOptions\x18\xb6\x87\x03 \x01(\tR\bservedByB4Z2github.com/bulkhead-os/bulkhead/api/auth/v1;authv1b\x06proto3"
 

@@ -360,6 +360,587 @@ func (x *Chunk) GetData() []byte {
 	return nil
 }
 
+type ForfeitLeadershipRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForfeitLeadershipRequest) Reset() {
+	*x = ForfeitLeadershipRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForfeitLeadershipRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForfeitLeadershipRequest) ProtoMessage() {}
+
+func (x *ForfeitLeadershipRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForfeitLeadershipRequest.ProtoReflect.Descriptor instead.
+func (*ForfeitLeadershipRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{5}
+}
+
+type ForfeitLeadershipResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the member that leads now; "" if this one does, being alone.
+	Leader        string `protobuf:"bytes,1,opt,name=leader,proto3" json:"leader,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForfeitLeadershipResponse) Reset() {
+	*x = ForfeitLeadershipResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForfeitLeadershipResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForfeitLeadershipResponse) ProtoMessage() {}
+
+func (x *ForfeitLeadershipResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForfeitLeadershipResponse.ProtoReflect.Descriptor instead.
+func (*ForfeitLeadershipResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ForfeitLeadershipResponse) GetLeader() string {
+	if x != nil {
+		return x.Leader
+	}
+	return ""
+}
+
+type RemoveMemberRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name or hexadecimal id.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveMemberRequest) Reset() {
+	*x = RemoveMemberRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveMemberRequest) ProtoMessage() {}
+
+func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
+func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RemoveMemberRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RemoveMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveMemberResponse) Reset() {
+	*x = RemoveMemberResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveMemberResponse) ProtoMessage() {}
+
+func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
+func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{8}
+}
+
+type LeaveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaveRequest) Reset() {
+	*x = LeaveRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaveRequest) ProtoMessage() {}
+
+func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
+func (*LeaveRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{9}
+}
+
+type LeaveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaveResponse) Reset() {
+	*x = LeaveResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaveResponse) ProtoMessage() {}
+
+func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
+func (*LeaveResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{10}
+}
+
+type DefragmentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DefragmentRequest) Reset() {
+	*x = DefragmentRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DefragmentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DefragmentRequest) ProtoMessage() {}
+
+func (x *DefragmentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DefragmentRequest.ProtoReflect.Descriptor instead.
+func (*DefragmentRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{11}
+}
+
+type DefragmentResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	BeforeBytes   uint64                 `protobuf:"varint,1,opt,name=before_bytes,json=beforeBytes,proto3" json:"before_bytes,omitempty"`
+	AfterBytes    uint64                 `protobuf:"varint,2,opt,name=after_bytes,json=afterBytes,proto3" json:"after_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DefragmentResponse) Reset() {
+	*x = DefragmentResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DefragmentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DefragmentResponse) ProtoMessage() {}
+
+func (x *DefragmentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DefragmentResponse.ProtoReflect.Descriptor instead.
+func (*DefragmentResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *DefragmentResponse) GetBeforeBytes() uint64 {
+	if x != nil {
+		return x.BeforeBytes
+	}
+	return 0
+}
+
+func (x *DefragmentResponse) GetAfterBytes() uint64 {
+	if x != nil {
+		return x.AfterBytes
+	}
+	return 0
+}
+
+type DisarmAlarmsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisarmAlarmsRequest) Reset() {
+	*x = DisarmAlarmsRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisarmAlarmsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisarmAlarmsRequest) ProtoMessage() {}
+
+func (x *DisarmAlarmsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisarmAlarmsRequest.ProtoReflect.Descriptor instead.
+func (*DisarmAlarmsRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{13}
+}
+
+type DisarmAlarmsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Disarmed      []string               `protobuf:"bytes,1,rep,name=disarmed,proto3" json:"disarmed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DisarmAlarmsResponse) Reset() {
+	*x = DisarmAlarmsResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DisarmAlarmsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DisarmAlarmsResponse) ProtoMessage() {}
+
+func (x *DisarmAlarmsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DisarmAlarmsResponse.ProtoReflect.Descriptor instead.
+func (*DisarmAlarmsResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *DisarmAlarmsResponse) GetDisarmed() []string {
+	if x != nil {
+		return x.Disarmed
+	}
+	return nil
+}
+
+type AddMemberRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At which other members reach it: "https://10.5.0.12:2380". The host must be an address of the caller's that the cluster has seen.
+	PeerUrls      []string `protobuf:"bytes,1,rep,name=peer_urls,json=peerUrls,proto3" json:"peer_urls,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddMemberRequest) Reset() {
+	*x = AddMemberRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddMemberRequest) ProtoMessage() {}
+
+func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
+func (*AddMemberRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *AddMemberRequest) GetPeerUrls() []string {
+	if x != nil {
+		return x.PeerUrls
+	}
+	return nil
+}
+
+type AddMemberResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// All members, the new one included, whose name is the caller's.
+	Members []*Member `protobuf:"bytes,1,rep,name=members,proto3" json:"members,omitempty"`
+	// Hexadecimal.
+	MemberId      string `protobuf:"bytes,2,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddMemberResponse) Reset() {
+	*x = AddMemberResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddMemberResponse) ProtoMessage() {}
+
+func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
+func (*AddMemberResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *AddMemberResponse) GetMembers() []*Member {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *AddMemberResponse) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+type PromoteRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	MemberId      string                 `protobuf:"bytes,1,opt,name=member_id,json=memberId,proto3" json:"member_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteRequest) Reset() {
+	*x = PromoteRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteRequest) ProtoMessage() {}
+
+func (x *PromoteRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteRequest.ProtoReflect.Descriptor instead.
+func (*PromoteRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *PromoteRequest) GetMemberId() string {
+	if x != nil {
+		return x.MemberId
+	}
+	return ""
+}
+
+type PromoteResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PromoteResponse) Reset() {
+	*x = PromoteResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PromoteResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PromoteResponse) ProtoMessage() {}
+
+func (x *PromoteResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PromoteResponse.ProtoReflect.Descriptor instead.
+func (*PromoteResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{18}
+}
+
 var File_etcd_v1_etcd_proto protoreflect.FileDescriptor
 
 const file_etcd_v1_etcd_proto_rawDesc = "" +
@@ -392,11 +973,44 @@ const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\alearner\x18\x05 \x01(\bR\alearner\"\x17\n" +
 	"\x15StreamSnapshotRequest\"\x1b\n" +
 	"\x05Chunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data2\xcc\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x1a\n" +
+	"\x18ForfeitLeadershipRequest\"3\n" +
+	"\x19ForfeitLeadershipResponse\x12\x16\n" +
+	"\x06leader\x18\x01 \x01(\tR\x06leader\")\n" +
+	"\x13RemoveMemberRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
+	"\x14RemoveMemberResponse\"\x0e\n" +
+	"\fLeaveRequest\"\x0f\n" +
+	"\rLeaveResponse\"\x13\n" +
+	"\x11DefragmentRequest\"X\n" +
+	"\x12DefragmentResponse\x12!\n" +
+	"\fbefore_bytes\x18\x01 \x01(\x04R\vbeforeBytes\x12\x1f\n" +
+	"\vafter_bytes\x18\x02 \x01(\x04R\n" +
+	"afterBytes\"\x15\n" +
+	"\x13DisarmAlarmsRequest\"2\n" +
+	"\x14DisarmAlarmsResponse\x12\x1a\n" +
+	"\bdisarmed\x18\x01 \x03(\tR\bdisarmed\"/\n" +
+	"\x10AddMemberRequest\x12\x1b\n" +
+	"\tpeer_urls\x18\x01 \x03(\tR\bpeerUrls\"[\n" +
+	"\x11AddMemberResponse\x12)\n" +
+	"\amembers\x18\x01 \x03(\v2\x0f.etcd.v1.MemberR\amembers\x12\x1b\n" +
+	"\tmember_id\x18\x02 \x01(\tR\bmemberId\"-\n" +
+	"\x0ePromoteRequest\x12\x1b\n" +
+	"\tmember_id\x18\x01 \x01(\tR\bmemberId\"\x11\n" +
+	"\x0fPromoteResponse2\xff\x05\n" +
 	"\x04Etcd\x12Q\n" +
 	"\tGetStatus\x12\x19.etcd.v1.GetStatusRequest\x1a\x0f.etcd.v1.Status\"\x18\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\n" +
 	"\x12\b/v1/etcd\x90\x02\x01\x12f\n" +
-	"\x0eStreamSnapshot\x12\x1e.etcd.v1.StreamSnapshotRequest\x1a\x0e.etcd.v1.Chunk\"\"\xaa\xbb\x18\x02\x05\x06\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/etcd/snapshot\x90\x02\x010\x01\x1a\t\xb2\xbb\x18\x05etcddB4Z2github.com/bulkhead-os/bulkhead/api/etcd/v1;etcdv1b\x06proto3"
+	"\x0eStreamSnapshot\x12\x1e.etcd.v1.StreamSnapshotRequest\x1a\x0e.etcd.v1.Chunk\"\"\xaa\xbb\x18\x02\x05\x06\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/etcd/snapshot\x90\x02\x010\x01\x12\x87\x01\n" +
+	"\x11ForfeitLeadership\x12!.etcd.v1.ForfeitLeadershipRequest\x1a\".etcd.v1.ForfeitLeadershipResponse\"+\xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x1d\"\x1b/v1/etcd:forfeit-leadership\x90\x02\x02\x12t\n" +
+	"\fRemoveMember\x12\x1c.etcd.v1.RemoveMemberRequest\x1a\x1d.etcd.v1.RemoveMemberResponse\"'\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x19*\x17/v1/etcd/members/{name}\x90\x02\x02\x12S\n" +
+	"\x05Leave\x12\x15.etcd.v1.LeaveRequest\x1a\x16.etcd.v1.LeaveResponse\"\x1b\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x10\"\x0e/v1/etcd:leave\x12g\n" +
+	"\n" +
+	"Defragment\x12\x1a.etcd.v1.DefragmentRequest\x1a\x1b.etcd.v1.DefragmentResponse\" \xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x15\"\x13/v1/etcd:defragment\x12s\n" +
+	"\fDisarmAlarms\x12\x1c.etcd.v1.DisarmAlarmsRequest\x1a\x1d.etcd.v1.DisarmAlarmsResponse\"&\xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x18\"\x16/v1/etcd:disarm-alarms\x90\x02\x02\x1a\t\xb2\xbb\x18\x05etcdd2\xa8\x01\n" +
+	"\x05Peers\x12L\n" +
+	"\tAddMember\x12\x19.etcd.v1.AddMemberRequest\x1a\x1a.etcd.v1.AddMemberResponse\"\b\xaa\xbb\x18\x01\b\x90\x02\x02\x12F\n" +
+	"\aPromote\x12\x17.etcd.v1.PromoteRequest\x1a\x18.etcd.v1.PromoteResponse\"\b\xaa\xbb\x18\x01\b\x90\x02\x02\x1a\t\xb2\xbb\x18\x05etcddB4Z2github.com/bulkhead-os/bulkhead/api/etcd/v1;etcdv1b\x06proto3"
 
 var (
 	file_etcd_v1_etcd_proto_rawDescOnce sync.Once
@@ -410,25 +1024,54 @@ func file_etcd_v1_etcd_proto_rawDescGZIP() []byte {
 	return file_etcd_v1_etcd_proto_rawDescData
 }
 
-var file_etcd_v1_etcd_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_etcd_v1_etcd_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_etcd_v1_etcd_proto_goTypes = []any{
-	(*GetStatusRequest)(nil),      // 0: etcd.v1.GetStatusRequest
-	(*Status)(nil),                // 1: etcd.v1.Status
-	(*Member)(nil),                // 2: etcd.v1.Member
-	(*StreamSnapshotRequest)(nil), // 3: etcd.v1.StreamSnapshotRequest
-	(*Chunk)(nil),                 // 4: etcd.v1.Chunk
+	(*GetStatusRequest)(nil),          // 0: etcd.v1.GetStatusRequest
+	(*Status)(nil),                    // 1: etcd.v1.Status
+	(*Member)(nil),                    // 2: etcd.v1.Member
+	(*StreamSnapshotRequest)(nil),     // 3: etcd.v1.StreamSnapshotRequest
+	(*Chunk)(nil),                     // 4: etcd.v1.Chunk
+	(*ForfeitLeadershipRequest)(nil),  // 5: etcd.v1.ForfeitLeadershipRequest
+	(*ForfeitLeadershipResponse)(nil), // 6: etcd.v1.ForfeitLeadershipResponse
+	(*RemoveMemberRequest)(nil),       // 7: etcd.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),      // 8: etcd.v1.RemoveMemberResponse
+	(*LeaveRequest)(nil),              // 9: etcd.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 10: etcd.v1.LeaveResponse
+	(*DefragmentRequest)(nil),         // 11: etcd.v1.DefragmentRequest
+	(*DefragmentResponse)(nil),        // 12: etcd.v1.DefragmentResponse
+	(*DisarmAlarmsRequest)(nil),       // 13: etcd.v1.DisarmAlarmsRequest
+	(*DisarmAlarmsResponse)(nil),      // 14: etcd.v1.DisarmAlarmsResponse
+	(*AddMemberRequest)(nil),          // 15: etcd.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),         // 16: etcd.v1.AddMemberResponse
+	(*PromoteRequest)(nil),            // 17: etcd.v1.PromoteRequest
+	(*PromoteResponse)(nil),           // 18: etcd.v1.PromoteResponse
 }
 var file_etcd_v1_etcd_proto_depIdxs = []int32{
-	2, // 0: etcd.v1.Status.members:type_name -> etcd.v1.Member
-	0, // 1: etcd.v1.Etcd.GetStatus:input_type -> etcd.v1.GetStatusRequest
-	3, // 2: etcd.v1.Etcd.StreamSnapshot:input_type -> etcd.v1.StreamSnapshotRequest
-	1, // 3: etcd.v1.Etcd.GetStatus:output_type -> etcd.v1.Status
-	4, // 4: etcd.v1.Etcd.StreamSnapshot:output_type -> etcd.v1.Chunk
-	3, // [3:5] is the sub-list for method output_type
-	1, // [1:3] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	2,  // 0: etcd.v1.Status.members:type_name -> etcd.v1.Member
+	2,  // 1: etcd.v1.AddMemberResponse.members:type_name -> etcd.v1.Member
+	0,  // 2: etcd.v1.Etcd.GetStatus:input_type -> etcd.v1.GetStatusRequest
+	3,  // 3: etcd.v1.Etcd.StreamSnapshot:input_type -> etcd.v1.StreamSnapshotRequest
+	5,  // 4: etcd.v1.Etcd.ForfeitLeadership:input_type -> etcd.v1.ForfeitLeadershipRequest
+	7,  // 5: etcd.v1.Etcd.RemoveMember:input_type -> etcd.v1.RemoveMemberRequest
+	9,  // 6: etcd.v1.Etcd.Leave:input_type -> etcd.v1.LeaveRequest
+	11, // 7: etcd.v1.Etcd.Defragment:input_type -> etcd.v1.DefragmentRequest
+	13, // 8: etcd.v1.Etcd.DisarmAlarms:input_type -> etcd.v1.DisarmAlarmsRequest
+	15, // 9: etcd.v1.Peers.AddMember:input_type -> etcd.v1.AddMemberRequest
+	17, // 10: etcd.v1.Peers.Promote:input_type -> etcd.v1.PromoteRequest
+	1,  // 11: etcd.v1.Etcd.GetStatus:output_type -> etcd.v1.Status
+	4,  // 12: etcd.v1.Etcd.StreamSnapshot:output_type -> etcd.v1.Chunk
+	6,  // 13: etcd.v1.Etcd.ForfeitLeadership:output_type -> etcd.v1.ForfeitLeadershipResponse
+	8,  // 14: etcd.v1.Etcd.RemoveMember:output_type -> etcd.v1.RemoveMemberResponse
+	10, // 15: etcd.v1.Etcd.Leave:output_type -> etcd.v1.LeaveResponse
+	12, // 16: etcd.v1.Etcd.Defragment:output_type -> etcd.v1.DefragmentResponse
+	14, // 17: etcd.v1.Etcd.DisarmAlarms:output_type -> etcd.v1.DisarmAlarmsResponse
+	16, // 18: etcd.v1.Peers.AddMember:output_type -> etcd.v1.AddMemberResponse
+	18, // 19: etcd.v1.Peers.Promote:output_type -> etcd.v1.PromoteResponse
+	11, // [11:20] is the sub-list for method output_type
+	2,  // [2:11] is the sub-list for method input_type
+	2,  // [2:2] is the sub-list for extension type_name
+	2,  // [2:2] is the sub-list for extension extendee
+	0,  // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_etcd_v1_etcd_proto_init() }
@@ -442,9 +1085,9 @@ func file_etcd_v1_etcd_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_etcd_v1_etcd_proto_rawDesc), len(file_etcd_v1_etcd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   19,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   2,
 		},
 		GoTypes:           file_etcd_v1_etcd_proto_goTypes,
 		DependencyIndexes: file_etcd_v1_etcd_proto_depIdxs,

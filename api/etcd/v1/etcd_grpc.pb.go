@@ -21,8 +21,13 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Etcd_GetStatus_FullMethodName      = "/etcd.v1.Etcd/GetStatus"
-	Etcd_StreamSnapshot_FullMethodName = "/etcd.v1.Etcd/StreamSnapshot"
+	Etcd_GetStatus_FullMethodName         = "/etcd.v1.Etcd/GetStatus"
+	Etcd_StreamSnapshot_FullMethodName    = "/etcd.v1.Etcd/StreamSnapshot"
+	Etcd_ForfeitLeadership_FullMethodName = "/etcd.v1.Etcd/ForfeitLeadership"
+	Etcd_RemoveMember_FullMethodName      = "/etcd.v1.Etcd/RemoveMember"
+	Etcd_Leave_FullMethodName             = "/etcd.v1.Etcd/Leave"
+	Etcd_Defragment_FullMethodName        = "/etcd.v1.Etcd/Defragment"
+	Etcd_DisarmAlarms_FullMethodName      = "/etcd.v1.Etcd/DisarmAlarms"
 )
 
 // EtcdClient is the client API for Etcd service.
@@ -35,6 +40,17 @@ type EtcdClient interface {
 	GetStatus(ctx context.Context, in *GetStatusRequest, opts ...grpc.CallOption) (*Status, error)
 	// StreamSnapshot sends a snapshot of the whole database; its last 32 bytes are the SHA-256 that etcd checks on restore.
 	StreamSnapshot(ctx context.Context, in *StreamSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Chunk], error)
+	// ForfeitLeadership hands leadership to another voter; it changes nothing if this member does not lead, or is alone.
+	ForfeitLeadership(ctx context.Context, in *ForfeitLeadershipRequest, opts ...grpc.CallOption) (*ForfeitLeadershipResponse, error)
+	// RemoveMember removes another member. FAILED_PRECONDITION if the rest would have no quorum of members that answer, or it is this one: see Leave.
+	RemoveMember(ctx context.Context, in *RemoveMemberRequest, opts ...grpc.CallOption) (*RemoveMemberResponse, error)
+	// Leave removes this node's member and its data, and keeps it from joining again until the node is reset or told to. FAILED_PRECONDITION if it is the last one, or the
+	// rest would have no quorum.
+	Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.CallOption) (*LeaveResponse, error)
+	// Defragment gives the room that deleted keys took back to the file system. The member does not answer meanwhile. FAILED_PRECONDITION while another member is away.
+	Defragment(ctx context.Context, in *DefragmentRequest, opts ...grpc.CallOption) (*DefragmentResponse, error)
+	// DisarmAlarms puts out the alarms of all members. One whose cause is still there comes back.
+	DisarmAlarms(ctx context.Context, in *DisarmAlarmsRequest, opts ...grpc.CallOption) (*DisarmAlarmsResponse, error)
 }
 
 type etcdClient struct {
@@ -74,6 +90,56 @@ func (c *etcdClient) StreamSnapshot(ctx context.Context, in *StreamSnapshotReque
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Etcd_StreamSnapshotClient = grpc.ServerStreamingClient[Chunk]
 
+func (c *etcdClient) ForfeitLeadership(ctx context.Context, in *ForfeitLeadershipRequest, opts ...grpc.CallOption) (*ForfeitLeadershipResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ForfeitLeadershipResponse)
+	err := c.cc.Invoke(ctx, Etcd_ForfeitLeadership_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *etcdClient) RemoveMember(ctx context.Context, in *RemoveMemberRequest, opts ...grpc.CallOption) (*RemoveMemberResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RemoveMemberResponse)
+	err := c.cc.Invoke(ctx, Etcd_RemoveMember_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *etcdClient) Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.CallOption) (*LeaveResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LeaveResponse)
+	err := c.cc.Invoke(ctx, Etcd_Leave_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *etcdClient) Defragment(ctx context.Context, in *DefragmentRequest, opts ...grpc.CallOption) (*DefragmentResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DefragmentResponse)
+	err := c.cc.Invoke(ctx, Etcd_Defragment_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *etcdClient) DisarmAlarms(ctx context.Context, in *DisarmAlarmsRequest, opts ...grpc.CallOption) (*DisarmAlarmsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DisarmAlarmsResponse)
+	err := c.cc.Invoke(ctx, Etcd_DisarmAlarms_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // EtcdServer is the server API for Etcd service.
 // All implementations must embed UnimplementedEtcdServer
 // for forward compatibility.
@@ -84,6 +150,17 @@ type EtcdServer interface {
 	GetStatus(context.Context, *GetStatusRequest) (*Status, error)
 	// StreamSnapshot sends a snapshot of the whole database; its last 32 bytes are the SHA-256 that etcd checks on restore.
 	StreamSnapshot(*StreamSnapshotRequest, grpc.ServerStreamingServer[Chunk]) error
+	// ForfeitLeadership hands leadership to another voter; it changes nothing if this member does not lead, or is alone.
+	ForfeitLeadership(context.Context, *ForfeitLeadershipRequest) (*ForfeitLeadershipResponse, error)
+	// RemoveMember removes another member. FAILED_PRECONDITION if the rest would have no quorum of members that answer, or it is this one: see Leave.
+	RemoveMember(context.Context, *RemoveMemberRequest) (*RemoveMemberResponse, error)
+	// Leave removes this node's member and its data, and keeps it from joining again until the node is reset or told to. FAILED_PRECONDITION if it is the last one, or the
+	// rest would have no quorum.
+	Leave(context.Context, *LeaveRequest) (*LeaveResponse, error)
+	// Defragment gives the room that deleted keys took back to the file system. The member does not answer meanwhile. FAILED_PRECONDITION while another member is away.
+	Defragment(context.Context, *DefragmentRequest) (*DefragmentResponse, error)
+	// DisarmAlarms puts out the alarms of all members. One whose cause is still there comes back.
+	DisarmAlarms(context.Context, *DisarmAlarmsRequest) (*DisarmAlarmsResponse, error)
 	mustEmbedUnimplementedEtcdServer()
 }
 
@@ -99,6 +176,21 @@ func (UnimplementedEtcdServer) GetStatus(context.Context, *GetStatusRequest) (*S
 }
 func (UnimplementedEtcdServer) StreamSnapshot(*StreamSnapshotRequest, grpc.ServerStreamingServer[Chunk]) error {
 	return status.Error(codes.Unimplemented, "method StreamSnapshot not implemented")
+}
+func (UnimplementedEtcdServer) ForfeitLeadership(context.Context, *ForfeitLeadershipRequest) (*ForfeitLeadershipResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ForfeitLeadership not implemented")
+}
+func (UnimplementedEtcdServer) RemoveMember(context.Context, *RemoveMemberRequest) (*RemoveMemberResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveMember not implemented")
+}
+func (UnimplementedEtcdServer) Leave(context.Context, *LeaveRequest) (*LeaveResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Leave not implemented")
+}
+func (UnimplementedEtcdServer) Defragment(context.Context, *DefragmentRequest) (*DefragmentResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Defragment not implemented")
+}
+func (UnimplementedEtcdServer) DisarmAlarms(context.Context, *DisarmAlarmsRequest) (*DisarmAlarmsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DisarmAlarms not implemented")
 }
 func (UnimplementedEtcdServer) mustEmbedUnimplementedEtcdServer() {}
 func (UnimplementedEtcdServer) testEmbeddedByValue()              {}
@@ -150,6 +242,96 @@ func _Etcd_StreamSnapshot_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Etcd_StreamSnapshotServer = grpc.ServerStreamingServer[Chunk]
 
+func _Etcd_ForfeitLeadership_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ForfeitLeadershipRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EtcdServer).ForfeitLeadership(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Etcd_ForfeitLeadership_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EtcdServer).ForfeitLeadership(ctx, req.(*ForfeitLeadershipRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Etcd_RemoveMember_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveMemberRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EtcdServer).RemoveMember(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Etcd_RemoveMember_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EtcdServer).RemoveMember(ctx, req.(*RemoveMemberRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Etcd_Leave_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LeaveRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EtcdServer).Leave(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Etcd_Leave_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EtcdServer).Leave(ctx, req.(*LeaveRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Etcd_Defragment_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DefragmentRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EtcdServer).Defragment(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Etcd_Defragment_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EtcdServer).Defragment(ctx, req.(*DefragmentRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Etcd_DisarmAlarms_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DisarmAlarmsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EtcdServer).DisarmAlarms(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Etcd_DisarmAlarms_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EtcdServer).DisarmAlarms(ctx, req.(*DisarmAlarmsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Etcd_ServiceDesc is the grpc.ServiceDesc for Etcd service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -161,6 +343,26 @@ var Etcd_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "GetStatus",
 			Handler:    _Etcd_GetStatus_Handler,
 		},
+		{
+			MethodName: "ForfeitLeadership",
+			Handler:    _Etcd_ForfeitLeadership_Handler,
+		},
+		{
+			MethodName: "RemoveMember",
+			Handler:    _Etcd_RemoveMember_Handler,
+		},
+		{
+			MethodName: "Leave",
+			Handler:    _Etcd_Leave_Handler,
+		},
+		{
+			MethodName: "Defragment",
+			Handler:    _Etcd_Defragment_Handler,
+		},
+		{
+			MethodName: "DisarmAlarms",
+			Handler:    _Etcd_DisarmAlarms_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
@@ -169,5 +371,155 @@ var Etcd_ServiceDesc = grpc.ServiceDesc{
 			ServerStreams: true,
 		},
 	},
+	Metadata: "etcd/v1/etcd.proto",
+}
+
+const (
+	Peers_AddMember_FullMethodName = "/etcd.v1.Peers/AddMember"
+	Peers_Promote_FullMethodName   = "/etcd.v1.Peers/Promote"
+)
+
+// PeersClient is the client API for Peers service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Peers is for the members on other control planes.
+type PeersClient interface {
+	// AddMember adds the calling node's member as a learner, and returns what it needs to start. A learner of that name and address is there already after a lost answer: it
+	// is returned. A voter of that name with other addresses, or one whose data was lost, is FAILED_PRECONDITION: it must be removed first.
+	AddMember(ctx context.Context, in *AddMemberRequest, opts ...grpc.CallOption) (*AddMemberResponse, error)
+	// Promote makes the caller's learner a voter. FAILED_PRECONDITION while it has not caught up: ask again.
+	Promote(ctx context.Context, in *PromoteRequest, opts ...grpc.CallOption) (*PromoteResponse, error)
+}
+
+type peersClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewPeersClient(cc grpc.ClientConnInterface) PeersClient {
+	return &peersClient{cc}
+}
+
+func (c *peersClient) AddMember(ctx context.Context, in *AddMemberRequest, opts ...grpc.CallOption) (*AddMemberResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AddMemberResponse)
+	err := c.cc.Invoke(ctx, Peers_AddMember_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *peersClient) Promote(ctx context.Context, in *PromoteRequest, opts ...grpc.CallOption) (*PromoteResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PromoteResponse)
+	err := c.cc.Invoke(ctx, Peers_Promote_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// PeersServer is the server API for Peers service.
+// All implementations must embed UnimplementedPeersServer
+// for forward compatibility.
+//
+// Peers is for the members on other control planes.
+type PeersServer interface {
+	// AddMember adds the calling node's member as a learner, and returns what it needs to start. A learner of that name and address is there already after a lost answer: it
+	// is returned. A voter of that name with other addresses, or one whose data was lost, is FAILED_PRECONDITION: it must be removed first.
+	AddMember(context.Context, *AddMemberRequest) (*AddMemberResponse, error)
+	// Promote makes the caller's learner a voter. FAILED_PRECONDITION while it has not caught up: ask again.
+	Promote(context.Context, *PromoteRequest) (*PromoteResponse, error)
+	mustEmbedUnimplementedPeersServer()
+}
+
+// UnimplementedPeersServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedPeersServer struct{}
+
+func (UnimplementedPeersServer) AddMember(context.Context, *AddMemberRequest) (*AddMemberResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AddMember not implemented")
+}
+func (UnimplementedPeersServer) Promote(context.Context, *PromoteRequest) (*PromoteResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Promote not implemented")
+}
+func (UnimplementedPeersServer) mustEmbedUnimplementedPeersServer() {}
+func (UnimplementedPeersServer) testEmbeddedByValue()               {}
+
+// UnsafePeersServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to PeersServer will
+// result in compilation errors.
+type UnsafePeersServer interface {
+	mustEmbedUnimplementedPeersServer()
+}
+
+func RegisterPeersServer(s grpc.ServiceRegistrar, srv PeersServer) {
+	// If the following call panics, it indicates UnimplementedPeersServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Peers_ServiceDesc, srv)
+}
+
+func _Peers_AddMember_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AddMemberRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeersServer).AddMember(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peers_AddMember_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeersServer).AddMember(ctx, req.(*AddMemberRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Peers_Promote_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PromoteRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PeersServer).Promote(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Peers_Promote_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PeersServer).Promote(ctx, req.(*PromoteRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Peers_ServiceDesc is the grpc.ServiceDesc for Peers service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Peers_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "etcd.v1.Peers",
+	HandlerType: (*PeersServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "AddMember",
+			Handler:    _Peers_AddMember_Handler,
+		},
+		{
+			MethodName: "Promote",
+			Handler:    _Peers_Promote_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
 	Metadata: "etcd/v1/etcd.proto",
 }

@@ -159,6 +159,140 @@ func (x *ClaimResponse) GetProof() []byte {
 	return nil
 }
 
+type JoinClusterRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From MakeJoinToken.
+	Token string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// Host and port of control planes' apid; at least one, at most 16.
+	Endpoints []string `protobuf:"bytes,2,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
+	// What the node is called in the cluster.
+	Name  string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	Proof []byte `protobuf:"bytes,4,opt,name=proof,proto3" json:"proof,omitempty"`
+	// Put in by apid, which ends the connection; what a caller sends here is overwritten.
+	ChannelBinding []byte `protobuf:"bytes,5,opt,name=channel_binding,json=channelBinding,proto3" json:"channel_binding,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *JoinClusterRequest) Reset() {
+	*x = JoinClusterRequest{}
+	mi := &file_trust_v1_trust_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinClusterRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinClusterRequest) ProtoMessage() {}
+
+func (x *JoinClusterRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_trust_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinClusterRequest.ProtoReflect.Descriptor instead.
+func (*JoinClusterRequest) Descriptor() ([]byte, []int) {
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *JoinClusterRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *JoinClusterRequest) GetEndpoints() []string {
+	if x != nil {
+		return x.Endpoints
+	}
+	return nil
+}
+
+func (x *JoinClusterRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *JoinClusterRequest) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+func (x *JoinClusterRequest) GetChannelBinding() []byte {
+	if x != nil {
+		return x.ChannelBinding
+	}
+	return nil
+}
+
+type JoinClusterResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The cluster's authority for the Bulkhead API, DER.
+	Ca []byte `protobuf:"bytes,1,opt,name=ca,proto3" json:"ca,omitempty"`
+	// "controlplane" or "worker".
+	Role          string `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinClusterResponse) Reset() {
+	*x = JoinClusterResponse{}
+	mi := &file_trust_v1_trust_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinClusterResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinClusterResponse) ProtoMessage() {}
+
+func (x *JoinClusterResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_trust_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinClusterResponse.ProtoReflect.Descriptor instead.
+func (*JoinClusterResponse) Descriptor() ([]byte, []int) {
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *JoinClusterResponse) GetCa() []byte {
+	if x != nil {
+		return x.Ca
+	}
+	return nil
+}
+
+func (x *JoinClusterResponse) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
 type BootstrapRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -167,7 +301,7 @@ type BootstrapRequest struct {
 
 func (x *BootstrapRequest) Reset() {
 	*x = BootstrapRequest{}
-	mi := &file_trust_v1_trust_proto_msgTypes[2]
+	mi := &file_trust_v1_trust_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -179,7 +313,7 @@ func (x *BootstrapRequest) String() string {
 func (*BootstrapRequest) ProtoMessage() {}
 
 func (x *BootstrapRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[2]
+	mi := &file_trust_v1_trust_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -192,7 +326,7 @@ func (x *BootstrapRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BootstrapRequest.ProtoReflect.Descriptor instead.
 func (*BootstrapRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{2}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{4}
 }
 
 type BootstrapResponse struct {
@@ -205,7 +339,7 @@ type BootstrapResponse struct {
 
 func (x *BootstrapResponse) Reset() {
 	*x = BootstrapResponse{}
-	mi := &file_trust_v1_trust_proto_msgTypes[3]
+	mi := &file_trust_v1_trust_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -217,7 +351,7 @@ func (x *BootstrapResponse) String() string {
 func (*BootstrapResponse) ProtoMessage() {}
 
 func (x *BootstrapResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[3]
+	mi := &file_trust_v1_trust_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -230,7 +364,7 @@ func (x *BootstrapResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BootstrapResponse.ProtoReflect.Descriptor instead.
 func (*BootstrapResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{3}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *BootstrapResponse) GetAlready() bool {
@@ -254,7 +388,7 @@ type MintTokenRequest struct {
 
 func (x *MintTokenRequest) Reset() {
 	*x = MintTokenRequest{}
-	mi := &file_trust_v1_trust_proto_msgTypes[4]
+	mi := &file_trust_v1_trust_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -266,7 +400,7 @@ func (x *MintTokenRequest) String() string {
 func (*MintTokenRequest) ProtoMessage() {}
 
 func (x *MintTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[4]
+	mi := &file_trust_v1_trust_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -279,7 +413,7 @@ func (x *MintTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MintTokenRequest.ProtoReflect.Descriptor instead.
 func (*MintTokenRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{4}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *MintTokenRequest) GetName() string {
@@ -314,7 +448,7 @@ type MintTokenResponse struct {
 
 func (x *MintTokenResponse) Reset() {
 	*x = MintTokenResponse{}
-	mi := &file_trust_v1_trust_proto_msgTypes[5]
+	mi := &file_trust_v1_trust_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -326,7 +460,7 @@ func (x *MintTokenResponse) String() string {
 func (*MintTokenResponse) ProtoMessage() {}
 
 func (x *MintTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[5]
+	mi := &file_trust_v1_trust_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -339,7 +473,7 @@ func (x *MintTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MintTokenResponse.ProtoReflect.Descriptor instead.
 func (*MintTokenResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{5}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *MintTokenResponse) GetToken() string {
@@ -377,7 +511,7 @@ type IssueCertificateRequest struct {
 
 func (x *IssueCertificateRequest) Reset() {
 	*x = IssueCertificateRequest{}
-	mi := &file_trust_v1_trust_proto_msgTypes[6]
+	mi := &file_trust_v1_trust_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -389,7 +523,7 @@ func (x *IssueCertificateRequest) String() string {
 func (*IssueCertificateRequest) ProtoMessage() {}
 
 func (x *IssueCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[6]
+	mi := &file_trust_v1_trust_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -402,7 +536,7 @@ func (x *IssueCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCertificateRequest.ProtoReflect.Descriptor instead.
 func (*IssueCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{6}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *IssueCertificateRequest) GetCsr() []byte {
@@ -445,7 +579,7 @@ type IssueCertificateResponse struct {
 
 func (x *IssueCertificateResponse) Reset() {
 	*x = IssueCertificateResponse{}
-	mi := &file_trust_v1_trust_proto_msgTypes[7]
+	mi := &file_trust_v1_trust_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -457,7 +591,7 @@ func (x *IssueCertificateResponse) String() string {
 func (*IssueCertificateResponse) ProtoMessage() {}
 
 func (x *IssueCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[7]
+	mi := &file_trust_v1_trust_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -470,7 +604,7 @@ func (x *IssueCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCertificateResponse.ProtoReflect.Descriptor instead.
 func (*IssueCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{7}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *IssueCertificateResponse) GetCertificate() []byte {
@@ -509,7 +643,7 @@ type ListCertificatesRequest struct {
 
 func (x *ListCertificatesRequest) Reset() {
 	*x = ListCertificatesRequest{}
-	mi := &file_trust_v1_trust_proto_msgTypes[8]
+	mi := &file_trust_v1_trust_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -521,7 +655,7 @@ func (x *ListCertificatesRequest) String() string {
 func (*ListCertificatesRequest) ProtoMessage() {}
 
 func (x *ListCertificatesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[8]
+	mi := &file_trust_v1_trust_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -534,7 +668,7 @@ func (x *ListCertificatesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCertificatesRequest.ProtoReflect.Descriptor instead.
 func (*ListCertificatesRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{8}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{10}
 }
 
 type ListCertificatesResponse struct {
@@ -546,7 +680,7 @@ type ListCertificatesResponse struct {
 
 func (x *ListCertificatesResponse) Reset() {
 	*x = ListCertificatesResponse{}
-	mi := &file_trust_v1_trust_proto_msgTypes[9]
+	mi := &file_trust_v1_trust_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +692,7 @@ func (x *ListCertificatesResponse) String() string {
 func (*ListCertificatesResponse) ProtoMessage() {}
 
 func (x *ListCertificatesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[9]
+	mi := &file_trust_v1_trust_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +705,7 @@ func (x *ListCertificatesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCertificatesResponse.ProtoReflect.Descriptor instead.
 func (*ListCertificatesResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{9}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListCertificatesResponse) GetCertificates() []*Certificate {
@@ -601,7 +735,7 @@ type Certificate struct {
 
 func (x *Certificate) Reset() {
 	*x = Certificate{}
-	mi := &file_trust_v1_trust_proto_msgTypes[10]
+	mi := &file_trust_v1_trust_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -613,7 +747,7 @@ func (x *Certificate) String() string {
 func (*Certificate) ProtoMessage() {}
 
 func (x *Certificate) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[10]
+	mi := &file_trust_v1_trust_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -626,7 +760,7 @@ func (x *Certificate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Certificate.ProtoReflect.Descriptor instead.
 func (*Certificate) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{10}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Certificate) GetProfile() string {
@@ -700,7 +834,7 @@ type WatchTrustRequest struct {
 
 func (x *WatchTrustRequest) Reset() {
 	*x = WatchTrustRequest{}
-	mi := &file_trust_v1_trust_proto_msgTypes[11]
+	mi := &file_trust_v1_trust_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -712,7 +846,7 @@ func (x *WatchTrustRequest) String() string {
 func (*WatchTrustRequest) ProtoMessage() {}
 
 func (x *WatchTrustRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[11]
+	mi := &file_trust_v1_trust_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -725,7 +859,7 @@ func (x *WatchTrustRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTrustRequest.ProtoReflect.Descriptor instead.
 func (*WatchTrustRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{11}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{13}
 }
 
 type TrustState struct {
@@ -744,14 +878,22 @@ type TrustState struct {
 	// Names from the document that server certificates get. When they change, such certificates are asked for anew.
 	Names []string `protobuf:"bytes,8,rep,name=names,proto3" json:"names,omitempty"`
 	// STATE is encrypted and locked: whether somebody owns this node is written on it, and not known. All else is empty then.
-	Locked        bool `protobuf:"varint,9,opt,name=locked,proto3" json:"locked,omitempty"`
+	Locked bool `protobuf:"varint,9,opt,name=locked,proto3" json:"locked,omitempty"`
+	// The node's own place in the cluster; "" until it has one.
+	NodeName string `protobuf:"bytes,10,opt,name=node_name,json=nodeName,proto3" json:"node_name,omitempty"`
+	// "controlplane" or "worker".
+	NodeRole string `protobuf:"bytes,11,opt,name=node_role,json=nodeRole,proto3" json:"node_role,omitempty"`
+	// The nodes of the cluster, this one included, ordered by name. Empty while the cluster's state cannot be read; a node keeps what it knew last.
+	Nodes []*ClusterNode `protobuf:"bytes,12,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	// Serials of certificates and ids of tokens that are void though they have not expired, in order.
+	Revoked       []string `protobuf:"bytes,13,rep,name=revoked,proto3" json:"revoked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TrustState) Reset() {
 	*x = TrustState{}
-	mi := &file_trust_v1_trust_proto_msgTypes[12]
+	mi := &file_trust_v1_trust_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -763,7 +905,7 @@ func (x *TrustState) String() string {
 func (*TrustState) ProtoMessage() {}
 
 func (x *TrustState) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[12]
+	mi := &file_trust_v1_trust_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -776,7 +918,7 @@ func (x *TrustState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustState.ProtoReflect.Descriptor instead.
 func (*TrustState) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{12}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *TrustState) GetClaimed() bool {
@@ -842,6 +984,105 @@ func (x *TrustState) GetLocked() bool {
 	return false
 }
 
+func (x *TrustState) GetNodeName() string {
+	if x != nil {
+		return x.NodeName
+	}
+	return ""
+}
+
+func (x *TrustState) GetNodeRole() string {
+	if x != nil {
+		return x.NodeRole
+	}
+	return ""
+}
+
+func (x *TrustState) GetNodes() []*ClusterNode {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *TrustState) GetRevoked() []string {
+	if x != nil {
+		return x.Revoked
+	}
+	return nil
+}
+
+// ClusterNode is a member as other nodes need to know it.
+type ClusterNode struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Role  string                 `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	// Addresses at which its apid can be called, on port 50000.
+	Addresses []string `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// SHA-256 of the node's own public key (SubjectPublicKeyInfo), hexadecimal.
+	Key           string `protobuf:"bytes,4,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ClusterNode) Reset() {
+	*x = ClusterNode{}
+	mi := &file_trust_v1_trust_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ClusterNode) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ClusterNode) ProtoMessage() {}
+
+func (x *ClusterNode) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_trust_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ClusterNode.ProtoReflect.Descriptor instead.
+func (*ClusterNode) Descriptor() ([]byte, []int) {
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ClusterNode) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ClusterNode) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *ClusterNode) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *ClusterNode) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
 type TokenKey struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The "kid" in the token's header (RFC 7515 section 4.1.4).
@@ -853,7 +1094,7 @@ type TokenKey struct {
 
 func (x *TokenKey) Reset() {
 	*x = TokenKey{}
-	mi := &file_trust_v1_trust_proto_msgTypes[13]
+	mi := &file_trust_v1_trust_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -865,7 +1106,7 @@ func (x *TokenKey) String() string {
 func (*TokenKey) ProtoMessage() {}
 
 func (x *TokenKey) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[13]
+	mi := &file_trust_v1_trust_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -878,7 +1119,7 @@ func (x *TokenKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenKey.ProtoReflect.Descriptor instead.
 func (*TokenKey) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{13}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TokenKey) GetId() string {
@@ -910,7 +1151,7 @@ type SignCertificateRequest struct {
 
 func (x *SignCertificateRequest) Reset() {
 	*x = SignCertificateRequest{}
-	mi := &file_trust_v1_trust_proto_msgTypes[14]
+	mi := &file_trust_v1_trust_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -922,7 +1163,7 @@ func (x *SignCertificateRequest) String() string {
 func (*SignCertificateRequest) ProtoMessage() {}
 
 func (x *SignCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[14]
+	mi := &file_trust_v1_trust_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -935,7 +1176,7 @@ func (x *SignCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignCertificateRequest.ProtoReflect.Descriptor instead.
 func (*SignCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{14}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SignCertificateRequest) GetProfile() string {
@@ -971,7 +1212,7 @@ type SignCertificateResponse struct {
 
 func (x *SignCertificateResponse) Reset() {
 	*x = SignCertificateResponse{}
-	mi := &file_trust_v1_trust_proto_msgTypes[15]
+	mi := &file_trust_v1_trust_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -983,7 +1224,7 @@ func (x *SignCertificateResponse) String() string {
 func (*SignCertificateResponse) ProtoMessage() {}
 
 func (x *SignCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[15]
+	mi := &file_trust_v1_trust_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -996,7 +1237,7 @@ func (x *SignCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignCertificateResponse.ProtoReflect.Descriptor instead.
 func (*SignCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{15}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SignCertificateResponse) GetCertificate() string {
@@ -1026,7 +1267,16 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\rClaimResponse\x12\x0e\n" +
 	"\x02ca\x18\x01 \x01(\fR\x02ca\x12 \n" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\x12\x14\n" +
-	"\x05proof\x18\x03 \x01(\fR\x05proof\"\x12\n" +
+	"\x05proof\x18\x03 \x01(\fR\x05proof\"\x9b\x01\n" +
+	"\x12JoinClusterRequest\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x1c\n" +
+	"\tendpoints\x18\x02 \x03(\tR\tendpoints\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x14\n" +
+	"\x05proof\x18\x04 \x01(\fR\x05proof\x12'\n" +
+	"\x0fchannel_binding\x18\x05 \x01(\fR\x0echannelBinding\"9\n" +
+	"\x13JoinClusterResponse\x12\x0e\n" +
+	"\x02ca\x18\x01 \x01(\fR\x02ca\x12\x12\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\"\x12\n" +
 	"\x10BootstrapRequest\"-\n" +
 	"\x11BootstrapResponse\x12\x18\n" +
 	"\aalready\x18\x01 \x01(\bR\aalready\"]\n" +
@@ -1064,7 +1314,7 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\x06sha256\x18\a \x01(\tR\x06sha256\x12\x14\n" +
 	"\x05names\x18\b \x03(\tR\x05names\x12\x10\n" +
 	"\x03pem\x18\t \x01(\tR\x03pem\"\x13\n" +
-	"\x11WatchTrustRequest\"\xa4\x02\n" +
+	"\x11WatchTrustRequest\"\xa5\x03\n" +
 	"\n" +
 	"TrustState\x12\x18\n" +
 	"\aclaimed\x18\x01 \x01(\bR\aclaimed\x12\"\n" +
@@ -1076,7 +1326,17 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\n" +
 	"token_keys\x18\a \x03(\v2\x12.trust.v1.TokenKeyR\ttokenKeys\x12\x14\n" +
 	"\x05names\x18\b \x03(\tR\x05names\x12\x16\n" +
-	"\x06locked\x18\t \x01(\bR\x06locked\"9\n" +
+	"\x06locked\x18\t \x01(\bR\x06locked\x12\x1b\n" +
+	"\tnode_name\x18\n" +
+	" \x01(\tR\bnodeName\x12\x1b\n" +
+	"\tnode_role\x18\v \x01(\tR\bnodeRole\x12+\n" +
+	"\x05nodes\x18\f \x03(\v2\x15.trust.v1.ClusterNodeR\x05nodes\x12\x18\n" +
+	"\arevoked\x18\r \x03(\tR\arevoked\"e\n" +
+	"\vClusterNode\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\x12\x1c\n" +
+	"\taddresses\x18\x03 \x03(\tR\taddresses\x12\x10\n" +
+	"\x03key\x18\x04 \x01(\tR\x03key\"9\n" +
 	"\bTokenKey\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -1088,9 +1348,10 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"ttlSeconds\"K\n" +
 	"\x17SignCertificateResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\tR\vcertificate\x12\x0e\n" +
-	"\x02ca\x18\x02 \x01(\tR\x02ca2T\n" +
+	"\x02ca\x18\x02 \x01(\tR\x02ca2\xa7\x01\n" +
 	"\x05Claim\x12?\n" +
-	"\x05Claim\x12\x16.trust.v1.ClaimRequest\x1a\x17.trust.v1.ClaimResponse\"\x05\xaa\xbb\x18\x01\x02\x1a\n" +
+	"\x05Claim\x12\x16.trust.v1.ClaimRequest\x1a\x17.trust.v1.ClaimResponse\"\x05\xaa\xbb\x18\x01\x02\x12Q\n" +
+	"\vJoinCluster\x12\x1c.trust.v1.JoinClusterRequest\x1a\x1d.trust.v1.JoinClusterResponse\"\x05\xaa\xbb\x18\x01\x02\x1a\n" +
 	"\xb2\xbb\x18\x06trustd2\xdc\x03\n" +
 	"\x05Trust\x12k\n" +
 	"\tBootstrap\x12\x1a.trust.v1.BootstrapRequest\x1a\x1b.trust.v1.BootstrapResponse\"%\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x17\"\x15/v1/cluster:bootstrap\x90\x02\x02\x12`\n" +
@@ -1116,52 +1377,58 @@ func file_trust_v1_trust_proto_rawDescGZIP() []byte {
 	return file_trust_v1_trust_proto_rawDescData
 }
 
-var file_trust_v1_trust_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_trust_v1_trust_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_trust_v1_trust_proto_goTypes = []any{
 	(*ClaimRequest)(nil),             // 0: trust.v1.ClaimRequest
 	(*ClaimResponse)(nil),            // 1: trust.v1.ClaimResponse
-	(*BootstrapRequest)(nil),         // 2: trust.v1.BootstrapRequest
-	(*BootstrapResponse)(nil),        // 3: trust.v1.BootstrapResponse
-	(*MintTokenRequest)(nil),         // 4: trust.v1.MintTokenRequest
-	(*MintTokenResponse)(nil),        // 5: trust.v1.MintTokenResponse
-	(*IssueCertificateRequest)(nil),  // 6: trust.v1.IssueCertificateRequest
-	(*IssueCertificateResponse)(nil), // 7: trust.v1.IssueCertificateResponse
-	(*ListCertificatesRequest)(nil),  // 8: trust.v1.ListCertificatesRequest
-	(*ListCertificatesResponse)(nil), // 9: trust.v1.ListCertificatesResponse
-	(*Certificate)(nil),              // 10: trust.v1.Certificate
-	(*WatchTrustRequest)(nil),        // 11: trust.v1.WatchTrustRequest
-	(*TrustState)(nil),               // 12: trust.v1.TrustState
-	(*TokenKey)(nil),                 // 13: trust.v1.TokenKey
-	(*SignCertificateRequest)(nil),   // 14: trust.v1.SignCertificateRequest
-	(*SignCertificateResponse)(nil),  // 15: trust.v1.SignCertificateResponse
-	(*timestamppb.Timestamp)(nil),    // 16: google.protobuf.Timestamp
+	(*JoinClusterRequest)(nil),       // 2: trust.v1.JoinClusterRequest
+	(*JoinClusterResponse)(nil),      // 3: trust.v1.JoinClusterResponse
+	(*BootstrapRequest)(nil),         // 4: trust.v1.BootstrapRequest
+	(*BootstrapResponse)(nil),        // 5: trust.v1.BootstrapResponse
+	(*MintTokenRequest)(nil),         // 6: trust.v1.MintTokenRequest
+	(*MintTokenResponse)(nil),        // 7: trust.v1.MintTokenResponse
+	(*IssueCertificateRequest)(nil),  // 8: trust.v1.IssueCertificateRequest
+	(*IssueCertificateResponse)(nil), // 9: trust.v1.IssueCertificateResponse
+	(*ListCertificatesRequest)(nil),  // 10: trust.v1.ListCertificatesRequest
+	(*ListCertificatesResponse)(nil), // 11: trust.v1.ListCertificatesResponse
+	(*Certificate)(nil),              // 12: trust.v1.Certificate
+	(*WatchTrustRequest)(nil),        // 13: trust.v1.WatchTrustRequest
+	(*TrustState)(nil),               // 14: trust.v1.TrustState
+	(*ClusterNode)(nil),              // 15: trust.v1.ClusterNode
+	(*TokenKey)(nil),                 // 16: trust.v1.TokenKey
+	(*SignCertificateRequest)(nil),   // 17: trust.v1.SignCertificateRequest
+	(*SignCertificateResponse)(nil),  // 18: trust.v1.SignCertificateResponse
+	(*timestamppb.Timestamp)(nil),    // 19: google.protobuf.Timestamp
 }
 var file_trust_v1_trust_proto_depIdxs = []int32{
-	16, // 0: trust.v1.MintTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	16, // 1: trust.v1.IssueCertificateResponse.expires:type_name -> google.protobuf.Timestamp
-	10, // 2: trust.v1.ListCertificatesResponse.certificates:type_name -> trust.v1.Certificate
-	16, // 3: trust.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
-	16, // 4: trust.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
-	13, // 5: trust.v1.TrustState.token_keys:type_name -> trust.v1.TokenKey
-	0,  // 6: trust.v1.Claim.Claim:input_type -> trust.v1.ClaimRequest
-	2,  // 7: trust.v1.Trust.Bootstrap:input_type -> trust.v1.BootstrapRequest
-	4,  // 8: trust.v1.Trust.MintToken:input_type -> trust.v1.MintTokenRequest
-	6,  // 9: trust.v1.Trust.IssueCertificate:input_type -> trust.v1.IssueCertificateRequest
-	8,  // 10: trust.v1.Trust.ListCertificates:input_type -> trust.v1.ListCertificatesRequest
-	11, // 11: trust.v1.Signer.WatchTrust:input_type -> trust.v1.WatchTrustRequest
-	14, // 12: trust.v1.Signer.SignCertificate:input_type -> trust.v1.SignCertificateRequest
-	1,  // 13: trust.v1.Claim.Claim:output_type -> trust.v1.ClaimResponse
-	3,  // 14: trust.v1.Trust.Bootstrap:output_type -> trust.v1.BootstrapResponse
-	5,  // 15: trust.v1.Trust.MintToken:output_type -> trust.v1.MintTokenResponse
-	7,  // 16: trust.v1.Trust.IssueCertificate:output_type -> trust.v1.IssueCertificateResponse
-	9,  // 17: trust.v1.Trust.ListCertificates:output_type -> trust.v1.ListCertificatesResponse
-	12, // 18: trust.v1.Signer.WatchTrust:output_type -> trust.v1.TrustState
-	15, // 19: trust.v1.Signer.SignCertificate:output_type -> trust.v1.SignCertificateResponse
-	13, // [13:20] is the sub-list for method output_type
-	6,  // [6:13] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	19, // 0: trust.v1.MintTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	19, // 1: trust.v1.IssueCertificateResponse.expires:type_name -> google.protobuf.Timestamp
+	12, // 2: trust.v1.ListCertificatesResponse.certificates:type_name -> trust.v1.Certificate
+	19, // 3: trust.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
+	19, // 4: trust.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
+	16, // 5: trust.v1.TrustState.token_keys:type_name -> trust.v1.TokenKey
+	15, // 6: trust.v1.TrustState.nodes:type_name -> trust.v1.ClusterNode
+	0,  // 7: trust.v1.Claim.Claim:input_type -> trust.v1.ClaimRequest
+	2,  // 8: trust.v1.Claim.JoinCluster:input_type -> trust.v1.JoinClusterRequest
+	4,  // 9: trust.v1.Trust.Bootstrap:input_type -> trust.v1.BootstrapRequest
+	6,  // 10: trust.v1.Trust.MintToken:input_type -> trust.v1.MintTokenRequest
+	8,  // 11: trust.v1.Trust.IssueCertificate:input_type -> trust.v1.IssueCertificateRequest
+	10, // 12: trust.v1.Trust.ListCertificates:input_type -> trust.v1.ListCertificatesRequest
+	13, // 13: trust.v1.Signer.WatchTrust:input_type -> trust.v1.WatchTrustRequest
+	17, // 14: trust.v1.Signer.SignCertificate:input_type -> trust.v1.SignCertificateRequest
+	1,  // 15: trust.v1.Claim.Claim:output_type -> trust.v1.ClaimResponse
+	3,  // 16: trust.v1.Claim.JoinCluster:output_type -> trust.v1.JoinClusterResponse
+	5,  // 17: trust.v1.Trust.Bootstrap:output_type -> trust.v1.BootstrapResponse
+	7,  // 18: trust.v1.Trust.MintToken:output_type -> trust.v1.MintTokenResponse
+	9,  // 19: trust.v1.Trust.IssueCertificate:output_type -> trust.v1.IssueCertificateResponse
+	11, // 20: trust.v1.Trust.ListCertificates:output_type -> trust.v1.ListCertificatesResponse
+	14, // 21: trust.v1.Signer.WatchTrust:output_type -> trust.v1.TrustState
+	18, // 22: trust.v1.Signer.SignCertificate:output_type -> trust.v1.SignCertificateResponse
+	15, // [15:23] is the sub-list for method output_type
+	7,  // [7:15] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_trust_v1_trust_proto_init() }
@@ -1175,7 +1442,7 @@ func file_trust_v1_trust_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_trust_v1_trust_proto_rawDesc), len(file_trust_v1_trust_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -21,7 +21,8 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Claim_Claim_FullMethodName = "/trust.v1.Claim/Claim"
+	Claim_Claim_FullMethodName       = "/trust.v1.Claim/Claim"
+	Claim_JoinCluster_FullMethodName = "/trust.v1.Claim/JoinCluster"
 )
 
 // ClaimClient is the client API for Claim service.
@@ -39,6 +40,11 @@ type ClaimClient interface {
 	// so that nobody in between can pass either on. A wrong proof is UNAUTHENTICATED, and
 	// is delayed; a node that is claimed already is FAILED_PRECONDITION.
 	Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.CallOption) (*ClaimResponse, error)
+	// JoinCluster makes the node a member of a cluster that there is already, whose administrators own it from then on.
+	//
+	// The proof is made like Claim's: HMAC-SHA256(code, "join" || ekm || name || 0 || token || 0 || each endpoint || 0). The node calls the endpoints in turn
+	// until one answers; the answer comes when the cluster has admitted or refused it, and is the cluster's own word. Before that nothing changes, and it may be tried again.
+	JoinCluster(ctx context.Context, in *JoinClusterRequest, opts ...grpc.CallOption) (*JoinClusterResponse, error)
 }
 
 type claimClient struct {
@@ -53,6 +59,16 @@ func (c *claimClient) Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ClaimResponse)
 	err := c.cc.Invoke(ctx, Claim_Claim_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *claimClient) JoinCluster(ctx context.Context, in *JoinClusterRequest, opts ...grpc.CallOption) (*JoinClusterResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(JoinClusterResponse)
+	err := c.cc.Invoke(ctx, Claim_JoinCluster_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -74,6 +90,11 @@ type ClaimServer interface {
 	// so that nobody in between can pass either on. A wrong proof is UNAUTHENTICATED, and
 	// is delayed; a node that is claimed already is FAILED_PRECONDITION.
 	Claim(context.Context, *ClaimRequest) (*ClaimResponse, error)
+	// JoinCluster makes the node a member of a cluster that there is already, whose administrators own it from then on.
+	//
+	// The proof is made like Claim's: HMAC-SHA256(code, "join" || ekm || name || 0 || token || 0 || each endpoint || 0). The node calls the endpoints in turn
+	// until one answers; the answer comes when the cluster has admitted or refused it, and is the cluster's own word. Before that nothing changes, and it may be tried again.
+	JoinCluster(context.Context, *JoinClusterRequest) (*JoinClusterResponse, error)
 	mustEmbedUnimplementedClaimServer()
 }
 
@@ -86,6 +107,9 @@ type UnimplementedClaimServer struct{}
 
 func (UnimplementedClaimServer) Claim(context.Context, *ClaimRequest) (*ClaimResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Claim not implemented")
+}
+func (UnimplementedClaimServer) JoinCluster(context.Context, *JoinClusterRequest) (*JoinClusterResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method JoinCluster not implemented")
 }
 func (UnimplementedClaimServer) mustEmbedUnimplementedClaimServer() {}
 func (UnimplementedClaimServer) testEmbeddedByValue()               {}
@@ -126,6 +150,24 @@ func _Claim_Claim_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Claim_JoinCluster_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(JoinClusterRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ClaimServer).JoinCluster(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Claim_JoinCluster_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ClaimServer).JoinCluster(ctx, req.(*JoinClusterRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Claim_ServiceDesc is the grpc.ServiceDesc for Claim service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -136,6 +178,10 @@ var Claim_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Claim",
 			Handler:    _Claim_Claim_Handler,
+		},
+		{
+			MethodName: "JoinCluster",
+			Handler:    _Claim_JoinCluster_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
