@@ -106,9 +106,8 @@ func TestCluster(t *testing.T) {
 	defer g.Wait()
 	defer stop()
 
-	n2.start(t)
+	interrupted(ctx, t, n1, n2)
 	n3.start(t)
-	n2.until(t, converged)
 	n3.until(t, converged)
 	w.check(ctx, t, n2)
 	w.check(ctx, t, n3)
@@ -126,9 +125,48 @@ func TestCluster(t *testing.T) {
 	t.Run("leader forfeits", func(t *testing.T) { forfeits(ctx, t, nodes) })
 	t.Run("second machine of one name", func(t *testing.T) { impostor(ctx, t, n1) })
 	t.Run("one is down", func(t *testing.T) { oneDown(ctx, t, &w, n1, n2, n3) })
+	t.Run("another address", func(t *testing.T) { moves(ctx, t, &w, n1, n3) })
 	t.Run("data lost", func(t *testing.T) { dataLost(ctx, t, &w, n1, n2) })
 	t.Run("leave", func(t *testing.T) { leaves(ctx, t, n1, n2, n3) })
 	w.check(ctx, t, n1)
+}
+
+// interrupted joins n2, whose etcdd is restarted on the way: after it was admitted and before it knows, and while it has no vote.
+func interrupted(ctx context.Context, t *testing.T, n1, n2 *node) {
+	t.Helper()
+	lost, err := etcdv1.NewPeersClient(n1.dial(t, uid.Apid)).AddMember(asNode(ctx, "n2", peer.RoleControlPlane), &etcdv1.AddMemberRequest{PeerUrls: []string{"https://127.0.0.2:" + n2.port}})
+	if err != nil || len(lost.GetMembers()) != 2 {
+		t.Fatalf("add n2: %v, %v, want two members", lost, err)
+	}
+	n2.others.noVotes.Store(true)
+	n2.start(t)
+	n2.until(t, pendingHas("no votes today"))
+	if st := n2.status(t); st.GetState() != "joining" || st.GetMemberId() != lost.GetMemberId() {
+		t.Errorf("n2: %v, want joining as %s", st, lost.GetMemberId())
+	}
+	if _, err := n2.store(t).Read(ctx, &storev1.ReadRequest{Prefix: own}); !errs.Is(err, errs.Unavailable) {
+		t.Errorf("read at a learner: %v, want Unavailable", err)
+	}
+	n2.stop(t)
+	n2.start(t)
+	n2.until(t, pendingHas("no votes today"))
+	n2.others.noVotes.Store(false)
+	n2.until(t, converged)
+}
+
+// moves: a node comes back with another address, and the others find it there.
+func moves(ctx context.Context, t *testing.T, w *writer, n1, n3 *node) {
+	n3.stop(t)
+	n3.addr = "127.0.0.33"
+	n3.start(t)
+	want := "https://127.0.0.33:" + n3.port
+	n3.until(t, converged)
+	for _, m := range n1.status(t).GetMembers() {
+		if m.GetName() == "n3" && (len(m.GetPeerUrls()) != 1 || m.GetPeerUrls()[0] != want) {
+			t.Errorf("n3 is listed at %v, want %s", m.GetPeerUrls(), want)
+		}
+	}
+	w.check(ctx, t, n3)
 }
 
 func forfeits(ctx context.Context, t *testing.T, nodes []*node) {

@@ -2,11 +2,13 @@ package etcdd
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strings"
 	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
@@ -17,6 +19,8 @@ import (
 const (
 	defragTime = 5 * time.Minute
 	leaveTime  = 20 * time.Second // from its removal to its end
+
+	connectedPause = 500 * time.Millisecond // between two tries while etcd has not been connected for long enough
 )
 
 // reconfigure waits for the one slot for changes of the membership that go through this member, and returns its client. The caller calls done.
@@ -35,6 +39,17 @@ func (m *member) reconfigure(ctx context.Context) (done func(), c *clientv3.Clie
 		return nil, nil, errs.New(errs.Unavailable, "the etcd member does not run")
 	}
 	return func() { <-m.changes }, c, nil
+}
+
+// connected carries out a change of the membership. etcd refuses it until this member has been connected to enough others for five seconds
+// (etcdserver.HealthInterval): right after one came, that is waited for.
+func connected(ctx context.Context, change func(context.Context) error) error {
+	for {
+		err := change(ctx)
+		if !errors.Is(err, rpctypes.ErrUnhealthy) || wait(ctx, connectedPause) != nil {
+			return err
+		}
+	}
 }
 
 // RemoveMember is for another one; this one is removed by Leave, which takes its data too.
@@ -61,7 +76,8 @@ func (s *server) RemoveMember(ctx context.Context, r *etcdv1.RemoveMemberRequest
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
-	if _, err := client.MemberRemove(ctx, v.id); err != nil {
+	err = connected(ctx, func(ctx context.Context) error { _, err := client.MemberRemove(ctx, v.id); return err })
+	if err != nil {
 		return nil, memberError("remove "+v.String(), err)
 	}
 	s.d.env.Log.Info("member removed", "step", "member remove "+v.String())
@@ -118,10 +134,13 @@ func (m *member) leave(ctx context.Context) error {
 		return err
 	}
 	call, cancel := context.WithTimeout(ctx, callTime)
-	_, err = client.MemberRemove(call, own)
+	err = connected(call, func(ctx context.Context) error { _, err := client.MemberRemove(ctx, own); return err })
 	cancel()
+	if errors.Is(err, rpctypes.ErrUnhealthy) {
+		m.stay()
+	}
 	if err != nil {
-		// Whether it was done is not known: the phase stays, and the loop goes on.
+		// Unless it was refused, whether it was done is not known: the phase stays, and the loop goes on.
 		return memberError("leave", err)
 	}
 	ctx, cancel = context.WithTimeout(ctx, leaveTime)

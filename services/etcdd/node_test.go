@@ -238,6 +238,8 @@ func (s *trustStream) Recv() (*trustv1.TrustState, error) {
 
 // A relay is the apids of a cluster: a call with "@controlplane" goes to the caller's own etcdd first, and to any other one that is available.
 type relay struct {
+	noVotes atomic.Bool // no learner is promoted
+
 	mu    sync.Mutex
 	nodes []*node // guarded by mu
 }
@@ -269,6 +271,9 @@ func (r relayed) AddMember(ctx context.Context, in *etcdv1.AddMemberRequest, _ .
 }
 
 func (r relayed) Promote(ctx context.Context, in *etcdv1.PromoteRequest, _ ...grpc.CallOption) (out *etcdv1.PromoteResponse, err error) {
+	if r.from.others.noVotes.Load() {
+		return nil, errs.New(errs.Unavailable, "no votes today")
+	}
 	err = r.each(ctx, func(ctx context.Context, c etcdv1.PeersClient) error { out, err = c.Promote(ctx, in); return err })
 	return out, err
 }

@@ -108,11 +108,16 @@ func (s *peersServer) AddMember(ctx context.Context, r *etcdv1.AddMemberRequest)
 		s.d.env.Log.Info("learner without data removed", "step", "member remove "+name)
 	}
 	if a.have == 0 {
-		added, err := client.MemberAddAsLearner(ctx, r.GetPeerUrls())
+		err := connected(ctx, func(ctx context.Context) error {
+			added, err := client.MemberAddAsLearner(ctx, r.GetPeerUrls())
+			if err == nil {
+				a.have, list = added.Member.GetID(), added.Members
+			}
+			return err
+		})
 		if err != nil {
 			return nil, memberError("add the member "+name, err)
 		}
-		a.have, list = added.Member.GetID(), added.Members
 		s.d.env.Log.Info("learner added", "step", "member add "+name)
 	}
 	out := &etcdv1.AddMemberResponse{MemberId: hexID(a.have)}
