@@ -10,10 +10,13 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
@@ -87,6 +90,7 @@ func TestMember(t *testing.T) {
 			t.Errorf("%s: %v, %v, want %d", compactKey, got, err, r.Header.Revision)
 		}
 	})
+	t.Run("care", func(t *testing.T) { care(ctx, t, n) })
 	t.Run("snapshot", func(t *testing.T) { snapshot(ctx, t, n.etcd) })
 	watch := kube.Watch(ctx, "/registry/", clientv3.WithPrefix()) // a clean stop must not wait for it
 	began := time.Now()
@@ -105,6 +109,42 @@ func TestMember(t *testing.T) {
 	n.until(t, converged)
 	if r, err := n.as(t, "etcd-client-kube-apiserver").Get(ctx, "/registry/a"); err != nil || len(r.Kvs) != 1 {
 		t.Errorf("after a restart: %v, %v, want the key", r, err)
+	}
+}
+
+// care: defragmentation, alarms, and what one alone cannot do.
+func care(ctx context.Context, t *testing.T, n *node) {
+	root := n.as(t, "etcd-root")
+	for i := range 20 {
+		if _, err := root.Put(ctx, "/registry/big", strings.Repeat(strconv.Itoa(i), 256<<10)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r, err := root.Get(ctx, "/registry/big")
+	if err == nil {
+		_, err = root.Compact(ctx, r.Header.Revision, clientv3.WithCompactPhysical())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d, err := n.etcd.Defragment(ctx, &etcdv1.DefragmentRequest{}); err != nil || d.GetAfterBytes() == 0 || d.GetAfterBytes() >= d.GetBeforeBytes() {
+		t.Errorf("defragment: %v, %v, want less than before", d, err)
+	}
+	alarm := &etcdserverpb.AlarmRequest{Action: etcdserverpb.AlarmRequest_ACTIVATE, Alarm: etcdserverpb.AlarmType_NOSPACE, MemberID: r.Header.GetMemberId()}
+	if _, err := etcdserverpb.NewMaintenanceClient(root.ActiveConnection()).Alarm(ctx, alarm); err != nil {
+		t.Fatal(err)
+	}
+	if st := n.status(t); st.GetState() != "error" || !slices.Equal(st.GetAlarms(), []string{"NOSPACE n1"}) {
+		t.Errorf("status with an alarm: %v", st)
+	}
+	if d, err := n.etcd.DisarmAlarms(ctx, &etcdv1.DisarmAlarmsRequest{}); err != nil || !slices.Equal(d.GetDisarmed(), []string{"NOSPACE n1"}) {
+		t.Errorf("disarm: %v, %v", d, err)
+	}
+	if st := n.status(t); st.GetState() != "running" || len(st.GetAlarms()) != 0 {
+		t.Errorf("status after disarming: %v", st)
+	}
+	if f, err := n.etcd.ForfeitLeadership(ctx, &etcdv1.ForfeitLeadershipRequest{}); err != nil || f.GetLeader() != "" {
+		t.Errorf("one alone forfeits: %v, %v, want nothing", f, err)
 	}
 }
 
