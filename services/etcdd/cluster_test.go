@@ -24,7 +24,6 @@ import (
 type writer struct {
 	mu    sync.Mutex
 	acked []string // guarded by mu
-	more  chan struct{}
 }
 
 func (w *writer) run(ctx context.Context, c storev1.StoreClient) {

@@ -14,10 +14,7 @@ import (
 )
 
 // A world is a State that steps change: the model of etcd and of the node.
-type world struct {
-	State
-	addr string // "" if the node has none
-}
+type world struct{ State }
 
 // bools calls f with every combination of n truths.
 func bools(n int, f func([]bool)) {
