@@ -20,6 +20,7 @@ const (
 	defragTime = 5 * time.Minute
 	leaveTime  = 20 * time.Second // from its removal to its end
 
+	connectedTime  = 7 * time.Second        // for a change of the membership; etcd wants five
 	connectedPause = 500 * time.Millisecond // between two tries while etcd has not been connected for long enough
 )
 
@@ -44,6 +45,8 @@ func (m *member) reconfigure(ctx context.Context) (done func(), c *clientv3.Clie
 // connected carries out a change of the membership. etcd refuses it until this member has been connected to enough others for five seconds
 // (etcdserver.HealthInterval): right after one came, that is waited for.
 func connected(ctx context.Context, change func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, connectedTime)
+	defer cancel()
 	for {
 		err := change(ctx)
 		if !errors.Is(err, rpctypes.ErrUnhealthy) || wait(ctx, connectedPause) != nil {
