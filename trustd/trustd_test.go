@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/pem"
 	"log/slog"
 	"net"
 	"os"
@@ -107,6 +108,19 @@ func request(t testing.TB, tmpl x509.CertificateRequest) (*ecdsa.PrivateKey, []b
 	return key, csr
 }
 
+func parsePEM(t testing.TB, text string) *x509.Certificate {
+	t.Helper()
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		t.Fatalf("no PEM: %q", text)
+	}
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
 var binding = bytes.Repeat([]byte{7}, claim.BindingSize)
 
 func claimRequest(t testing.TB, code string) *trustv1.ClaimRequest {
@@ -123,7 +137,12 @@ func (m *machine) claim(d *Daemon) *trustv1.ClaimResponse {
 
 func configure(t testing.TB, d *Daemon, generation uint64, role config.Role) {
 	t.Helper()
-	docs := "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\nrole: " + string(role) + "\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://api.example:6443\n"
+	configureAs(t, d, "n1", generation, role)
+}
+
+func configureAs(t testing.TB, d *Daemon, name string, generation uint64, role config.Role) {
+	t.Helper()
+	docs := "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: " + name + "\nrole: " + string(role) + "\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://api.example:6443\n"
 	if _, err := (controlServer{d: d}).SetSpec(t.Context(), &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: generation, Documents: []byte(docs)}}); err != nil {
 		t.Fatal(err)
 	}

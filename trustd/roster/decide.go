@@ -38,12 +38,13 @@ func Admit(s *State, a Applicant, now time.Time) (n Node, t Token, changed bool,
 		}
 		return have, t, false, nil
 	}
+	_, gone := s.Removed[a.Key]
 	switch {
 	case t.Name != "" && t.Name != a.Name:
 		return n, t, false, errs.New(errs.Denied, "join token %s is for a node called %q, not %q", a.Token, t.Name, a.Name)
 	case taken:
 		return n, t, false, errs.New(errs.Exists, "the cluster has a node called %q, with another key; take another name, or remove that node first", a.Name)
-	case s.Removed[a.Key]:
+	case gone:
 		return n, t, false, errs.New(errs.Denied, "a node with this key was removed from the cluster; reset the machine, so that it makes another one")
 	}
 	for _, o := range s.Nodes {
@@ -60,10 +61,11 @@ func Admit(s *State, a Applicant, now time.Time) (n Node, t Token, changed bool,
 // Own decides what a control plane's own record must become: the record to write, those to delete (its own under an older name), or "" as name if all is well. It is pure.
 func Own(s *State, me Node, addresses []string) (write Node, drop []Node, err error) {
 	have, ok := s.Nodes[me.Name]
+	_, gone := s.Removed[me.Key]
 	switch {
 	case ok && have.Key != me.Key:
 		return Node{}, nil, fmt.Errorf("the cluster has another node called %q, with another key: remove it, or give this one another name", me.Name)
-	case !ok && s.Removed[me.Key]:
+	case !ok && gone:
 		return Node{}, nil, fmt.Errorf("node %q was removed from the cluster; reset the machine before it joins again", me.Name)
 	}
 	for _, n := range s.Nodes {

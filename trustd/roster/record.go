@@ -81,15 +81,15 @@ type note struct {
 type State struct {
 	Nodes   map[string]Node
 	Tokens  map[string]Token
-	Revoked []string        // in order
-	Removed map[string]bool // by digest
+	Revoked []string          // in order
+	Removed map[string]string // names of nodes that were removed, by the digest of their key
 	// Strange are keys that could not be read; they count as not there.
 	Strange []string
 }
 
 // parse makes sense of entries. One that makes none does not spoil the others.
 func parse(entries map[string]*storev1.Entry) *State {
-	s := &State{Nodes: map[string]Node{}, Tokens: map[string]Token{}, Removed: map[string]bool{}}
+	s := &State{Nodes: map[string]Node{}, Tokens: map[string]Token{}, Removed: map[string]string{}}
 	for _, key := range slices.Sorted(maps.Keys(entries)) {
 		e := entries[key]
 		var err error
@@ -106,7 +106,9 @@ func parse(entries map[string]*storev1.Entry) *State {
 		} else if id, ok := strings.CutPrefix(key, revoked); ok {
 			s.Revoked = append(s.Revoked, id)
 		} else if digest, ok := strings.CutPrefix(key, removed); ok {
-			s.Removed[digest] = true
+			var was note
+			err = json.Unmarshal(e.GetValue(), &was)
+			s.Removed[digest] = was.Name // void also if it cannot be read
 		}
 		if err != nil {
 			s.Strange = append(s.Strange, fmt.Sprintf("%s: %v", key, err))

@@ -180,11 +180,16 @@ func (r Roster) RevokeToken(ctx context.Context, id string, now time.Time) error
 	})
 }
 
-// Remove takes a node off the list, for good: its key is not let in again. check says whether it may be removed.
+// Remove takes a node off the list, for good: its key is not let in again. check says whether it may be removed. One that was removed before is no error.
 func (r Roster) Remove(ctx context.Context, name, by string, now time.Time, check func(Node) error) error {
 	return r.update(ctx, func(s *State) (*change, error) {
 		n, ok := s.Nodes[name]
 		if !ok {
+			for _, was := range s.Removed {
+				if was == name {
+					return nil, nil
+				}
+			}
 			return nil, errs.New(errs.NotFound, "the cluster has no node called %.64q", name)
 		}
 		if err := check(n); err != nil {

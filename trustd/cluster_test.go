@@ -1,0 +1,556 @@
+package trustd
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"log/slog"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	grpcpeer "google.golang.org/grpc/peer"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	outboundv1 "github.com/bulkhead-os/bulkhead/api/outbound/v1"
+	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/claim"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/join"
+	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/metrics"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+)
+
+// lab is a few machines that can call each other, and the etcd of their cluster.
+type lab struct {
+	t     *testing.T
+	mu    sync.Mutex
+	boxes map[string]*box // guarded by mu; by name
+
+	data     map[string]*storev1.Entry // guarded by mu
+	revision uint64                    // guarded by mu
+	changed  latest.Cell[uint64]
+	members  latest.Cell[[]string] // of etcd
+}
+
+// box is one machine: a real trustd on its socket, and of etcdd and apid what trustd sees of them.
+type box struct {
+	*machine
+	lab  *lab
+	name string
+	ip   string // 127.0.0.N on the wire; others are told 10.5.0.N
+	dir  string
+	door net.Listener // of its apid, when others can call it
+
+	d    *Daemon
+	conn map[uid.ID]*grpc.ClientConn
+	stop func()
+
+	etcdAway, netAway latest.Cell[bool]
+	// between, if set, is what is done to messages on their way to another node.
+	between func(method string, message []byte) []byte
+}
+
+func newLab(t *testing.T) *lab {
+	return &lab{t: t, boxes: map[string]*box{}, data: map[string]*storev1.Entry{}}
+}
+
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// box makes a machine and starts it. n is the last part of its address.
+func (l *lab) box(name, n string) *box {
+	l.t.Helper()
+	b := &box{machine: newMachine(l.t), lab: l, name: name, ip: "127.0.0." + n, dir: l.t.TempDir()}
+	b.cfg.Socket = func(daemon string) string { return filepath.Join(b.dir, daemon) }
+	log := &lockedBuffer{}
+	b.cfg.Env.Log = slog.New(slog.NewTextHandler(log, nil))
+	l.t.Cleanup(func() {
+		if l.t.Failed() {
+			l.t.Logf("log of %s:\n%s", name, log)
+		}
+	})
+	b.mountState()
+	b.serveUnix("etcdd", func(s *grpc.Server) {
+		storev1.RegisterStoreServer(s, fakeStore{b: b})
+		etcdv1.RegisterEtcdServer(s, fakeEtcd{b: b})
+	})
+	b.serveUnix("apid", func(s *grpc.Server) { outboundv1.RegisterOutboundServer(s, fakeOutbound{b: b}) })
+	l.mu.Lock()
+	l.boxes[name] = b
+	l.mu.Unlock()
+	b.boot()
+	return b
+}
+
+func (b *box) serveUnix(daemon string, register func(*grpc.Server)) {
+	l, err := net.Listen("unix", b.cfg.Socket(daemon))
+	b.must(err)
+	s := grpc.NewServer()
+	register(s)
+	go func() { _ = s.Serve(l) }()
+	b.t.Cleanup(s.Stop)
+}
+
+// boot starts trustd; what it knows is what is on its disk.
+func (b *box) boot() {
+	b.t.Helper()
+	if b.stop != nil {
+		b.stop()
+	}
+	path := b.cfg.Socket("trustd")
+	b.must(ignoreMissing(os.Remove(path)))
+	l, err := net.Listen("unix", path)
+	b.must(err)
+	var as atomic.Uint32
+	cfg := b.cfg
+	cfg.Env.Listen, cfg.Env.Metrics = l, metrics.New("trustd")
+	cfg.Env.Who = func(net.Conn) (uid.ID, error) { return uid.ID(as.Load()), nil }
+	b.d, err = New(cfg)
+	b.must(err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func(d *Daemon) { done <- d.Run(ctx) }(b.d)
+	b.conn = map[uid.ID]*grpc.ClientConn{}
+	for _, id := range []uid.ID{uid.Apid, uid.Etcdd, uid.Kubeletd, uid.KubeAPIServer} {
+		as.Store(uint32(id))
+		c, err := peer.Dial(path)
+		b.must(err)
+		_, err = trustv1.NewJoinClient(c).Join(b.t.Context(), &trustv1.JoinRequest{}, grpc.WaitForReady(true)) // the user is read when the connection is made
+		if err == nil {
+			b.t.Fatal("an empty request joined")
+		}
+		b.conn[id] = c
+	}
+	b.stop = sync.OnceFunc(func() {
+		for _, c := range b.conn {
+			c.Close()
+		}
+		cancel()
+		<-done
+	})
+	b.t.Cleanup(b.stop)
+}
+
+// admin is an administrator's call.
+func (b *box) admin() context.Context {
+	return metadata.AppendToOutgoingContext(b.t.Context(), peer.CallerKey, "ann", peer.RolesKey, "admin")
+}
+
+func (b *box) membership() trustv1.MembershipClient {
+	return trustv1.NewMembershipClient(b.conn[uid.Apid])
+}
+
+// until waits until what the node trusts is as f wants it.
+func (b *box) until(what string, f func(*trustv1.TrustState) bool) *trustv1.TrustState {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(b.t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		s, changed := b.d.trust.Get()
+		if s != nil && f(s) {
+			return s
+		}
+		select {
+		case <-ctx.Done():
+			b.t.Fatalf("%s: never %s; at last %v", b.name, what, s)
+		case <-changed:
+		}
+	}
+}
+
+// knows waits until the node knows these nodes.
+func (b *box) knows(names ...string) *trustv1.TrustState {
+	b.t.Helper()
+	return b.until("knew "+strings.Join(names, ","), func(s *trustv1.TrustState) bool { return slices.Equal(nodeNamesOf(s), names) })
+}
+
+func nodeNamesOf(s *trustv1.TrustState) []string {
+	var out []string
+	for _, n := range s.GetNodes() {
+		out = append(out, n.GetName())
+	}
+	return out
+}
+
+// untilState waits until what trustd reports has a text in its error.
+func (b *box) untilState(text string) {
+	b.t.Helper()
+	ctx, cancel := context.WithTimeout(b.t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		s, changed := b.d.state.Get()
+		if strings.Contains(s.GetError(), text) && (text != "" || s.GetError() == "") {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			b.t.Fatalf("%s: never reported %q; at last %q", b.name, text, s.GetError())
+		case <-changed:
+		}
+	}
+}
+
+func (b *box) configure(generation uint64, role config.Role) {
+	b.t.Helper()
+	configureAs(b.t, b.d, b.name, generation, role)
+}
+
+// found makes the box the first node of a cluster.
+func (b *box) found() *box {
+	b.t.Helper()
+	waitSettled(b.t, b.d)
+	b.claim(b.d)
+	b.configure(1, config.ControlPlane)
+	_, err := b.d.bootstrap()
+	b.must(err)
+	b.open()
+	b.knows(b.name)
+	return b
+}
+
+// token makes a join token at a control plane.
+func (b *box) token(role, name string) string {
+	b.t.Helper()
+	resp, err := b.membership().MakeJoinToken(b.admin(), &trustv1.MakeJoinTokenRequest{Role: role, Name: name})
+	b.must(err)
+	return resp.GetToken()
+}
+
+// joinRequest is what the operator's program sends.
+func (b *box) joinRequest(name, token string, at ...*box) *trustv1.JoinClusterRequest {
+	b.t.Helper()
+	var endpoints []string
+	for _, a := range at {
+		endpoints = append(endpoints, a.endpoint())
+	}
+	code := b.code()
+	sealed, err := claim.SealToken(code, binding, name, endpoints, token, rand.Reader)
+	b.must(err)
+	return &trustv1.JoinClusterRequest{SealedToken: sealed, Endpoints: endpoints, Name: name, ChannelBinding: binding, Proof: claim.JoinProof(code, binding, name, sealed, endpoints)}
+}
+
+func (b *box) tryJoin(r *trustv1.JoinClusterRequest) (*trustv1.JoinClusterResponse, error) {
+	return trustv1.NewClaimClient(b.conn[uid.Apid]).JoinCluster(b.t.Context(), r)
+}
+
+// join makes the box a node of the cluster.
+func (b *box) join(token string, at ...*box) *box {
+	b.t.Helper()
+	waitSettled(b.t, b.d)
+	code := b.code()
+	resp, err := b.tryJoin(b.joinRequest(b.name, token, at...))
+	b.must(err)
+	if !claim.Equal(resp.GetProof(), claim.JoinedProof(code, binding, resp.GetCa(), resp.GetRole())) {
+		b.t.Error("the node's proof that it joined is wrong")
+	}
+	role := config.Role(resp.GetRole())
+	b.configure(1, role)
+	if role == config.ControlPlane {
+		b.open()
+	}
+	return b
+}
+
+// sign has a daemon of the box get a certificate.
+func (b *box) sign(who uid.ID, profile string, tmpl x509.CertificateRequest) (*x509.Certificate, error) {
+	b.t.Helper()
+	_, csr := request(b.t, tmpl)
+	resp, err := trustv1.NewSignerClient(b.conn[who]).SignCertificate(b.t.Context(), &trustv1.SignCertificateRequest{Profile: profile, Csr: csr})
+	if err != nil {
+		return nil, err
+	}
+	return parsePEM(b.t, resp.GetCertificate()), nil
+}
+
+// open lets other nodes call the box: with a certificate of its own trustd, as apid has one.
+func (b *box) open() {
+	b.t.Helper()
+	key, csr := request(b.t, x509.CertificateRequest{})
+	resp, err := trustv1.NewSignerClient(b.conn[uid.Apid]).SignCertificate(b.t.Context(), &trustv1.SignCertificateRequest{Profile: "apid-server", Csr: csr})
+	b.must(err)
+	b.openWith(tls.Certificate{Certificate: [][]byte{parsePEM(b.t, resp.GetCertificate()).Raw}, PrivateKey: key}, func() *grpc.ClientConn { return b.conn[uid.Apid] })
+}
+
+func (b *box) endpoint() string { return b.door.Addr().String() }
+
+// openWith serves as apid does: it ends the connection, and says what it was and from where.
+func (b *box) openWith(cert tls.Certificate, to func() *grpc.ClientConn) {
+	b.t.Helper()
+	l, err := net.Listen("tcp", b.ip+":0")
+	b.must(err)
+	b.door = l
+	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}})))
+	trustv1.RegisterJoinServer(s, joinDoor{to: to})
+	trustv1.RegisterNodesServer(s, nodesDoor{to: to})
+	go func() { _ = s.Serve(l) }()
+	b.t.Cleanup(s.Stop)
+}
+
+func seen(ctx context.Context, label string) (binding []byte, address string) {
+	p, _ := grpcpeer.FromContext(ctx)
+	host, _, _ := net.SplitHostPort(p.Addr.String())
+	binding, _ = join.Binding(p.AuthInfo.(credentials.TLSInfo).State, label)
+	return binding, strings.Replace(host, "127.0.0.", "10.5.0.", 1)
+}
+
+type joinDoor struct {
+	trustv1.UnimplementedJoinServer
+	to func() *grpc.ClientConn
+}
+
+func (j joinDoor) Join(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.JoinResponse, error) {
+	r.ChannelBinding, r.RemoteAddress = seen(ctx, join.Label)
+	return trustv1.NewJoinClient(j.to()).Join(ctx, r)
+}
+
+type nodesDoor struct {
+	trustv1.UnimplementedNodesServer
+	to func() *grpc.ClientConn
+}
+
+func (n nodesDoor) SignForNode(ctx context.Context, r *trustv1.SignForNodeRequest) (*trustv1.SignCertificateResponse, error) {
+	r.Proof.ChannelBinding, r.Proof.RemoteAddress = seen(ctx, join.NodeLabel)
+	return trustv1.NewNodesClient(n.to()).SignForNode(ctx, r)
+}
+
+func (n nodesDoor) WatchCluster(r *trustv1.WatchClusterRequest, out grpc.ServerStreamingServer[trustv1.TrustState]) error {
+	r.Proof.ChannelBinding, r.Proof.RemoteAddress = seen(out.Context(), join.NodeLabel)
+	s, err := trustv1.NewNodesClient(n.to()).WatchCluster(out.Context(), r)
+	for err == nil {
+		var t *trustv1.TrustState
+		if t, err = s.Recv(); err == nil {
+			err = out.Send(t)
+		}
+	}
+	return err
+}
+
+// fakeOutbound is apid's way out.
+type fakeOutbound struct {
+	outboundv1.UnimplementedOutboundServer
+	b *box
+}
+
+func (f fakeOutbound) Exchange(s grpc.BidiStreamingServer[outboundv1.ExchangeRequest, outboundv1.ExchangeResponse]) error {
+	ctx, cancel := context.WithCancel(s.Context())
+	defer cancel()
+	first, err := s.Recv()
+	if err != nil {
+		return err
+	}
+	o := first.GetOpen()
+	away, changed := f.b.netAway.Get()
+	if away {
+		return errs.New(errs.Unavailable, "no route to host")
+	}
+	go func() {
+		select {
+		case <-changed:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	cfg := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, ServerName: controlPlaneName, InsecureSkipVerify: o.GetRoots() == ""}
+	if o.GetRoots() != "" {
+		cfg.RootCAs = x509.NewCertPool()
+		cfg.RootCAs.AppendCertsFromPEM([]byte(o.GetRoots()))
+	}
+	d := tls.Dialer{NetDialer: &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(f.b.ip)}}, Config: cfg}
+	raw, err := d.DialContext(ctx, "tcp", o.GetEndpoints()[0])
+	if err != nil {
+		return errs.New(errs.Unavailable, "%w", err)
+	}
+	binding, err := join.Binding(raw.(*tls.Conn).ConnectionState(), o.GetBindingLabel())
+	if err != nil {
+		return err
+	}
+	conn, err := grpc.NewClient("passthrough:x", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return raw, nil }))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := s.Send(&outboundv1.ExchangeResponse{What: &outboundv1.ExchangeResponse_Opened{Opened: &outboundv1.Opened{Endpoint: o.GetEndpoints()[0], Binding: binding}}}); err != nil {
+		return err
+	}
+	m, err := s.Recv()
+	if err != nil {
+		return err
+	}
+	message := m.GetMessage()
+	if f.b.between != nil {
+		message = f.b.between(o.GetMethod(), message)
+	}
+	return relay(ctx, conn, o.GetMethod(), message, s)
+}
+
+// relay passes bytes on as they are.
+func relay(ctx context.Context, conn *grpc.ClientConn, method string, message []byte, s grpc.BidiStreamingServer[outboundv1.ExchangeRequest, outboundv1.ExchangeResponse]) error {
+	far, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, method)
+	if err != nil {
+		return err
+	}
+	in := &emptypb.Empty{}
+	if err := proto.Unmarshal(message, in); err != nil {
+		return err
+	}
+	if err = errors.Join(far.SendMsg(in), far.CloseSend()); err != nil {
+		return err
+	}
+	for {
+		out := &emptypb.Empty{} // what it does not know it keeps
+		if err := far.RecvMsg(out); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		data, err := proto.Marshal(out)
+		if err != nil {
+			return err
+		}
+		if err := s.Send(&outboundv1.ExchangeResponse{What: &outboundv1.ExchangeResponse_Message{Message: data}}); err != nil {
+			return err
+		}
+	}
+}
+
+// fakeStore is etcdd's store.v1 over the lab's map.
+type fakeStore struct {
+	storev1.UnimplementedStoreServer
+	b *box
+}
+
+func (f fakeStore) away() error {
+	if away, _ := f.b.etcdAway.Get(); away {
+		return errs.New(errs.Unavailable, "etcd has no quorum")
+	}
+	return nil
+}
+
+func (l *lab) read(prefix string) ([]*storev1.Entry, uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []*storev1.Entry
+	for _, k := range slices.Sorted(maps.Keys(l.data)) {
+		if strings.HasPrefix(k, prefix) {
+			out = append(out, l.data[k])
+		}
+	}
+	return out, l.revision
+}
+
+func (f fakeStore) Read(_ context.Context, r *storev1.ReadRequest) (*storev1.ReadResponse, error) {
+	if err := f.away(); err != nil {
+		return nil, err
+	}
+	entries, revision := f.b.lab.read(r.GetPrefix())
+	return &storev1.ReadResponse{Entries: entries, Revision: revision}, nil
+}
+
+func (f fakeStore) Write(_ context.Context, r *storev1.WriteRequest) (*storev1.WriteResponse, error) {
+	if err := f.away(); err != nil {
+		return nil, err
+	}
+	l := f.b.lab
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range r.GetConditions() {
+		if l.data[c.GetKey()].GetRevision() != c.GetRevision() {
+			return nil, errs.New(errs.Conflict, "%s has another revision", c.GetKey())
+		}
+	}
+	l.revision++
+	for _, c := range r.GetChanges() {
+		if !strings.HasPrefix(c.GetKey(), "/bulkhead/trust/") {
+			return nil, errs.New(errs.Denied, "%s is not trustd's", c.GetKey())
+		}
+		if delete(l.data, c.GetKey()); !c.GetDelete() {
+			l.data[c.GetKey()] = &storev1.Entry{Key: c.GetKey(), Value: c.GetValue(), Revision: l.revision}
+		}
+	}
+	l.changed.Set(l.revision)
+	return &storev1.WriteResponse{Revision: l.revision}, nil
+}
+
+func (f fakeStore) Watch(r *storev1.WatchRequest, out grpc.ServerStreamingServer[storev1.WatchResponse]) error {
+	sent := map[string]uint64{}
+	for first := true; ; first = false {
+		away, went := f.b.etcdAway.Get()
+		if away {
+			return f.away()
+		}
+		_, changed := f.b.lab.changed.Get()
+		entries, revision := f.b.lab.read(r.GetPrefix())
+		resp, have := &storev1.WatchResponse{Complete: first, Revision: revision}, map[string]bool{}
+		for _, e := range entries {
+			if have[e.GetKey()] = true; sent[e.GetKey()] != e.GetRevision() {
+				sent[e.GetKey()] = e.GetRevision()
+				resp.Entries = append(resp.Entries, e)
+			}
+		}
+		for k := range sent {
+			if !have[k] {
+				delete(sent, k)
+				resp.Deleted = append(resp.Deleted, k)
+			}
+		}
+		if err := out.Send(resp); err != nil {
+			return err
+		}
+		select {
+		case <-out.Context().Done():
+			return out.Context().Err()
+		case <-changed:
+		case <-went:
+		}
+	}
+}
+
+type fakeEtcd struct {
+	etcdv1.UnimplementedEtcdServer
+	b *box
+}
+
+func (f fakeEtcd) GetStatus(context.Context, *etcdv1.GetStatusRequest) (*etcdv1.Status, error) {
+	out := &etcdv1.Status{State: "running"}
+	names, _ := f.b.lab.members.Get()
+	for _, n := range names {
+		out.Members = append(out.Members, &etcdv1.Member{Name: n})
+	}
+	return out, nil
+}
