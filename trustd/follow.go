@@ -2,6 +2,7 @@ package trustd
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -121,8 +122,10 @@ func (d *Daemon) followStore(ctx context.Context) (heard bool, err error) {
 			d.log.Error("records in etcd that cannot be read", "err", fmt.Sprint(s.Strange))
 		}
 		strange = len(s.Strange)
+		word := k.heard(s)
+		d.word.Set(word)
 		d.list.Set(s)
-		d.learn(k.heard(s))
+		d.learn(word)
 	})
 	return heard, err
 }
@@ -138,7 +141,7 @@ func (d *Daemon) followFar(ctx context.Context, k *keyring) (heard bool, err err
 		if err != nil {
 			return err
 		}
-		proof, err := d.prove(k.node, e.binding, nil)
+		proof, err := d.prove(k.node, e.binding, join.WatchPayload(d.instance))
 		if err != nil {
 			return err
 		}
@@ -210,7 +213,8 @@ func (d *Daemon) keepOnce(ctx context.Context, list *roster.State, sp *spec, k *
 		return d.nameFirst(list, sp, k)
 	}
 	me := roster.Node{Name: k.node.name, Role: k.node.role, Key: k.node.digest(), PublicKey: k.node.public, Joined: d.cfg.Now()}
-	write, _, err := roster.Own(list, me, own)
+	instance := hex.EncodeToString(d.instance)
+	write, _, err := roster.Own(list, me, instance, own)
 	if err != nil {
 		d.setMembership(errs.New(errs.Precondition, "%w", err))
 		return nil // said; it is looked at again when the list changes
@@ -223,7 +227,7 @@ func (d *Daemon) keepOnce(ctx context.Context, list *roster.State, sp *spec, k *
 	if err != nil {
 		return err
 	}
-	return r.Keep(ctx, me, own)
+	return r.Keep(ctx, me, instance, own)
 }
 
 // nameFirst gives the node on which the cluster was made its place in it, and its name: again when the document calls it otherwise, as long as nobody else knows it.

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -22,6 +23,9 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/trustd/roster"
 )
+
+// maxSkew is how far the clock of a node that joins may be from the cluster's.
+const maxSkew = 10 * time.Minute
 
 // maxEndpoints bounds how many control planes are tried.
 const maxEndpoints = 16
@@ -199,7 +203,7 @@ func (d *Daemon) askToJoin(ctx context.Context, n *newcomer, r *trustv1.JoinClus
 	if !join.Equal(join.ClusterProof(secret, binding, resp.GetOsCa(), resp.GetCertificate(), resp.GetSealed()), resp.GetProof()) {
 		return nil, nil, errs.New(errs.Denied, "%s: it does not know the join token's secret: it is of another cluster, or somebody is in between. Nothing was changed", endpoint)
 	}
-	k, err := n.accept(r, id, resp)
+	k, err := n.accept(r, id, resp, d.cfg.Now())
 	if err != nil {
 		return nil, nil, errs.New(errs.Denied, "%s: %w", endpoint, err)
 	}
@@ -207,7 +211,7 @@ func (d *Daemon) askToJoin(ctx context.Context, n *newcomer, r *trustv1.JoinClus
 }
 
 // accept makes a member's keys from the answer of a cluster that has proved itself.
-func (n *newcomer) accept(r *trustv1.JoinClusterRequest, id string, resp *trustv1.JoinResponse) (*keyring, error) {
+func (n *newcomer) accept(r *trustv1.JoinClusterRequest, id string, resp *trustv1.JoinResponse, now time.Time) (*keyring, error) {
 	ca, err := x509.ParseCertificate(resp.GetOsCa())
 	if err != nil {
 		return nil, err
@@ -218,6 +222,10 @@ func (n *newcomer) accept(r *trustv1.JoinClusterRequest, id string, resp *trustv
 	}
 	if err := checkVouched(ca, cert, r.GetName(), n.public); err != nil {
 		return nil, err
+	}
+	// The certificate was made a moment ago. With another idea of the time this node would take nobody's certificate for valid, nor others its own.
+	if made := cert.NotBefore.Add(leafBackdate); now.Before(made.Add(-maxSkew)) || now.After(made.Add(maxSkew)) {
+		return nil, fmt.Errorf("the cluster's clock says %s and this node's %s: set the clock and try again; the token stays good for this node until it expires", made.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
 	}
 	if err := checkNode(r.GetName(), resp.GetRole()); err != nil {
 		return nil, err

@@ -2,6 +2,7 @@ package trustd
 
 import (
 	"context"
+	"encoding/hex"
 	"time"
 
 	"google.golang.org/grpc"
@@ -24,7 +25,7 @@ type nodesServer struct {
 // caller is the node that calls: it holds the key that the cluster has on its list.
 func (d *Daemon) caller(ctx context.Context, p *trustv1.NodeProof, payload []byte) (roster.Node, error) {
 	n, err := d.proven(ctx, p, payload)
-	if errs.Is(err, errs.Unauthenticated) {
+	if errs.Is(err, errs.Unauthenticated) || errs.Is(err, errs.Denied) {
 		d.count.refusedNodes.Add(1)
 		d.log.Warn("call of a node refused", "name", printable(p.GetName()), "address", printable(p.GetRemoteAddress()), "err", errs.Text(err))
 		if err := d.delay(ctx); err != nil {
@@ -59,11 +60,15 @@ func (d *Daemon) proven(ctx context.Context, p *trustv1.NodeProof, payload []byt
 			return n, errs.New(errs.Unauthenticated, "the cluster has no node called %.64q with this key: it was removed, or is of another cluster. Reset it and let it join again", p.GetName())
 		}
 	}
-	n, fresh := n.See(address)
-	if fresh { // what it proves now is signed now, also if it cannot be written
-		if err := list.See(ctx, n, address); err != nil {
-			d.log.Warn("address of a node not kept", "name", n.Name, "address", address, "err", errs.Text(err))
-		}
+	instance := hex.EncodeToString(p.GetInstance())
+	n, changed, err := n.Meet(instance, address)
+	if err != nil || !changed {
+		return n, err
+	}
+	if err = list.Meet(ctx, n, instance, address); errs.Is(err, errs.Denied) {
+		return n, err
+	} else if err != nil { // what it proves now is signed now, also if it cannot be written
+		d.log.Warn("call of a node not kept", "name", n.Name, "address", address, "err", errs.Text(err))
 	}
 	return n, nil
 }
@@ -78,7 +83,7 @@ func holds(s *roster.State, p *trustv1.NodeProof, payload []byte) (roster.Node, 
 		return n, false
 	}
 	key, err := join.ParseKey(n.PublicKey)
-	return n, err == nil && join.Verify(key, p.GetChannelBinding(), payload, p.GetSignature())
+	return n, err == nil && len(p.GetInstance()) == join.InstanceSize && join.Verify(key, p.GetChannelBinding(), payload, p.GetSignature())
 }
 
 func (s nodesServer) SignForNode(ctx context.Context, r *trustv1.SignForNodeRequest) (*trustv1.SignCertificateResponse, error) {
@@ -86,7 +91,7 @@ func (s nodesServer) SignForNode(ctx context.Context, r *trustv1.SignForNodeRequ
 	if len(r.GetCsr()) > maxRequest || len(r.GetProfile()) > 64 {
 		return nil, errs.New(errs.Invalid, "the request has %d bytes and the profile's name %d; allowed are %d and 64", len(r.GetCsr()), len(r.GetProfile()), maxRequest)
 	}
-	n, err := d.caller(ctx, r.GetProof(), join.SignPayload(r.GetProfile(), r.GetCsr()))
+	n, err := d.caller(ctx, r.GetProof(), join.SignPayload(r.GetProof().GetInstance(), r.GetProfile(), r.GetCsr()))
 	if err != nil {
 		return nil, err
 	}
@@ -117,26 +122,30 @@ func (s nodesServer) SignForNode(ctx context.Context, r *trustv1.SignForNodeRequ
 }
 
 func (s nodesServer) WatchCluster(r *trustv1.WatchClusterRequest, out grpc.ServerStreamingServer[trustv1.TrustState]) error {
-	ctx := out.Context()
-	n, err := s.d.caller(ctx, r.GetProof(), nil)
+	ctx, d, instance := out.Context(), s.d, hex.EncodeToString(r.GetProof().GetInstance())
+	n, err := d.caller(ctx, r.GetProof(), join.WatchPayload(r.GetProof().GetInstance()))
 	if err != nil {
 		return err
 	}
 	var last *trustv1.TrustState
 	for {
-		state, changed := s.d.list.Get()
-		k, keys := s.d.keys.Get()
+		state, changed := d.list.Get()
+		k, keys := d.keys.Get()
 		if state != nil && k.cluster != nil {
+			word, _ := d.word.Get() // set before the list
 			have, ok := state.Nodes[n.Name]
 			// Just after it joined elsewhere the list may lag behind: only one that was told of the node once ends its watch.
 			if last != nil && (!ok || have.Key != n.Key) {
 				return errs.New(errs.Unauthenticated, "node %q was removed from the cluster", n.Name)
 			}
-			if t := k.heard(state); ok && !proto.Equal(t, last) {
-				if err := out.Send(t); err != nil {
+			if _, _, err := have.Meet(instance); ok && errs.Is(err, errs.Denied) {
+				return err
+			}
+			if ok && !proto.Equal(word, last) {
+				if err := out.Send(word); err != nil {
 					return err
 				}
-				last = t
+				last = word
 			}
 		}
 		select {

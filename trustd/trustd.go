@@ -26,6 +26,7 @@ import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
@@ -77,12 +78,15 @@ type Daemon struct {
 	trust latest.Cell[*trustv1.TrustState] // made from keys and spec
 	state latest.Cell[*controlv1.State]    // made from spec and where
 	// list is the cluster's list of nodes, on a control plane; nil until etcd has answered once.
-	list     latest.Cell[*roster.State]
-	own      latest.Cell[[]string] // addresses of this node, in the words of etcdd, which has a network; sorted
-	slow     chan struct{}         // slots for answers to wrong proofs
-	lookups  chan struct{}         // slots for reading etcd on behalf of strangers
-	lastGood latest.Cell[string]   // endpoint of the control plane that answered last
-	past     signed                // what was signed since the start
+	list latest.Cell[*roster.State]
+	own  latest.Cell[[]string] // addresses of this node, in the words of etcdd, which has a network; sorted
+	slow chan struct{}         // slots for answers to wrong proofs
+	// word is what other nodes hear of the cluster from this one, made from list.
+	word     latest.Cell[*trustv1.TrustState]
+	instance []byte              // of this run; tells two machines with one key apart
+	lookups  chan struct{}       // slots for reading etcd on behalf of strangers
+	lastGood latest.Cell[string] // endpoint of the control plane that answered last
+	past     signed              // what was signed since the start
 	count    figures
 
 	etcdd, apid *grpc.ClientConn // opened when first used
@@ -118,7 +122,7 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Random == nil {
 		cfg.Random = rand.Reader
 	}
-	d := &Daemon{cfg: cfg, log: cfg.Env.Log, start: cfg.Now(), since: cfg.Now(), slow: make(chan struct{}, wrongProofs), lookups: make(chan struct{}, maxLookups), count: newFigures(cfg.Env.Metrics)}
+	d := &Daemon{cfg: cfg, log: cfg.Env.Log, start: cfg.Now(), since: cfg.Now(), slow: make(chan struct{}, wrongProofs), instance: make([]byte, join.InstanceSize), lookups: make(chan struct{}, maxLookups), count: newFigures(cfg.Env.Metrics)}
 	for _, c := range []struct {
 		daemon string
 		to     **grpc.ClientConn
@@ -128,6 +132,9 @@ func New(cfg Config) (*Daemon, error) {
 			return nil, err
 		}
 		*c.to = conn
+	}
+	if _, err := io.ReadFull(cfg.Random, d.instance); err != nil {
+		return nil, err
 	}
 	d.keys.Set(&keyring{})
 	d.spec.Set(&spec{})

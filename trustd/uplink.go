@@ -165,7 +165,7 @@ func (d *Daemon) controlPlanes(k *keyring) []string {
 // prove signs for a call of a node.
 func (d *Daemon) prove(n *member, binding, payload []byte) (*trustv1.NodeProof, error) {
 	sig, err := join.Sign(n.key, d.cfg.Random, binding, payload)
-	return &trustv1.NodeProof{Name: n.name, Signature: sig}, err
+	return &trustv1.NodeProof{Name: n.name, Signature: sig, Instance: d.instance}, err
 }
 
 // signFar has a control plane sign for this worker.
@@ -176,7 +176,7 @@ func (d *Daemon) signFar(ctx context.Context, k *keyring, r *trustv1.SignCertifi
 	roots, resp := d.osRoots(k), &trustv1.SignCertificateResponse{}
 	err := d.far(ctx, k, func(endpoint string) error {
 		return d.call(ctx, trustv1.Nodes_SignForNode_FullMethodName, endpoint, roots, join.NodeLabel, func(binding []byte) (proto.Message, error) {
-			proof, err := d.prove(k.node, binding, join.SignPayload(r.GetProfile(), r.GetCsr()))
+			proof, err := d.prove(k.node, binding, join.SignPayload(d.instance, r.GetProfile(), r.GetCsr()))
 			return &trustv1.SignForNodeRequest{Proof: proof, Profile: r.GetProfile(), Csr: r.GetCsr(), TtlSeconds: r.GetTtlSeconds()}, err
 		}, resp)
 	})

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 )
 
@@ -32,6 +33,8 @@ const (
 	KeySize = 32
 	// SealKeySize is the length of an HPKE public key in bytes.
 	SealKeySize = 32
+	// InstanceSize is the length in bytes of what tells two runs of a node's trustd apart.
+	InstanceSize = 16
 	// IDSize is the length of a token's id in characters, SecretSize that of its secret in bytes.
 	IDSize     = 10
 	SecretSize = 20
@@ -124,10 +127,13 @@ func sum(key []byte, who string, parts ...[]byte) []byte {
 	return m.Sum(nil)
 }
 
-// SignPayload is the payload under a node's signature for SignForNode; WatchCluster's is empty.
-func SignPayload(profile string, csr []byte) []byte {
-	return bytes.Join([][]byte{[]byte(profile), csr}, []byte{0})
+// SignPayload is the payload under a node's signature for SignForNode; instance has InstanceSize bytes.
+func SignPayload(instance []byte, profile string, csr []byte) []byte {
+	return slices.Concat(instance, []byte(profile), []byte{0}, csr)
 }
+
+// WatchPayload is the one for WatchCluster.
+func WatchPayload(instance []byte) []byte { return instance }
 
 func digest(binding, payload []byte) []byte {
 	p := sha256.Sum256(payload)

@@ -74,7 +74,8 @@ func TestSignature(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := bytes.Repeat([]byte{7}, BindingSize)
-	sig, err := Sign(key, rand.Reader, b, SignPayload("apid-server", []byte("csr")))
+	in := bytes.Repeat([]byte{1}, InstanceSize)
+	sig, err := Sign(key, rand.Reader, b, SignPayload(in, "apid-server", []byte("csr")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,14 +88,15 @@ func TestSignature(t *testing.T) {
 		sig  []byte
 		want bool
 	}{
-		{"right", &key.PublicKey, b, SignPayload("apid-server", []byte("csr")), sig, true},
-		{"another's key", &other.PublicKey, b, SignPayload("apid-server", []byte("csr")), sig, false},
-		{"another connection", &key.PublicKey, bytes.Repeat([]byte{8}, BindingSize), SignPayload("apid-server", []byte("csr")), sig, false},
-		{"no connection", &key.PublicKey, nil, SignPayload("apid-server", []byte("csr")), sig, false},
-		{"another profile", &key.PublicKey, b, SignPayload("etcd-root", []byte("csr")), sig, false},
-		{"another request", &key.PublicKey, b, SignPayload("apid-server", []byte("CSR")), sig, false},
-		{"for WatchCluster", &key.PublicKey, b, nil, sig, false},
-		{"nothing", &key.PublicKey, b, SignPayload("apid-server", []byte("csr")), nil, false},
+		{"right", &key.PublicKey, b, SignPayload(in, "apid-server", []byte("csr")), sig, true},
+		{"another's key", &other.PublicKey, b, SignPayload(in, "apid-server", []byte("csr")), sig, false},
+		{"another connection", &key.PublicKey, bytes.Repeat([]byte{8}, BindingSize), SignPayload(in, "apid-server", []byte("csr")), sig, false},
+		{"no connection", &key.PublicKey, nil, SignPayload(in, "apid-server", []byte("csr")), sig, false},
+		{"another profile", &key.PublicKey, b, SignPayload(in, "etcd-root", []byte("csr")), sig, false},
+		{"another request", &key.PublicKey, b, SignPayload(in, "apid-server", []byte("CSR")), sig, false},
+		{"another instance", &key.PublicKey, b, SignPayload(bytes.Repeat([]byte{2}, InstanceSize), "apid-server", []byte("csr")), sig, false},
+		{"for WatchCluster", &key.PublicKey, b, WatchPayload(in), sig, false},
+		{"nothing", &key.PublicKey, b, SignPayload(in, "apid-server", []byte("csr")), nil, false},
 	} {
 		if got := Verify(c.key, c.b, c.load, c.sig); got != c.want {
 			t.Errorf("%s: %v", c.name, got)

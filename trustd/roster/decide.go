@@ -59,7 +59,7 @@ func Admit(s *State, a Applicant, now time.Time) (n Node, t Token, changed bool,
 }
 
 // Own decides what a control plane's own record must become: the record to write, those to delete (its own under an older name), or "" as name if all is well. It is pure.
-func Own(s *State, me Node, addresses []string) (write Node, drop []Node, err error) {
+func Own(s *State, me Node, instance string, addresses []string) (write Node, drop []Node, err error) {
 	have, ok := s.Nodes[me.Name]
 	_, gone := s.Removed[me.Key]
 	switch {
@@ -77,7 +77,10 @@ func Own(s *State, me Node, addresses []string) (write Node, drop []Node, err er
 	if ok {
 		me = have
 	}
-	write, changed := me.See(addresses...)
+	write, changed, err := me.Meet(instance, addresses...)
+	if err != nil {
+		return Node{}, nil, err
+	}
 	if ok && !changed && len(drop) == 0 {
 		return Node{}, nil, nil
 	}

@@ -14,6 +14,7 @@ import (
 
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
 
 // Prefix is where all of it is in etcd.
@@ -52,6 +53,9 @@ type Node struct {
 	Addresses []string  `json:"addresses"` // that it has called from, newest first; of a control plane also those that it says of itself
 	Joined    time.Time `json:"joined"`
 	Token     string    `json:"token,omitempty"` // id; "" for the first node
+	// Instance is the run of its trustd that called last; Former are those before it, the newest first.
+	Instance string   `json:"instance,omitempty"`
+	Former   []string `json:"former,omitempty"`
 
 	revision uint64
 }
@@ -156,6 +160,27 @@ func Address(text string) (string, error) {
 		return "", nil
 	}
 	return a.String(), nil
+}
+
+// maxFormer is how many runs of a node's trustd are kept.
+const maxFormer = 16
+
+// Meet returns the node as it is after a run of its trustd called from an address ("": one that says nothing), and whether that changed it. A run that was
+// there before the present one is another machine with the same key: Denied.
+func (n Node) Meet(instance string, addresses ...string) (Node, bool, error) {
+	if slices.Contains(n.Former, instance) {
+		return n, false, errs.New(errs.Denied, "another machine runs with the key of node %q (last seen at %s): a copied disk? Switch one of them off; to let this one in again, remove the node, reset the machine and let it join anew", n.Name, strings.Join(n.Addresses, ", "))
+	}
+	met := n.Instance != instance
+	if met {
+		if n.Instance != "" {
+			n.Former = slices.Concat([]string{n.Instance}, n.Former)
+			n.Former = n.Former[:min(len(n.Former), maxFormer)]
+		}
+		n.Instance = instance
+	}
+	n, seen := n.See(addresses...)
+	return n, met || seen, nil
 }
 
 // See returns the node with addresses added that it has, and whether that changed it. Those that are there stay where they are; new ones go before them; the oldest go away.

@@ -217,9 +217,9 @@ func (r Roster) Revoke(ctx context.Context, id, by string, now time.Time) error 
 }
 
 // Keep writes a control plane's own record if that is needed.
-func (r Roster) Keep(ctx context.Context, me Node, addresses []string) error {
+func (r Roster) Keep(ctx context.Context, me Node, instance string, addresses []string) error {
 	return r.update(ctx, func(s *State) (*change, error) {
-		write, drop, err := Own(s, me, addresses)
+		write, drop, err := Own(s, me, instance, addresses)
 		if err != nil || write.Name == "" {
 			return nil, err
 		}
@@ -233,16 +233,16 @@ func (r Roster) Keep(ctx context.Context, me Node, addresses []string) error {
 	})
 }
 
-// See notes that a node called from an address, if it is still the node that the caller knows.
-func (r Roster) See(ctx context.Context, known Node, address string) error {
+// Meet notes that a run of a node's trustd called from an address, if it is still the node that the caller knows. Denied: see Node.Meet.
+func (r Roster) Meet(ctx context.Context, known Node, instance, address string) error {
 	return r.update(ctx, func(s *State) (*change, error) {
 		n, ok := s.Nodes[known.Name]
 		if !ok || n.Key != known.Key {
 			return nil, nil
 		}
-		n, changed := n.See(address)
-		if !changed {
-			return nil, nil
+		n, changed, err := n.Meet(instance, address)
+		if err != nil || !changed {
+			return nil, err
 		}
 		c := &change{}
 		c.put(nodes+n.Name, n.revision, n, 0)
