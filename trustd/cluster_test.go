@@ -57,8 +57,8 @@ type box struct {
 	stop func()
 
 	etcdAway, netAway latest.Cell[bool]
-	// between, if set, is what is done to messages on their way to another node.
-	between func(method string, message []byte) []byte
+	// lost, if set, is called instead of bringing an answer from another node.
+	lost func()
 }
 
 func newLab(t *testing.T) *lab {

@@ -41,12 +41,19 @@ func (b *box) endpoint() string { return b.door.Addr().String() }
 // openWith serves as apid does: it ends the connection, and says what it was and from where.
 func (b *box) openWith(cert tls.Certificate, to func() *grpc.ClientConn) {
 	b.t.Helper()
+	b.openJoin(cert, joinDoor{to: to}, func(s *grpc.Server) { trustv1.RegisterNodesServer(s, nodesDoor{to: to}) })
+}
+
+func (b *box) openJoin(cert tls.Certificate, j trustv1.JoinServer, more ...func(*grpc.Server)) {
+	b.t.Helper()
 	l, err := net.Listen("tcp", b.ip+":0")
 	b.must(err)
 	b.door = l
 	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}})))
-	trustv1.RegisterJoinServer(s, joinDoor{to: to})
-	trustv1.RegisterNodesServer(s, nodesDoor{to: to})
+	trustv1.RegisterJoinServer(s, j)
+	for _, m := range more {
+		m(s)
+	}
 	go func() { _ = s.Serve(l) }()
 	b.t.Cleanup(s.Stop)
 }
@@ -66,6 +73,16 @@ type joinDoor struct {
 func (j joinDoor) Join(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.JoinResponse, error) {
 	r.ChannelBinding, r.RemoteAddress = seen(ctx, join.Label)
 	return trustv1.NewJoinClient(j.to()).Join(ctx, r)
+}
+
+// joinFunc is a Join of the test's own.
+type joinFunc struct {
+	trustv1.UnimplementedJoinServer
+	f func(context.Context, *trustv1.JoinRequest) (*trustv1.JoinResponse, error)
+}
+
+func (j joinFunc) Join(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.JoinResponse, error) {
+	return j.f(ctx, r)
 }
 
 type nodesDoor struct {
@@ -141,15 +158,11 @@ func (f fakeOutbound) Exchange(s grpc.BidiStreamingServer[outboundv1.ExchangeReq
 	if err != nil {
 		return err
 	}
-	message := m.GetMessage()
-	if f.b.between != nil {
-		message = f.b.between(o.GetMethod(), message)
-	}
-	return relay(ctx, conn, o.GetMethod(), message, s)
+	return relay(ctx, conn, o.GetMethod(), m.GetMessage(), f.b.lost, s)
 }
 
 // relay passes bytes on as they are.
-func relay(ctx context.Context, conn *grpc.ClientConn, method string, message []byte, s grpc.BidiStreamingServer[outboundv1.ExchangeRequest, outboundv1.ExchangeResponse]) error {
+func relay(ctx context.Context, conn *grpc.ClientConn, method string, message []byte, lost func(), s grpc.BidiStreamingServer[outboundv1.ExchangeRequest, outboundv1.ExchangeResponse]) error {
 	far, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, method)
 	if err != nil {
 		return err
@@ -171,6 +184,11 @@ func relay(ctx context.Context, conn *grpc.ClientConn, method string, message []
 		data, err := proto.Marshal(out)
 		if err != nil {
 			return err
+		}
+		if lost != nil {
+			lost()
+			<-ctx.Done()
+			return ctx.Err()
 		}
 		if err := s.Send(&outboundv1.ExchangeResponse{What: &outboundv1.ExchangeResponse_Message{Message: data}}); err != nil {
 			return err

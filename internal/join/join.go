@@ -182,7 +182,11 @@ func Seal(sealKey []byte, tokenID string, plain []byte) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("seal key: %w", err)
 	}
-	return hpke.Seal(k, hpke.HKDFSHA256(), hpke.ChaCha20Poly1305(), info(tokenID), plain)
+	sealed, err := hpke.Seal(k, hpke.HKDFSHA256(), hpke.ChaCha20Poly1305(), info(tokenID), plain)
+	if err != nil {
+		return nil, fmt.Errorf("seal key: %w", err)
+	}
+	return sealed, nil
 }
 
 // Open decrypts what Seal made.
