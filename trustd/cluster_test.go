@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,6 +26,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
+	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -48,13 +50,14 @@ type box struct {
 	*machine
 	lab  *lab
 	name string
-	ip   string // 127.0.0.N on the wire; others are told 10.5.0.N
+	ip   latest.Cell[string] // 127.0.0.N on the wire; others are told 10.5.0.N
 	dir  string
 	door net.Listener // of its apid, when others can call it
 
 	d    *Daemon
 	conn map[uid.ID]*grpc.ClientConn
 	stop func()
+	apid latest.Cell[*grpc.ClientConn] // as who others' calls are passed on; nil while trustd does not run
 
 	etcdAway, netAway latest.Cell[bool]
 	// lost, if set, is called instead of bringing an answer from another node.
@@ -85,7 +88,8 @@ func (l *lockedBuffer) String() string {
 // box makes a machine and starts it. n is the last part of its address.
 func (l *lab) box(name, n string) *box {
 	l.t.Helper()
-	b := &box{machine: newMachine(l.t), lab: l, name: name, ip: "127.0.0." + n, dir: l.t.TempDir()}
+	b := &box{machine: newMachine(l.t), lab: l, name: name, dir: l.t.TempDir()}
+	b.ip.Set("127.0.0." + n)
 	b.cfg.Socket = func(daemon string) string { return filepath.Join(b.dir, daemon) }
 	log := &lockedBuffer{}
 	b.cfg.Env.Log = slog.New(slog.NewTextHandler(log, nil))
@@ -146,7 +150,9 @@ func (b *box) boot() {
 		}
 		b.conn[id] = c
 	}
+	b.apid.Set(b.conn[uid.Apid])
 	b.stop = sync.OnceFunc(func() {
+		b.apid.Set(nil)
 		for _, c := range b.conn {
 			c.Close()
 		}
@@ -239,6 +245,26 @@ func (b *box) token(role, name string) string {
 	resp, err := b.membership().MakeJoinToken(b.admin(), &trustv1.MakeJoinTokenRequest{Role: role, Name: name})
 	b.must(err)
 	return resp.GetToken()
+}
+
+// aToken is a join token that etcd does not know of.
+func (b *box) aToken() string {
+	k, _ := b.d.keys.Get()
+	return join.Token("0123456789", join.Secret(k.cluster.joinKey, "0123456789"))
+}
+
+// quoted is a node's key, as JSON.
+func quoted(t testing.TB) string {
+	t.Helper()
+	key, _, err := newNodeKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := pemKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strconv.Quote(text)
 }
 
 // joinRequest is what the operator's program sends.

@@ -24,6 +24,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
+	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
@@ -33,20 +34,20 @@ func (b *box) open() {
 	key, csr := request(b.t, x509.CertificateRequest{})
 	resp, err := trustv1.NewSignerClient(b.conn[uid.Apid]).SignCertificate(b.t.Context(), &trustv1.SignCertificateRequest{Profile: "apid-server", Csr: csr})
 	b.must(err)
-	b.openWith(tls.Certificate{Certificate: [][]byte{parsePEM(b.t, resp.GetCertificate()).Raw}, PrivateKey: key}, func() *grpc.ClientConn { return b.conn[uid.Apid] })
+	b.openWith(tls.Certificate{Certificate: [][]byte{parsePEM(b.t, resp.GetCertificate()).Raw}, PrivateKey: key}, &b.apid)
 }
 
 func (b *box) endpoint() string { return b.door.Addr().String() }
 
 // openWith serves as apid does: it ends the connection, and says what it was and from where.
-func (b *box) openWith(cert tls.Certificate, to func() *grpc.ClientConn) {
+func (b *box) openWith(cert tls.Certificate, to *latest.Cell[*grpc.ClientConn]) {
 	b.t.Helper()
 	b.openJoin(cert, joinDoor{to: to}, func(s *grpc.Server) { trustv1.RegisterNodesServer(s, nodesDoor{to: to}) })
 }
 
 func (b *box) openJoin(cert tls.Certificate, j trustv1.JoinServer, more ...func(*grpc.Server)) {
 	b.t.Helper()
-	l, err := net.Listen("tcp", b.ip+":0")
+	l, err := net.Listen("tcp", b.address()+":0")
 	b.must(err)
 	b.door = l
 	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}})))
@@ -58,6 +59,19 @@ func (b *box) openJoin(cert tls.Certificate, j trustv1.JoinServer, more ...func(
 	b.t.Cleanup(s.Stop)
 }
 
+func (b *box) address() string {
+	ip, _ := b.ip.Get()
+	return ip
+}
+
+// inside is the connection to the box's trustd.
+func inside(to *latest.Cell[*grpc.ClientConn]) (*grpc.ClientConn, error) {
+	if c, _ := to.Get(); c != nil {
+		return c, nil
+	}
+	return nil, errs.New(errs.Unavailable, "trustd does not run")
+}
+
 func seen(ctx context.Context, label string) (binding []byte, address string) {
 	p, _ := grpcpeer.FromContext(ctx)
 	host, _, _ := net.SplitHostPort(p.Addr.String())
@@ -67,12 +81,16 @@ func seen(ctx context.Context, label string) (binding []byte, address string) {
 
 type joinDoor struct {
 	trustv1.UnimplementedJoinServer
-	to func() *grpc.ClientConn
+	to *latest.Cell[*grpc.ClientConn]
 }
 
 func (j joinDoor) Join(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.JoinResponse, error) {
 	r.ChannelBinding, r.RemoteAddress = seen(ctx, join.Label)
-	return trustv1.NewJoinClient(j.to()).Join(ctx, r)
+	c, err := inside(j.to)
+	if err != nil {
+		return nil, err
+	}
+	return trustv1.NewJoinClient(c).Join(ctx, r)
 }
 
 // joinFunc is a Join of the test's own.
@@ -87,17 +105,25 @@ func (j joinFunc) Join(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.Jo
 
 type nodesDoor struct {
 	trustv1.UnimplementedNodesServer
-	to func() *grpc.ClientConn
+	to *latest.Cell[*grpc.ClientConn]
 }
 
 func (n nodesDoor) SignForNode(ctx context.Context, r *trustv1.SignForNodeRequest) (*trustv1.SignCertificateResponse, error) {
 	r.Proof.ChannelBinding, r.Proof.RemoteAddress = seen(ctx, join.NodeLabel)
-	return trustv1.NewNodesClient(n.to()).SignForNode(ctx, r)
+	c, err := inside(n.to)
+	if err != nil {
+		return nil, err
+	}
+	return trustv1.NewNodesClient(c).SignForNode(ctx, r)
 }
 
 func (n nodesDoor) WatchCluster(r *trustv1.WatchClusterRequest, out grpc.ServerStreamingServer[trustv1.TrustState]) error {
 	r.Proof.ChannelBinding, r.Proof.RemoteAddress = seen(out.Context(), join.NodeLabel)
-	s, err := trustv1.NewNodesClient(n.to()).WatchCluster(out.Context(), r)
+	c, err := inside(n.to)
+	if err != nil {
+		return err
+	}
+	s, err := trustv1.NewNodesClient(c).WatchCluster(out.Context(), r)
 	for err == nil {
 		var t *trustv1.TrustState
 		if t, err = s.Recv(); err == nil {
@@ -137,11 +163,12 @@ func (f fakeOutbound) Exchange(s grpc.BidiStreamingServer[outboundv1.ExchangeReq
 		cfg.RootCAs = x509.NewCertPool()
 		cfg.RootCAs.AppendCertsFromPEM([]byte(o.GetRoots()))
 	}
-	d := tls.Dialer{NetDialer: &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(f.b.ip)}}, Config: cfg}
+	d := tls.Dialer{NetDialer: &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(f.b.address())}}, Config: cfg}
 	raw, err := d.DialContext(ctx, "tcp", o.GetEndpoints()[0])
 	if err != nil {
 		return errs.New(errs.Unavailable, "%w", err)
 	}
+	defer raw.Close()
 	binding, err := join.Binding(raw.(*tls.Conn).ConnectionState(), o.GetBindingLabel())
 	if err != nil {
 		return err

@@ -16,7 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
@@ -222,8 +221,9 @@ func TestJoinClusterIsRefused(t *testing.T) {
 	dead, err := net.Listen("tcp", "127.0.0.1:0") // nobody answers there
 	n1.must(err)
 	dead.Close()
-	nobody, liar := &box{machine: n1.machine, door: dead}, &box{machine: n1.machine, ip: "127.0.0.8"}
-	liar.openWith(selfSigned(t), func() *grpc.ClientConn { return far.conn[uid.Apid] })
+	nobody, liar := &box{machine: n1.machine, door: dead}, &box{machine: n1.machine}
+	liar.ip.Set("127.0.0.8")
+	liar.openWith(selfSigned(t), &far.apid)
 	token := n1.token("worker", "")
 	resign := func(r *trustv1.JoinClusterRequest) {
 		sealed, err := claim.SealToken(n2.code(), binding, r.GetName(), r.GetEndpoints(), token, rand.Reader)
@@ -274,7 +274,8 @@ func TestJoinThroughSomebodyInBetween(t *testing.T) {
 	n1 := l.box("n1", "1").found()
 	n2 := l.box("n2", "2")
 	waitSettled(t, n2.d)
-	between := &box{machine: n1.machine, ip: "127.0.0.8"}
+	between := &box{machine: n1.machine}
+	between.ip.Set("127.0.0.8")
 	var answer *trustv1.JoinResponse
 	between.openJoin(selfSigned(t), joinFunc{f: func(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.JoinResponse, error) {
 		if answer != nil {

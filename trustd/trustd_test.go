@@ -121,6 +121,19 @@ func parsePEM(t testing.TB, text string) *x509.Certificate {
 	return c
 }
 
+func parse509(t testing.TB, der []byte) *x509.Certificate {
+	t.Helper()
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func pkixName(cn string, org ...string) pkix.Name {
+	return pkix.Name{CommonName: cn, Organization: org}
+}
+
 var binding = bytes.Repeat([]byte{7}, claim.BindingSize)
 
 func claimRequest(t testing.TB, code string) *trustv1.ClaimRequest {
