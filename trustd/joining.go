@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"net"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -77,6 +78,9 @@ func (d *Daemon) mayJoin(r *trustv1.JoinClusterRequest) (code, token string, err
 	}
 	if !isNodeName(r.GetName()) {
 		return "", "", errs.New(errs.Invalid, "name: %w", checkNode(r.GetName(), ""))
+	}
+	if sp, _ := d.spec.Get(); sp.hostname != "" && sp.hostname != r.GetName() {
+		return "", "", errs.New(errs.Precondition, "name: %q, but Machine.hostname of this node's document says %q: join under that name, or apply another document first", r.GetName(), sp.hostname)
 	}
 	return code, token, checkEndpoints(r.GetEndpoints())
 }
@@ -207,6 +211,8 @@ func (d *Daemon) askToJoin(ctx context.Context, n *newcomer, r *trustv1.JoinClus
 	if err != nil {
 		return nil, nil, errs.New(errs.Denied, "%s: %w", endpoint, err)
 	}
+	// The one that answers goes first from now on.
+	k.node.endpoints = slices.Concat([]string{endpoint}, slices.DeleteFunc(slices.Clone(r.GetEndpoints()), func(e string) bool { return e == endpoint }))
 	return k, resp.GetCertificate(), nil
 }
 
@@ -234,7 +240,7 @@ func (n *newcomer) accept(r *trustv1.JoinClusterRequest, id string, resp *trustv
 		return nil, errors.New("what it trusts is not what it showed")
 	}
 	k := &keyring{node: &member{
-		name: r.GetName(), role: resp.GetRole(), key: n.key, public: n.public, osCA: ca, endpoints: r.GetEndpoints(), state: resp.GetState(),
+		name: r.GetName(), role: resp.GetRole(), key: n.key, public: n.public, osCA: ca, state: resp.GetState(),
 	}}
 	if resp.GetRole() != roster.ControlPlane {
 		return k, nil

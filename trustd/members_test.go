@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
@@ -306,6 +307,12 @@ func TestNameAndRoleOfMember(t *testing.T) {
 	n1 := l.box("n1", "1").found()
 	n3 := l.box("n3", "3").join(n1.token("worker", ""), n1)
 	n3.untilState("")
+	for doc, want := range map[string]string{"hostname: n4\nrole: worker": `is "n3" in its cluster`, "hostname: n3\nrole: controlplane": `as "worker"`, "hostname: n3\nrole: worker": ""} {
+		_, err := (controlServer{d: n3.d}).PlanSpec(t.Context(), &controlv1.PlanSpecRequest{Spec: &controlv1.Spec{Generation: 2, Documents: []byte("apiVersion: bulkhead.dev/v1\nkind: Machine\n" + doc + "\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://api.example:6443\n")}})
+		if want == "" && err != nil || want != "" && (!errs.Is(err, errs.Invalid) || !strings.Contains(errs.Text(err), want)) {
+			t.Errorf("plan for %q: %v", doc, err)
+		}
+	}
 	configureAs(t, n3.d, "n4", 2, config.Worker)
 	n3.untilState(`this node is "n3" in its cluster and Machine.hostname says "n4"`)
 	if _, err := n3.sign(uid.Apid, "apid-server", x509.CertificateRequest{}); !errs.Is(err, errs.Precondition) || !strings.Contains(errs.Text(err), `says "n4"`) {

@@ -221,7 +221,7 @@ func misplaced(n *member, s *spec, others int) error {
 	case n.first && others == 0:
 		return nil // nobody else knows it under its name: it is called anew
 	}
-	return errs.New(errs.Precondition, "this node is %q in its cluster and Machine.hostname says %q: set it back, or remove the node from the cluster, reset it and let it join anew", n.name, s.hostname)
+	return errs.New(errs.Precondition, "this node is %q in its cluster and Machine.hostname says %q: set it to the former, or remove the node from the cluster, reset it and let it join anew", n.name, s.hostname)
 }
 
 // misrole says why a node does not do what its document wants. It is pure.

@@ -256,6 +256,11 @@ func TestJoinClusterIsRefused(t *testing.T) {
 			t.Errorf("%s: %v (kind %d), want kind %d with %q", c.name, err, errs.Of(err), c.kind, c.err)
 		}
 	}
+	configureAs(t, n2.d, "n5", 1, config.Worker)
+	if _, err := n2.tryJoin(n2.joinRequest("n2", token, n1)); !errs.Is(err, errs.Precondition) || !strings.Contains(errs.Text(err), `document says "n5"`) {
+		t.Errorf("another name than the document's: %v", err)
+	}
+	configureAs(t, n2.d, "n2", 1, config.Worker)
 	if s, _ := n2.d.trust.Get(); s.GetClaimed() {
 		t.Error("a refused try left an owner")
 	}
@@ -266,6 +271,27 @@ func TestJoinClusterIsRefused(t *testing.T) {
 	if _, err := n2.d.claim(&trustv1.ClaimRequest{}); !errs.Is(err, errs.Precondition) {
 		t.Errorf("a claim afterwards: %v", err)
 	}
+}
+
+// A control plane that takes connections and never answers holds nobody up for long: the next one is asked.
+func TestSilentControlPlane(t *testing.T) {
+	l := newLab(t)
+	n1 := l.box("n1", "1").found()
+	quiet, err := net.Listen("tcp", "127.0.0.1:0") // the kernel takes connections; nobody reads them
+	n1.must(err)
+	defer quiet.Close()
+	silent := &box{machine: n1.machine, door: quiet}
+	n2 := l.box("n2", "2")
+	start := time.Now()
+	n2.join(n1.token("worker", ""), silent, n1)
+	if d := time.Since(start); d < farPatience || d > 2*farPatience {
+		t.Errorf("it took %s; one that says nothing has %s", d, farPatience)
+	}
+	start = time.Now() // and it is not asked first any more
+	if _, err := n2.sign(uid.Apid, "apid-server", x509.CertificateRequest{}); err != nil || time.Since(start) > farPatience {
+		t.Error(err, time.Since(start))
+	}
+	n2.knows("n1", "n2")
 }
 
 // Somebody in between, who has a certificate of his own, can neither pass the join on nor answer it.

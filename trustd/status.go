@@ -143,7 +143,8 @@ func (s controlServer) SetSpec(_ context.Context, r *controlv1.SetSpecRequest) (
 	return &controlv1.SetSpecResponse{}, nil
 }
 
-// PlanSpec has no steps but those that wait for STATE: names are used when the next certificate is signed.
+// PlanSpec has no steps but those that wait for STATE: names are used when the next certificate is signed. A document that makes the node another one than
+// its cluster knows is invalid, so that it is not applied: it would get no certificates any more.
 func (s controlServer) PlanSpec(_ context.Context, r *controlv1.PlanSpecRequest) (*controlv1.PlanSpecResponse, error) {
 	sp, err := parse(r.GetSpec())
 	if err != nil {
@@ -153,6 +154,11 @@ func (s controlServer) PlanSpec(_ context.Context, r *controlv1.PlanSpecRequest)
 	defer s.d.mu.Unlock()
 	out := &controlv1.PlanSpecResponse{}
 	k, _ := s.d.keys.Get()
+	for _, err := range []error{misplaced(k.node, sp, s.d.others(k.node)), misrole(k.node, sp)} {
+		if err != nil {
+			return nil, errs.New(errs.Invalid, "%w", err)
+		}
+	}
 	if s.d.where != durable {
 		out.Steps = append(out.Steps, pending(k)...)
 	}
