@@ -91,7 +91,7 @@ func Parse(token string) (id string, secret []byte, err error) {
 	text := strings.NewReplacer("-", "", " ", "", "\t", "", "\r", "", "\n", "", "O", "0", "I", "1", "L", "1").Replace(strings.ToUpper(token))
 	id, rest, dot := strings.Cut(text, ".")
 	if !dot || !IsID(id) {
-		return "", nil, fmt.Errorf("join token: it begins with an id of %d letters and digits and a dot, as \"bhctl join-token\" prints it", IDSize)
+		return "", nil, fmt.Errorf("join token: it begins with an id of %d letters and digits and a dot, as it was shown when it was made", IDSize)
 	}
 	secret, err = encoding.DecodeString(rest)
 	if err != nil || len(rest) != encoding.EncodedLen(SecretSize) {

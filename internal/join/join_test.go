@@ -157,3 +157,20 @@ func TestParseKey(t *testing.T) {
 		t.Error("garbage is a key")
 	}
 }
+
+// What is taken for a token is one: written out again it is the same.
+func FuzzParse(f *testing.F) {
+	f.Add(Token("7F3KQM2X9T", make([]byte, SecretSize)))
+	f.Add("7f3kq-m2x9t . ooooo")
+	f.Add("")
+	f.Fuzz(func(t *testing.T, text string) {
+		id, secret, err := Parse(text)
+		if err != nil {
+			return
+		}
+		again, same, err := Parse(Token(id, secret))
+		if err != nil || again != id || !bytes.Equal(same, secret) {
+			t.Errorf("%q is %s and %x, then %s and %x, %v", text, id, secret, again, same, err)
+		}
+	})
+}
