@@ -60,8 +60,8 @@ type remote struct {
 	conn *grpc.ClientConn
 
 	why   latest.Cell[string] // of the last try to connect that failed
-	first atomic.Uint32          // index of the address that worked last
-	gone  atomic.Bool            // the node was removed from the cluster
+	first atomic.Uint32       // index of the address that worked last
+	gone  atomic.Bool         // the node was removed from the cluster
 
 	busy int  // calls; guarded by pool.mu
 	old  bool // no new calls; guarded by pool.mu
