@@ -23,6 +23,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
 // says fails unless an error has a code and a text.
@@ -79,6 +80,11 @@ func TestForward(t *testing.T) {
 	_, err = trustv1.NewJoinClient(cert).Join(on(ctx, "w1"), &trustv1.JoinRequest{})
 	says(t, "what is tied to its connection", err, codes.InvalidArgument, "connect with that node")
 
+	// As gateway does, with its caller's token.
+	viaGateway := with(on(ctx, "w1"), "authorization", "Bearer "+c.f.mint("ci", "reader").Token)
+	if got, err := version(viaGateway, c.nodes["cp1"].as(uid.Gateway)); err != nil || got != "w1: ci reader" {
+		t.Errorf("through gateway: %q, %v", got, err)
+	}
 	h := healthv1.NewHealthClient(cert)
 	r, err := h.Check(on(ctx, "w1"), &healthv1.HealthCheckRequest{Service: "network.v1.Network"})
 	if err != nil || r.GetStatus() != healthv1.HealthCheckResponse_NOT_SERVING {

@@ -47,6 +47,7 @@ type pool struct {
 	trust *leaf.Trust
 	dial  func(ctx context.Context, network, address string) (net.Conn, error)
 	log   *slog.Logger
+	brisk peer.Brisk
 
 	mu    sync.Mutex
 	nodes map[string][]*remote // guarded by mu
@@ -151,9 +152,9 @@ func (p *pool) open(node *trustv1.ClusterNode, roots *leaf.Roots, pair *leaf.Pai
 		VerifyConnection: func(s tls.ConnectionState) error { return p.verify(s.PeerCertificates[0], node.GetName()) },
 	}
 	var err error
-	r.conn, err = grpc.NewClient("passthrough:///"+node.GetName(), append(append(peer.Brisk(), backendOptions()...),
+	r.conn, err = p.brisk.Dial(node.GetName(), append(backendOptions(),
 		grpc.WithTransportCredentials(insecure.NewCredentials()), // TLS is below, in what connect returns
-		grpc.WithAuthority(client.ServerName), grpc.WithReadBufferSize(peer.ReadBuffer), grpc.WithIdleTimeout(farIdle),
+		grpc.WithAuthority(client.ServerName), grpc.WithIdleTimeout(farIdle),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return r.connect(ctx, p.dial, cfg) }),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: farAlive, Timeout: farSilent}))...)
 	return r, err
