@@ -15,9 +15,11 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
@@ -120,7 +122,7 @@ func (p *pool) give(r *remote) {
 func (p *pool) retire(r *remote) {
 	r.old = true
 	if r.busy == 0 || r.gone.Load() {
-		if err := r.conn.Close(); err != nil && !errors.Is(err, grpc.ErrClientConnClosing) {
+		if err := r.conn.Close(); err != nil && status.Code(err) != codes.Canceled { // that: it was closed before
 			p.log.Debug("connection not closed", "err", err.Error())
 		}
 	}
