@@ -316,6 +316,7 @@ func TestNearCertificateChanges(t *testing.T) {
 
 // Whatever is at a node's address: an error in bounded time that names node, address and reason.
 func TestPeerNeverAnswers(t *testing.T) {
+	t.Parallel() // it waits for time-outs
 	c := newCluster(t, "cp1", "w1", "w2", "w3", "w4", "w5", "w6")
 	c.machines()
 	n := c.nodes["cp1"]

@@ -46,9 +46,8 @@ func TestGateMakesRoom(t *testing.T) {
 		}, true, "192.0.2.1"},
 		{"the address with most strangers pays, known ones are not counted", func(g *Gate) {
 			crowd(g, 200, "192.0.2.1", old, true)
-			crowd(g, 100, "192.0.2.1", old, false)
-			crowd(g, 100, "192.0.2.2", old.Add(-time.Second), false)
-			crowd(g, 1, "192.0.2.2", old, false)
+			crowd(g, 99, "192.0.2.1", old.Add(-time.Second), false)
+			crowd(g, maxAll-299, "192.0.2.2", old, false)
 		}, true, "192.0.2.2"},
 		{"room besides those who are known", func(g *Gate) {
 			crowd(g, maxAll-maxConns, "192.0.2.1", old, true)
