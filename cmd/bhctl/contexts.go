@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 
@@ -23,17 +24,30 @@ type contexts struct {
 
 // clusterContext is one node or cluster and the credentials for it. CA, Certificate and Key are PEM.
 type clusterContext struct {
-	Endpoint    string `json:"endpoint"`
-	Gateway     string `json:"gateway,omitempty"`    // URL of the REST gateway
-	Kubernetes  string `json:"kubernetes,omitempty"` // URL of the API server as reached from here
-	CA          string `json:"ca,omitempty"`
-	Certificate string `json:"certificate,omitempty"`
-	Key         string `json:"key,omitempty"`
-	Token       string `json:"token,omitempty"`
+	Endpoint string `json:"endpoint"`
+	// Endpoints are further ones, asked when the first does not answer.
+	Endpoints   []string `json:"endpoints,omitempty"`
+	Gateway     string   `json:"gateway,omitempty"`    // URL of the REST gateway
+	Kubernetes  string   `json:"kubernetes,omitempty"` // URL of the API server as reached from here
+	CA          string   `json:"ca,omitempty"`
+	Certificate string   `json:"certificate,omitempty"`
+	Key         string   `json:"key,omitempty"`
+	Token       string   `json:"token,omitempty"`
 }
 
 func (c *clusterContext) credentials() client.Credentials {
 	return client.Credentials{CA: []byte(c.CA), Certificate: []byte(c.Certificate), Key: []byte(c.Key), Token: c.Token}
+}
+
+// all returns the endpoints in the order in which they are tried, each once.
+func (c *clusterContext) all() []string {
+	var out []string
+	for _, e := range append([]string{c.Endpoint}, c.Endpoints...) {
+		if e != "" && !slices.Contains(out, e) {
+			out = append(out, e)
+		}
+	}
+	return out
 }
 
 func contextsPath() (string, error) {
@@ -216,10 +230,12 @@ func (a *app) printContexts(cfg *contexts) error {
 		Name     string `json:"name"`
 		Endpoint string `json:"endpoint"`
 		Current  bool   `json:"current"`
+		// Further ones; left out if there are none.
+		Endpoints []string `json:"endpoints,omitempty"`
 	}
 	rows := []row{}
 	for _, n := range cfg.names() {
-		rows = append(rows, row{n, cfg.Contexts[n].Endpoint, n == cfg.Current})
+		rows = append(rows, row{n, cfg.Contexts[n].Endpoint, n == cfg.Current, cfg.Contexts[n].Endpoints})
 	}
 	return a.print(rows, func() *table {
 		t := newTable("", "NAME", "ENDPOINT")
@@ -228,7 +244,7 @@ func (a *app) printContexts(cfg *contexts) error {
 			if r.Current {
 				mark = "*"
 			}
-			t.add(mark, r.Name, r.Endpoint)
+			t.add(mark, r.Name, strings.Join(cfg.Contexts[r.Name].all(), ", "))
 		}
 		return t
 	})

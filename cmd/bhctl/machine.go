@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -28,6 +29,9 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 		if f.firmware != "" && f.firmware != m.Firmware || f.secureBoot && !m.SecureBoot || f.tpm && !m.TPM || f.install && !m.Medium {
 			return nil, fmt.Errorf("machine %s was made with another firmware, without a TPM or without an installation medium: bhctl down --name %s removes it, with all that is on it", m.Name, m.Name)
 		}
+		if m.LAN != f.lan {
+			return nil, fmt.Errorf("machine %s was made for another cluster (%q): bhctl down --name %s removes it", m.Name, m.LAN, m.Name)
+		}
 		return &m, nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -37,6 +41,7 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 		return nil, err
 	}
 	m.Memory, m.CPUs, m.DiskSize = f.memoryMiB, f.cpus, int64(f.diskGiB)<<30
+	m.LAN, m.LANAddress = f.lan, f.lanAddress
 	m.Firmware, m.SecureBoot, m.TPM, m.Medium = f.firmware, f.secureBoot, f.tpm, f.install
 	m.Forwards = []qemu.Forward{
 		{Name: "api", Host: f.apiPort, Guest: 50000, Flag: "--api-port"},
@@ -72,8 +77,18 @@ func claimKey(m *qemu.Machine) (string, error) {
 
 func (a *app) downCmd() *cobra.Command {
 	var name string
-	c := &cobra.Command{Use: "down", Short: "Remove a local machine, its disk and its context", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		if err := removeMachine(cmd.Context(), name); err != nil {
+	c := &cobra.Command{Use: "down", Short: "Remove a local machine or cluster, its disks and its context", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+		ctx := cmd.Context()
+		members, err := qemu.Members(name)
+		if err != nil {
+			return err
+		}
+		for _, m := range members {
+			if err := removeMachine(ctx, m.Name); err != nil {
+				return err
+			}
+		}
+		if err := errors.Join(removeMachine(ctx, name), qemu.StopLAN(ctx, name)); err != nil {
 			return err
 		}
 		cfg, err := loadContexts()
@@ -89,7 +104,7 @@ func (a *app) downCmd() *cobra.Command {
 		}
 		return cfg.save()
 	}}
-	c.Flags().StringVar(&name, "name", "local", "name of the machine")
+	c.Flags().StringVar(&name, "name", "local", "name of the machine or cluster")
 	return c
 }
 
@@ -120,6 +135,9 @@ func (a *app) statusCmd() *cobra.Command {
 			Since time.Time `json:"since"`
 			API   string    `json:"api"`
 			Dir   string    `json:"dir"`
+			// The cluster's network, and the address in it; left out for a single machine.
+			LAN     string       `json:"lan,omitempty"`
+			Address netip.Prefix `json:"lan_address,omitzero"`
 		}
 		rows := []row{}
 		for _, n := range names {
@@ -128,12 +146,16 @@ func (a *app) statusCmd() *cobra.Command {
 				return err
 			}
 			s := m.Status()
-			rows = append(rows, row{n, string(s.State), s.PID, s.Since, fmt.Sprintf("127.0.0.1:%d", m.Port(50000)), m.Dir})
+			rows = append(rows, row{n, string(s.State), s.PID, s.Since, fmt.Sprintf("127.0.0.1:%d", m.Port(50000)), m.Dir, m.LAN, m.LANAddress})
 		}
 		return a.print(rows, func() *table {
-			t := newTable("NAME", "STATE", "PID", "UP FOR", "API", "FOLDER")
+			t := newTable("NAME", "STATE", "PID", "UP FOR", "API", "LAN", "FOLDER")
 			for _, r := range rows {
-				t.add(r.Name, r.State, fmt.Sprint(r.PID), age(r.Since), r.API, r.Dir)
+				network := "-"
+				if r.LAN != "" {
+					network = r.LAN + " " + r.Address.Addr().String()
+				}
+				t.add(r.Name, r.State, fmt.Sprint(r.PID), age(r.Since), r.API, network, r.Dir)
 			}
 			return t
 		})

@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -20,6 +21,9 @@ func TestScript(t *testing.T) {
 			e.Setenv("XDG_CONFIG_HOME", e.WorkDir+"/.config")
 			e.Setenv("BULKHEAD_MACHINES", e.WorkDir+"/machines")
 			e.Setenv("PATH", os.Getenv("PATH"))
+			// A cluster that answers, for scripts that set BHCONFIG to this.
+			_, c := startFake(e.T().(testing.TB))
+			writeContexts(e.T().(testing.TB), filepath.Join(e.WorkDir, "fake.yaml"), c)
 			return nil
 		},
 	})
