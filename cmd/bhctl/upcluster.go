@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -232,12 +233,9 @@ func (a *app) claimSeed(ctx context.Context, c *localCluster, say func(string)) 
 	}
 	for deadline := time.Now().Add(3 * time.Minute); ; {
 		for i, p := range c.places {
-			if p.role != "controlplane" || !answers(ctx, c.endpoint(i)) {
-				continue
-			}
 			known := *cfg.Contexts[c.f.name]
 			known.Endpoint, known.Endpoints = c.endpoint(i), nil
-			if askVersion(ctx, &known) == nil {
+			if _, ours := answers(ctx, c.endpoint(i), known.CA); p.role == "controlplane" && ours && askVersion(ctx, &known) == nil {
 				c.seed, c.members = i, []int{i}
 				return nil
 			}
@@ -273,17 +271,19 @@ func (a *app) joinLocal(ctx context.Context, c *localCluster, i int, say func(st
 		if m.Status().State != qemu.Running {
 			return errors.New("the machine ended while it booted")
 		}
-		err := askVersion(ctx, known)
-		if err != nil && answers(ctx, c.endpoint(i)) {
+		there, ours := answers(ctx, c.endpoint(i), known.CA)
+		err := errors.New("its API does not answer yet")
+		switch {
+		case ours:
+			err = askVersion(ctx, known)
+		case there:
 			err = a.tryJoin(ctx, c, i, code)
-			switch {
-			case status.Code(err) == codes.AlreadyExists:
-				return fmt.Errorf("%w\n  The machine %s is a new one, and the cluster has a node of that name: bhctl node remove %s, then this again", err, m.Name, m.Name)
-			case errs.Is(err, errs.Precondition) && strings.Contains(err.Error(), "bhctl unlock"):
-				return err
-			case !errs.Is(err, errs.Unavailable) && !errs.Is(err, errs.Precondition) && status.Code(err) != codes.DeadlineExceeded:
-				return err
-			}
+		}
+		if status.Code(err) == codes.AlreadyExists {
+			return fmt.Errorf("%w\n  The machine %s is a new one, and the cluster has a node of that name: bhctl node remove %s, then this again", err, m.Name, m.Name)
+		}
+		if there && !ours && !passing(err) {
+			return err
 		}
 		if err == nil { // it knew this user already, or has just joined
 			c.members = append(c.members, i)
@@ -320,16 +320,27 @@ func (a *app) tryJoin(ctx context.Context, c *localCluster, i int, code string) 
 	return err
 }
 
-// answers tells whether a node's API is there. QEMU accepts for a guest that is not, and such a connection never becomes a good one: so it is asked for a handshake, briefly.
-func answers(ctx context.Context, endpoint string) bool {
+// passing says whether an error may go away by itself. A node that somebody else owns, or that is locked, says so and does not change by waiting.
+func passing(err error) bool {
+	locked := errs.Is(err, errs.Precondition) && strings.Contains(err.Error(), "bhctl unlock")
+	return err == nil || !locked && (errs.Is(err, errs.Unavailable) || errs.Is(err, errs.Precondition) || status.Code(err) == codes.DeadlineExceeded)
+}
+
+// answers tells whether a node's API is there, and whether it belongs to the cluster with that authority. QEMU accepts for a guest that is not there, and such a connection
+// never becomes a good one: so it is asked for a handshake, briefly.
+func answers(ctx context.Context, endpoint, authority string) (there, ours bool) {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	d := tls.Dialer{Config: &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, ServerName: client.ServerName, InsecureSkipVerify: true}} // nothing is sent or believed
 	conn, err := d.DialContext(ctx, "tcp", endpoint)
 	if err != nil {
-		return false
+		return false, false
 	}
-	return conn.Close() == nil
+	defer conn.Close()
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM([]byte(authority))
+	_, err = conn.(*tls.Conn).ConnectionState().PeerCertificates[0].Verify(x509.VerifyOptions{Roots: roots, DNSName: client.ServerName})
+	return true, err == nil
 }
 
 // saveEndpoints writes all control planes into the context.
