@@ -2,6 +2,7 @@ package peer
 
 import (
 	"encoding/json"
+	"slices"
 	"strings"
 	"time"
 
@@ -33,9 +34,20 @@ func Dial(path string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 }
 
 // Patient are the options that make a client wait for a server that restarts, and repeat calls that may be repeated.
-func Patient() []grpc.DialOption {
+func Patient() []grpc.DialOption { return options(true) }
+
+// Brisk are the same for a server that may be away for long: calls that may be repeated are, but none waits for a server that does not answer.
+func Brisk() []grpc.DialOption { return options(false) }
+
+// Repeatable reports whether the proto of a method, "/service/Method", says that doing it twice is as good as once.
+func Repeatable(method string) bool {
+	_, found := slices.BinarySearch(repeatable, strings.TrimPrefix(method, "/"))
+	return found
+}
+
+func options(wait bool) []grpc.DialOption {
 	return []grpc.DialOption{
-		grpc.WithDefaultServiceConfig(serviceConfig()),
+		grpc.WithDefaultServiceConfig(serviceConfig(wait)),
 		grpc.WithMaxCallAttempts(attempts),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
@@ -45,9 +57,9 @@ func Patient() []grpc.DialOption {
 	}
 }
 
-// serviceConfig is grpc's JSON service config (grpc/service_config.proto): wait for the server; repeat, on UNAVAILABLE, the
+// serviceConfig is grpc's JSON service config (grpc/service_config.proto): wait for the server if wait is set; repeat, on UNAVAILABLE, the
 // methods whose idempotency_level says that this is harmless.
-func serviceConfig() string {
+func serviceConfig(wait bool) string {
 	type name struct {
 		Service string `json:"service"`
 		Method  string `json:"method,omitempty"`
@@ -72,8 +84,8 @@ func serviceConfig() string {
 	cfg := struct {
 		MethodConfig []method `json:"methodConfig"`
 	}{[]method{
-		{Name: []name{{}}, WaitForReady: true},
-		{Name: again, WaitForReady: true, RetryPolicy: &retry{
+		{Name: []name{{}}, WaitForReady: wait},
+		{Name: again, WaitForReady: wait, RetryPolicy: &retry{
 			MaxAttempts: attempts, InitialBackoff: "0.05s", MaxBackoff: "1s", BackoffMultiplier: 2, RetryableStatusCodes: []string{"UNAVAILABLE"},
 		}},
 	}}
