@@ -10,12 +10,10 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
-	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
 
 // defaultTimeout bounds one unary call. It is longer than any restart of a daemon.
@@ -87,9 +85,7 @@ func (a *app) stream(ctx context.Context, f func(context.Context, *grpc.ClientCo
 		}
 		defer conn.Close()
 	}
-	if a.node != "" {
-		ctx = metadata.AppendToOutgoingContext(ctx, peer.NodeKey, a.node)
-	}
+	ctx = client.OnNode(ctx, a.node)
 	if a.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, a.timeout)

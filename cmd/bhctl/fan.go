@@ -12,22 +12,18 @@ import (
 	"sync"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"sigs.k8s.io/yaml"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
 
-const (
-	// fanLimit is how many nodes are asked at the same time.
-	fanLimit = 64
-	// liveLimit is how many nodes can be followed: all of them at the same time.
-	liveLimit = 256
-)
+// fanLimit is how many nodes are asked at the same time. Those that are followed must be all at the same time: at most client.MaxEach.
+const fanLimit = 64
 
 // A fanout is one command that asks several nodes. The command as the user typed it is run once for each node, with an app of its own, over one connection; what it
 // prints comes here.
@@ -94,7 +90,7 @@ func (a *app) fanOut(cmd *cobra.Command, kind scopeKind) error {
 	f := &fanout{format: a.format, live: isSet(cmd, "follow") || isSet(cmd, "watch"), out: a.out, err: a.err, results: map[string]*result{}}
 	limit := fanLimit
 	if f.live {
-		if limit = liveLimit; len(names) > limit {
+		if limit = client.MaxEach; len(names) > limit {
 			return fmt.Errorf("%d nodes; at most %d can be followed at the same time: name some with --node", len(names), limit)
 		}
 	}
@@ -107,12 +103,13 @@ func (a *app) fanOut(cmd *cobra.Command, kind scopeKind) error {
 		f.width = max(f.width, len(n))
 		f.results[n] = &result{Node: n}
 	}
-	var g errgroup.Group
-	g.SetLimit(limit)
-	for _, n := range names {
-		g.Go(func() error { a.runAt(ctx, conn, f, n); return nil })
+	for r := range client.Each(ctx, names, limit, func(ctx context.Context, node string) (struct{}, error) {
+		return struct{}{}, a.runAt(ctx, conn, f, node)
+	}) {
+		if r.Err != nil {
+			f.fail(r.Node, r.Err)
+		}
 	}
-	_ = g.Wait() // errors are in the results
 	if !f.live && kind != lines {
 		if err := a.printResults(f, names); err != nil {
 			return err
@@ -125,16 +122,14 @@ func (a *app) fanOut(cmd *cobra.Command, kind scopeKind) error {
 }
 
 // runAt runs the same command line for one node.
-func (a *app) runAt(ctx context.Context, conn *grpc.ClientConn, f *fanout, node string) {
+func (a *app) runAt(ctx context.Context, conn *grpc.ClientConn, f *fanout, node string) error {
 	out := &lineWriter{f: f, node: node}
 	sub := &app{in: strings.NewReader(""), out: out, err: &lineWriter{f: f, node: node, toErr: true}, args: a.args, fan: f, node: node, shared: conn}
 	root := sub.root()
 	root.SetArgs(a.args)
 	err := root.ExecuteContext(ctx)
 	out.flush()
-	if err != nil {
-		f.fail(node, err)
-	}
+	return err
 }
 
 func isSet(cmd *cobra.Command, flag string) bool {

@@ -99,7 +99,7 @@ func TestFanOutToManyNodes(t *testing.T) {
 		t.Errorf("%d lines:\n%.300s", n, out)
 	}
 	_, _, err = run(t, t.Context(), "--all", "logs", "apid", "-f")
-	if err == nil || !strings.Contains(err.Error(), "304 nodes; at most 256 can be followed") {
+	if err == nil || !strings.Contains(err.Error(), "304 nodes; at most 128 can be followed") {
 		t.Error(err)
 	}
 }
