@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -102,14 +103,7 @@ func (a *app) cluster(f upFlags) (*localCluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	controlPlanes, workers := 0, 0
-	for _, m := range members { // those that are there stay
-		if strings.HasPrefix(m.Name, f.name+"-w") {
-			workers++
-		} else {
-			controlPlanes++
-		}
-	}
+	controlPlanes, workers := highest(f.name, members) // those that are there stay
 	controlPlanes, workers = max(f.controlPlanes, controlPlanes), max(f.workers, workers)
 	if controlPlanes == 1 && workers == 0 && len(members) == 0 {
 		return nil, nil
@@ -140,6 +134,19 @@ func (a *app) cluster(f upFlags) (*localCluster, error) {
 		}
 	}
 	return c, nil
+}
+
+// highest returns the greatest numbers that machines of a cluster have; one in between that is missing is to be made again.
+func highest(cluster string, members []qemu.Machine) (controlPlanes, workers int) {
+	for _, m := range members {
+		number := strings.TrimPrefix(m.Name, cluster+"-")
+		if n, err := strconv.Atoi(strings.TrimPrefix(number, "w")); err == nil && strings.HasPrefix(number, "w") {
+			workers = max(workers, n)
+		} else if err == nil {
+			controlPlanes = max(controlPlanes, n)
+		}
+	}
+	return controlPlanes, workers
 }
 
 // upCluster does the steps that are not done yet, as up does.
@@ -201,6 +208,9 @@ func (a *app) at(c *localCluster, i int) *app {
 }
 
 func (a *app) startCluster(ctx context.Context, c *localCluster, say func(string)) error {
+	if err := c.enoughMemory(); err != nil {
+		return err
+	}
 	for _, at := range c.places {
 		f := c.f
 		f.name, f.lan, f.lanAddress, f.files = at.name, c.f.name, at.address, nil
@@ -248,6 +258,22 @@ func (a *app) claimSeed(ctx context.Context, c *localCluster, say func(string)) 
 			return err
 		}
 	}
+}
+
+// enoughMemory looks at all machines together: each by itself would find enough, and the host would run out of it later.
+func (c *localCluster) enoughMemory() error {
+	need := 0
+	for _, at := range c.places {
+		if m, err := qemu.Load(at.name); err != nil {
+			need += c.f.memoryMiB
+		} else if m.Status().State != qemu.Running {
+			need += m.Memory
+		}
+	}
+	if free, ok := qemu.FreeMemory(); ok && free < need {
+		return fmt.Errorf("memory: %d MiB are free and the machines take %d: end something, give each less with --memory, or start fewer", free, need)
+	}
+	return nil
 }
 
 // configure gives a machine its documents, unless it has some.
