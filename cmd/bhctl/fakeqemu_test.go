@@ -71,7 +71,7 @@ func fakeMachine(args []string) error {
 		return err
 	}
 	if socket := find(`addr.path=(\S+)`); socket != "" {
-		if err := fakeNIC(socket); err != nil {
+		if err := fakeNIC(filepath.Base(socket)); err != nil {
 			return err
 		}
 	}
@@ -94,6 +94,11 @@ func fakeMachine(args []string) error {
 
 // fakeDaemon starts the machine and returns when it runs.
 func fakeDaemon(args []string) error {
+	if m := regexp.MustCompile(`addr.path=(\S+)`).FindStringSubmatch(strings.Join(args, " ")); m != nil {
+		if _, err := os.Stat(filepath.Join(filepath.Dir(m[1]), qemu.ClaimKeyFile)); err != nil {
+			return fmt.Errorf("the LAN's socket is to be elsewhere than in the machine's folder: %w", err)
+		}
+	}
 	r, w, err := os.Pipe()
 	if err != nil {
 		return err

@@ -57,7 +57,7 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 		"-device", disk,
 		"-netdev", m.netdev(), "-device", "virtio-net-pci,netdev=net,romfile=,mac="+mac(m.Name))
 	if m.LAN != "" { // right behind the first, so that the guest counts it as its second; the switch dials, so that it may come and go
-		a = append(a, "-netdev", "stream,id=lan,server=on,addr.type=unix,addr.path="+LANSocket, "-device", "virtio-net-pci,netdev=lan,romfile=,mac="+mac("lan/"+m.Name))
+		a = append(a, "-netdev", fmt.Sprintf("stream,id=lan,server=on,addr.type=unix,addr.path=/proc/self/fd/%d/%s", lanFD, LANSocket), "-device", "virtio-net-pci,netdev=lan,romfile=,mac="+mac("lan/"+m.Name))
 	}
 	a = append(a,
 		"-device", "virtio-rng-pci",

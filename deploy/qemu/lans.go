@@ -21,6 +21,10 @@ const lanIdle = time.Minute
 
 const lanPidFile = "switch.pid" // locked while the switch runs
 
+// lanFD is the machine's folder, in which QEMU makes the socket: a socket's name may have 107 bytes only, and QEMU, which makes it in a thread of its own, may have left the
+// folder that it was started in by then.
+const lanFD = tpmFD + 1
+
 // ErrLANRuns is returned by RunLAN if another process runs that network's switch.
 var ErrLANRuns = errors.New("the switch runs already")
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -19,6 +20,8 @@ import (
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
+
+	"github.com/bulkhead-os/bulkhead/networkd/dhcp"
 )
 
 // machine is the end of a QEMU: a socket that listens, and frames over the one connection that it has.
@@ -417,4 +420,47 @@ func FuzzDHCP(f *testing.F) {
 			dhcpAnswer(netip.MustParsePrefix("10.5.0.11/24"), frame)
 		}
 	})
+}
+
+// The node's own client takes what the switch answers, first as one without a lease and then as one that has to renew it by broadcast.
+func TestDHCPWithTheNodesClient(t *testing.T) {
+	address, hardware := netip.MustParsePrefix("10.5.0.12/24"), net.HardwareAddr{2, 0, 0, 0, 0, 9}
+	answer := func(m *dhcp.Message) *dhcpv4.DHCPv4 {
+		t.Helper()
+		f := udpFrame(everyone, net.IPv4zero, m.Packet.ToBytes())[prefix:]
+		copy(f[6:], hardware)
+		binary.BigEndian.PutUint16(f[headEthernet+headIP+2:], serverPort)
+		p, err := dhcpv4.FromBytes(udp(dhcpAnswer(address, f)[prefix:], clientPort))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	m := dhcp.NewMachine(dhcp.Identity{Hardware: hardware}, rand.New(rand.NewPCG(1, 2)), nil, 0)
+	now := m.Deadline()
+	for ask := m.Tick(now); ask != nil; {
+		next, err := m.Receive(now, answer(ask))
+		if err != nil {
+			t.Fatal(err)
+		}
+		ask = next
+	}
+	l := m.Lease()
+	if m.Phase() != dhcp.Bound || l == nil || l.Address != address || len(l.Routes) != 0 || l.Expire-now != leaseTime {
+		t.Fatalf("%s, %+v", m.Phase(), l)
+	}
+	now = l.Rebind + time.Second
+	for range 10 { // renewing goes to the server's address, where nobody is; rebinding goes to all
+		ask := m.Tick(now)
+		if ask != nil && !ask.To.IsValid() {
+			if _, err := m.Receive(now, answer(ask)); err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+		now = m.Deadline()
+	}
+	if l := m.Lease(); m.Phase() != dhcp.Bound || l.Address != address || l.Expire <= now {
+		t.Errorf("after rebinding: %s, %+v", m.Phase(), l)
+	}
 }
