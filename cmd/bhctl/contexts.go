@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -213,6 +214,24 @@ func (a *app) configCmd() *cobra.Command {
 			}
 			return err
 		}},
+		&cobra.Command{Use: "endpoints HOST[:PORT]...", Short: "Say where the context's nodes are reached, in the order in which they are tried", Args: cobra.MinimumNArgs(1),
+			Example: "  bhctl config endpoints 192.0.2.11 192.0.2.12 192.0.2.13", RunE: func(_ *cobra.Command, args []string) error {
+				cfg, err := loadContexts()
+				if err != nil {
+					return err
+				}
+				if _, err := cfg.pick(a.contextName); err != nil {
+					return err
+				}
+				for i := range args {
+					if args[i], err = client.Address(args[i]); err != nil {
+						return err
+					}
+				}
+				c := cfg.Contexts[cmp.Or(a.contextName, cfg.Current)]
+				c.Endpoint, c.Endpoints = args[0], args[1:]
+				return cfg.save()
+			}},
 		named("use", "Make a context the current one", func(cfg *contexts, name string) error { cfg.Current = name; return nil }),
 		named("remove", "Forget a context and its credentials", func(cfg *contexts, name string) error {
 			delete(cfg.Contexts, name)

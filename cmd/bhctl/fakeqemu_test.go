@@ -179,7 +179,10 @@ func (n *fakeNode) get(name string) string {
 
 func (n *fakeNode) serve(l net.Listener) error { return n.server().Serve(l) }
 
-func (n *fakeNode) server() *grpc.Server {
+func (n *fakeNode) server() *grpc.Server { return n.serverFor(n) }
+
+// serverFor is the node's, with somebody's Claim service.
+func (n *fakeNode) serverFor(c trustv1.ClaimServer) *grpc.Server {
 	cfg := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		if err != nil {
@@ -195,7 +198,7 @@ func (n *fakeNode) server() *grpc.Server {
 		return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
 	}}
 	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(cfg)))
-	trustv1.RegisterClaimServer(s, n)
+	trustv1.RegisterClaimServer(s, c)
 	trustv1.RegisterTrustServer(s, n)
 	trustv1.RegisterMembershipServer(s, n)
 	configv1.RegisterConfigServer(s, n)

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
@@ -150,6 +151,17 @@ func (a *app) memberNames(ctx context.Context) (names []string, err error) {
 		err = errors.New("the cluster has no members yet (bhctl bootstrap)")
 	}
 	return names, err
+}
+
+// completeNodes offers names for the last of those that --node has.
+func (a *app) completeNodes(cmd *cobra.Command, _ []string, typed string) ([]string, cobra.ShellCompDirective) {
+	a.timeout, a.nodes = 2*time.Second, nil
+	before := typed[:strings.LastIndexByte(typed, ',')+1]
+	names, _ := a.memberNames(cmd.Context()) // no answer, no offer
+	for i, n := range names {
+		names[i] = before + n
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 }
 
 // fail keeps a node's error and shows it at once.

@@ -9,12 +9,14 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/bulkhead-os/bulkhead/deploy/qemu"
+	"github.com/bulkhead-os/bulkhead/deploy/qemu/lan"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 )
 
@@ -123,7 +125,7 @@ func removeMachine(ctx context.Context, name string) error {
 }
 
 func (a *app) statusCmd() *cobra.Command {
-	return &cobra.Command{Use: "status", Short: "List local machines", Args: cobra.NoArgs, RunE: func(*cobra.Command, []string) error {
+	return &cobra.Command{Use: "status", Short: "List local machines", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		names, err := qemu.List()
 		if err != nil {
 			return err
@@ -138,15 +140,18 @@ func (a *app) statusCmd() *cobra.Command {
 			// The cluster's network, and the address in it; left out for a single machine.
 			LAN     string       `json:"lan,omitempty"`
 			Address netip.Prefix `json:"lan_address,omitzero"`
+			// Plugged says that the network's switch carries the machine's frames.
+			Plugged bool `json:"plugged,omitempty"`
 		}
 		rows := []row{}
+		plugged := pluggedIn(cmd.Context())
 		for _, n := range names {
 			m, err := qemu.Load(n)
 			if err != nil {
 				return err
 			}
 			s := m.Status()
-			rows = append(rows, row{n, string(s.State), s.PID, s.Since, fmt.Sprintf("127.0.0.1:%d", m.Port(50000)), m.Dir, m.LAN, m.LANAddress})
+			rows = append(rows, row{n, string(s.State), s.PID, s.Since, fmt.Sprintf("127.0.0.1:%d", m.Port(50000)), m.Dir, m.LAN, m.LANAddress, plugged(m)})
 		}
 		return a.print(rows, func() *table {
 			t := newTable("NAME", "STATE", "PID", "UP FOR", "API", "LAN", "FOLDER")
@@ -155,9 +160,30 @@ func (a *app) statusCmd() *cobra.Command {
 				if r.LAN != "" {
 					network = r.LAN + " " + r.Address.Addr().String()
 				}
+				if r.LAN != "" && r.State == string(qemu.Running) && !r.Plugged {
+					network += " (unplugged: bhctl up starts the switch)"
+				}
 				t.add(r.Name, r.State, fmt.Sprint(r.PID), age(r.Since), r.API, network, r.Dir)
 			}
 			return t
 		})
 	}}
+}
+
+// pluggedIn returns a function that tells whether a machine is connected to its network; each network's switch is asked once.
+func pluggedIn(ctx context.Context) func(qemu.Machine) bool {
+	ports := map[string][]lan.PortStatus{}
+	return func(m qemu.Machine) bool {
+		if m.LAN == "" {
+			return false
+		}
+		if _, asked := ports[m.LAN]; !asked {
+			ports[m.LAN] = nil
+			if c, err := qemu.LANControl(m.LAN); err == nil {
+				st, _ := c.Status(ctx) // a switch that does not answer has no ports
+				ports[m.LAN] = st.Ports
+			}
+		}
+		return slices.ContainsFunc(ports[m.LAN], func(p lan.PortStatus) bool { return p.Name == m.Name })
+	}
 }

@@ -58,6 +58,7 @@ Kubernetes:  bhctl kubeconfig > kubeconfig && kubectl --kubeconfig kubeconfig ge
 	f.StringSliceVarP(&a.nodes, "node", "n", nil, "the node that is to answer, by its name; several, separated by commas, are asked at the same time")
 	f.BoolVar(&a.allNodes, "all", false, "ask every node of the cluster")
 	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = c.RegisterFlagCompletionFunc("node", a.completeNodes)
 	_ = c.RegisterFlagCompletionFunc("context", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		return a.contextNames(), cobra.ShellCompDirectiveNoFileComp
 	})

@@ -39,7 +39,7 @@ var scopes = func() map[string]scope {
 		"etcd snapshot": {single, ", and the same at each: it is the whole cluster's data"},
 	}
 	for s, names := range map[*scope][]string{
-		&local: {"up", "down", "status", "lan-switch", "config list", "config show", "config ca", "config path", "config use", "config remove",
+		&local: {"up", "down", "status", "lan-switch", "config list", "config show", "config ca", "config path", "config endpoints", "config use", "config remove",
 			"completion bash", "completion zsh", "completion fish", "completion powershell", "help"},
 		&cluster: {"bootstrap", "token", "certificate", "kubeconfig", "jointoken create", "jointoken list", "jointoken revoke", "node remove", "revoke",
 			"etcd members", "etcd remove", "etcd alarms", "etcd forfeit-leadership"},

@@ -225,7 +225,7 @@ func (a *app) startCluster(ctx context.Context, c *localCluster, say func(string
 		}
 		c.machines = append(c.machines, m)
 	}
-	return startSwitch(ctx, c.f.name)
+	return startSwitch(ctx, c.f.name, c.machines)
 }
 
 // claimSeed takes the first machine over, or finds the control plane of the cluster that there is: a new machine in the place of a lost one must not become a cluster of its own.
