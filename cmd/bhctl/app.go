@@ -29,6 +29,7 @@ type app struct {
 
 	nodes    []string // --node
 	allNodes bool     // --all
+	label    string   // what the node is called where several are spoken of
 	node     string   // the node that is to answer; "": the one that is asked
 	args     []string // the command line, without the program's name
 

@@ -159,7 +159,7 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, as, endpoint stri
 			return errors.New("the machine ended while it booted")
 		}
 		if errs.Is(err, errs.Precondition) {
-			return fmt.Errorf("somebody owns this machine already, and this user has no credentials for it: bhctl down --name %s removes it", m.Name)
+			return fmt.Errorf("somebody owns this machine already, and this user has no credentials for it: bhctl down --name %s removes it", as)
 		}
 		if time.Now().After(deadline) {
 			return fmt.Errorf("the node's API does not answer at %s: %w", endpoint, err)
@@ -192,9 +192,13 @@ func (a *app) saveLocal(m *qemu.Machine, as, endpoint string, cred client.Creden
 		return err
 	}
 	c := cfg.Contexts[as]
-	c.Gateway = fmt.Sprintf("https://localhost:%d", m.Port(50001))
-	c.Kubernetes = fmt.Sprintf("https://127.0.0.1:%d", m.Port(6443))
+	c.Gateway, c.Kubernetes = localURLs(m)
 	return cfg.save()
+}
+
+// localURLs are a local machine's gateway and API server as reached from here.
+func localURLs(m *qemu.Machine) (gateway, kubernetes string) {
+	return fmt.Sprintf("https://localhost:%d", m.Port(50001)), fmt.Sprintf("https://127.0.0.1:%d", m.Port(6443))
 }
 
 // localDocuments is what a local machine gets unless the user has documents: its own name, and the names under which the

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -203,7 +204,7 @@ func (c *localCluster) endpoint(i int) string {
 // at is this app for one machine of a cluster, asked directly.
 func (a *app) at(c *localCluster, i int) *app {
 	one := *a
-	one.contextName, one.endpoint = c.f.name, c.endpoint(i)
+	one.contextName, one.endpoint, one.label = c.f.name, c.endpoint(i), c.places[i].name
 	return &one
 }
 
@@ -385,10 +386,13 @@ func (c *localCluster) saveEndpoints() error {
 			more = append(more, c.endpoint(i+1))
 		}
 	}
-	if known.Endpoint == c.endpoint(0) && slices.Equal(known.Endpoints, more) {
+	next := *known
+	next.Endpoint, next.Endpoints = c.endpoint(0), more
+	next.Gateway, next.Kubernetes = localURLs(c.machines[0])
+	if reflect.DeepEqual(next, *known) {
 		return nil
 	}
-	known.Endpoint, known.Endpoints = c.endpoint(0), more
+	cfg.Contexts[c.f.name] = &next
 	return cfg.save()
 }
 
