@@ -230,7 +230,9 @@ func (a *app) removeNode(ctx context.Context, conn *grpc.ClientConn, name string
 	if err != nil {
 		return err
 	}
-	if slices.ContainsFunc(st.GetMembers(), func(m *etcdv1.Member) bool { return m.GetName() == name }) {
+	member := slices.ContainsFunc(st.GetMembers(), func(m *etcdv1.Member) bool { return m.GetName() == name })
+	ctx = client.OnNode(ctx, elsewhere(st, name))
+	if member {
 		if _, err := etcdv1.NewEtcdClient(conn).RemoveMember(ctx, &etcdv1.RemoveMemberRequest{Name: name}); err != nil {
 			return err
 		}
@@ -242,4 +244,22 @@ func (a *app) removeNode(ctx context.Context, conn *grpc.ClientConn, name string
 		return err
 	}
 	return a.say("%s is no node of the cluster any more\n", name)
+}
+
+// elsewhere returns another control plane to ask if the one that answered is the node that is to go: no member removes itself, and its word would soon count for nothing. "" if
+// it is not.
+func elsewhere(st *etcdv1.Status, name string) string {
+	own, other := false, ""
+	for _, m := range st.GetMembers() {
+		switch {
+		case m.GetName() == name:
+			own = m.GetId() == st.GetMemberId()
+		case !m.GetLearner():
+			other = m.GetName()
+		}
+	}
+	if !own {
+		return ""
+	}
+	return other
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -193,7 +194,10 @@ type fakeEtcd struct {
 	f *fakeCluster
 }
 
-func (e fakeEtcd) RemoveMember(_ context.Context, r *etcdv1.RemoveMemberRequest) (*etcdv1.RemoveMemberResponse, error) {
+func (e fakeEtcd) RemoveMember(ctx context.Context, r *etcdv1.RemoveMemberRequest) (*etcdv1.RemoveMemberResponse, error) {
+	if n, err := e.f.at(ctx); err != nil || n == r.Name {
+		return nil, errors.Join(err, status.Error(codes.FailedPrecondition, "it is this one: bhctl etcd leave"))
+	}
 	return &etcdv1.RemoveMemberResponse{}, e.remove(r.Name)
 }
 

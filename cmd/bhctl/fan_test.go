@@ -104,6 +104,30 @@ func TestFanOutToManyNodes(t *testing.T) {
 	}
 }
 
+// Lines of several nodes never mix, whatever pieces they come in; for a program they are kept with the node.
+func TestLinesStayWhole(t *testing.T) {
+	var out bytes.Buffer
+	f := &fanout{format: "table", width: 3, out: &out, results: map[string]*result{"a": {}, "bbb": {}}}
+	a, b := &lineWriter{f: f, node: "a"}, &lineWriter{f: f, node: "bbb"}
+	for _, w := range []struct {
+		to   *lineWriter
+		text string
+	}{{a, "one\ntw"}, {b, "un"}, {a, "o\n\nthree"}, {b, "\n"}} {
+		_, err := w.to.Write([]byte(w.text))
+		must(t, err)
+	}
+	a.flush()
+	if got, want := out.String(), "a    one\na    two\na    \nbbb  un\na    three\n"; got != want {
+		t.Errorf("got\n%q, want\n%q", got, want)
+	}
+	f.format = "json"
+	_, err := b.Write([]byte("x\ny\n"))
+	must(t, err)
+	if got := fmt.Sprint(f.results["bbb"].Output); got != "[x y]" {
+		t.Errorf("kept %s", got)
+	}
+}
+
 func TestMissingNode(t *testing.T) {
 	want, err := places("demo", 1, 1)
 	must(t, err)

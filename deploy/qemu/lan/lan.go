@@ -48,7 +48,7 @@ type Config struct {
 	// Ports returns the ports there are now. It is called from one goroutine, several times a second. Required.
 	Ports func() []Port
 	Log   *slog.Logger // required
-	// Retry is how often machines that are not connected are looked for; 0 means 200 ms.
+	// Retry is how often machines that are not connected are looked for; 0 means 200 ms. While all are connected it is five times that.
 	Retry time.Duration
 	// Idle is how long no machine must have been connected for Run to end by itself; 0: it does not.
 	Idle time.Duration
@@ -101,12 +101,18 @@ func (s *Switch) Run(ctx context.Context) error {
 
 // connect dials every port that is not connected, again and again.
 func (s *Switch) connect(ctx context.Context, g *errgroup.Group) error {
-	tick := time.NewTicker(s.cfg.Retry)
-	defer tick.Stop()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for last := time.Now(); ; {
-		if s.dialAll(ctx, g) > 0 {
+		connected, missing := s.dialAll(ctx, g)
+		if connected > 0 {
 			last = time.Now()
 		}
+		wait := s.cfg.Retry
+		if missing == 0 {
+			wait *= 5
+		}
+		timer.Reset(wait)
 		if s.cfg.Idle > 0 && time.Since(last) > s.cfg.Idle {
 			s.cfg.Log.Info("no machine is connected: the switch ends")
 			return nil
@@ -116,13 +122,13 @@ func (s *Switch) connect(ctx context.Context, g *errgroup.Group) error {
 			return ctx.Err()
 		case <-s.stop:
 			return nil
-		case <-tick.C:
+		case <-timer.C:
 		}
 	}
 }
 
-// dialAll returns how many ports are connected now.
-func (s *Switch) dialAll(ctx context.Context, g *errgroup.Group) int {
+// dialAll returns how many ports are connected now, and how many are not.
+func (s *Switch) dialAll(ctx context.Context, g *errgroup.Group) (connected, missing int) {
 	for _, p := range s.cfg.Ports() {
 		s.mu.Lock()
 		_, there := s.ports[p.Name]
@@ -132,7 +138,8 @@ func (s *Switch) dialAll(ctx context.Context, g *errgroup.Group) int {
 		}
 		conn, err := dialUnix(ctx, p.Socket)
 		if err != nil {
-			continue // it is off, or not there yet
+			missing++ // it is off, or not there yet
+			continue
 		}
 		np := newPort(p, conn)
 		s.mu.Lock()
@@ -143,7 +150,7 @@ func (s *Switch) dialAll(ctx context.Context, g *errgroup.Group) int {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.ports)
+	return len(s.ports), missing
 }
 
 // carry moves a port's frames until its connection ends.
