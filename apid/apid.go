@@ -113,7 +113,7 @@ func New(cfg Config) (*Daemon, error) {
 	d.far = leaf.New(leaf.Config{Signer: signer, Profile: "apid-node", Trust: d.trust, Log: d.log})
 	d.pool = &pool{leaf: d.far, trust: d.trust, dial: cfg.Dial, log: d.log, nodes: map[string][]*remote{}}
 	d.tls = &identityCard{trust: d.trust, leaf: d.leaf, now: cfg.Now}
-	d.gate = gate.New(cfg.Env.TCP, maxConns, d.count.gate)
+	d.gate = gate.New(cfg.Env.TCP, maxConns, maxKnown, d.count.gate)
 	d.audit = newAuditor(d.log, cfg.Now, d.count)
 	d.state.Set(&controlv1.State{})
 	return d, nil

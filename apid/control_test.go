@@ -70,6 +70,7 @@ func (c *cluster) registries() map[string]*fakeRegistry {
 
 // A daemon of a node asks whichever control plane answers: of a control plane, itself first.
 func TestControlPlanes(t *testing.T) {
+	t.Parallel() // it waits for time-outs
 	c := newCluster(t, "cp1", "cp2", "cp3", "w1")
 	etcd := c.registries()
 	ctx := with(c.nodes["w1"].ctx(), peer.NodeKey, peer.ControlPlanes)

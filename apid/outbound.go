@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/mem"
@@ -89,7 +90,7 @@ func (o *outbound) Exchange(in grpc.BidiStreamingServer[outboundv1.ExchangeReque
 }
 
 func ignoreClosed(err error) error {
-	if errors.Is(err, grpc.ErrClientConnClosing) || errors.Is(err, net.ErrClosed) {
+	if status.Code(err) == codes.Canceled || errors.Is(err, net.ErrClosed) {
 		return nil
 	}
 	return err

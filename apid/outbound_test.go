@@ -171,6 +171,7 @@ func TestExchange(t *testing.T) {
 
 // What trustd may not ask for, and what it learns about ends of the network that do not answer.
 func TestExchangeRefuses(t *testing.T) {
+	t.Parallel() // it waits for time-outs
 	far, near := joinable(t, &authorityOf{}), newNode(t, true)
 	silent, err := net.Listen("tcp", "127.0.0.1:0")
 	near.must(err)

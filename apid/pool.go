@@ -15,9 +15,11 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
@@ -47,6 +49,7 @@ type pool struct {
 	trust *leaf.Trust
 	dial  func(ctx context.Context, network, address string) (net.Conn, error)
 	log   *slog.Logger
+	brisk peer.Brisk
 
 	mu    sync.Mutex
 	nodes map[string][]*remote // guarded by mu
@@ -119,7 +122,7 @@ func (p *pool) give(r *remote) {
 func (p *pool) retire(r *remote) {
 	r.old = true
 	if r.busy == 0 || r.gone.Load() {
-		if err := r.conn.Close(); err != nil && !errors.Is(err, grpc.ErrClientConnClosing) {
+		if err := r.conn.Close(); err != nil && status.Code(err) != codes.Canceled { // that: it was closed before
 			p.log.Debug("connection not closed", "err", err.Error())
 		}
 	}
@@ -151,9 +154,9 @@ func (p *pool) open(node *trustv1.ClusterNode, roots *leaf.Roots, pair *leaf.Pai
 		VerifyConnection: func(s tls.ConnectionState) error { return p.verify(s.PeerCertificates[0], node.GetName()) },
 	}
 	var err error
-	r.conn, err = grpc.NewClient("passthrough:///"+node.GetName(), append(append(peer.Brisk(), backendOptions()...),
+	r.conn, err = p.brisk.Dial(node.GetName(), append(backendOptions(),
 		grpc.WithTransportCredentials(insecure.NewCredentials()), // TLS is below, in what connect returns
-		grpc.WithAuthority(client.ServerName), grpc.WithReadBufferSize(peer.ReadBuffer), grpc.WithIdleTimeout(farIdle),
+		grpc.WithAuthority(client.ServerName), grpc.WithIdleTimeout(farIdle),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return r.connect(ctx, p.dial, cfg) }),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: farAlive, Timeout: farSilent}))...)
 	return r, err

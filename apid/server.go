@@ -32,7 +32,8 @@ import (
 
 // Bounds of a connection.
 const (
-	maxConns         = 256
+	maxConns         = 256  // of those who showed no identity yet
+	maxKnown         = 4096 // of all; a control plane has two of each worker, and some of other control planes
 	handshakeTimeout = 10 * time.Second
 
 	maxStreams = 128

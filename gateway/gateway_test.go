@@ -128,7 +128,7 @@ func serve(t *testing.T) *httptest.Server {
 		t.Fatal(err)
 	}
 	h := httptest.NewUnstartedServer(g.server.Handler)
-	h.Listener = gate.New(h.Listener, 4, g.control.gate)
+	h.Listener = gate.New(h.Listener, 4, 4, g.control.gate)
 	h.Config.ConnContext = withPlace
 	h.Start()
 	t.Cleanup(h.Close)
