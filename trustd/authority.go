@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/hex"
 	"encoding/pem"
 	"fmt"
@@ -75,6 +76,7 @@ type leaf struct {
 	dns     []string
 	ips     []net.IP
 	usage   []x509.ExtKeyUsage
+	private asn1.ObjectIdentifier // a usage of our own
 	life    time.Duration
 }
 
@@ -88,6 +90,9 @@ func (a *authority) sign(key crypto.PublicKey, l leaf, random io.Reader, now tim
 		SerialNumber: serial, Subject: l.subject, DNSNames: l.dns, IPAddresses: l.ips,
 		NotBefore: later(now.Add(-leafBackdate), a.cert.NotBefore), NotAfter: earlier(now.Add(l.life), a.cert.NotAfter),
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: l.usage, BasicConstraintsValid: true,
+	}
+	if l.private != nil {
+		tmpl.UnknownExtKeyUsage = []asn1.ObjectIdentifier{l.private}
 	}
 	der, err := x509.CreateCertificate(random, tmpl, a.cert, key, a.key)
 	if err != nil {

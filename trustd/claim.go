@@ -58,7 +58,7 @@ func (d *Daemon) delay(ctx context.Context) error {
 func (d *Daemon) claim(r *trustv1.ClaimRequest) (*trustv1.ClaimResponse, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if k, _ := d.keys.Get(); k.os != nil {
+	if k, _ := d.keys.Get(); k.owned() {
 		return nil, errs.New(errs.Precondition, "this node has an owner already")
 	}
 	if d.code == "" {

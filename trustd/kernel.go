@@ -28,6 +28,9 @@ const (
 const (
 	identityFile = "identity.json" // made by Claim
 	clusterFile  = "cluster.json"  // made by Bootstrap
+	nodeFile     = "node.json"     // made by JoinCluster, with all keys of a node that joined; on the first node by trustd itself
+	knownFile    = "known.json"    // what was last heard of the cluster; STATE only, no secret
+	joiningFile  = "joining.json"  // keys of a node that tries to join; runtime folder only
 	codeFile     = "claim-code"    // runtime folder only
 	stateLabel   = "STATE"         // the partition's name, as the kernel shows it in uevent
 	maxFile      = 1 << 20
@@ -121,19 +124,32 @@ func (d *Daemon) load(dir string, where place) error {
 	if err != nil {
 		return err
 	}
-	if k.os == nil {
-		if err := d.offer(); err != nil {
-			return err
-		}
-	} else {
+	if k.owned() {
 		d.code = ""
+	} else if err := d.offer(); err != nil {
+		return err
 	}
-	d.where = where
+	d.where, d.known = where, d.remembered(dir, k)
 	d.keys.Set(k)
 	d.publish()
 	d.report()
-	d.log.Info("keys loaded", "folder", dir, "claimed", k.os != nil, "bootstrapped", k.cluster != nil)
+	d.log.Info("keys loaded", "folder", dir, "claimed", k.owned(), "bootstrapped", k.cluster != nil)
 	return nil
+}
+
+// remembered is what the node knows of its cluster without asking. Without it a node starts as it was when it joined, until it hears more.
+func (d *Daemon) remembered(dir string, k *keyring) *trustv1.TrustState {
+	if !k.owned() {
+		return nil
+	}
+	t, err := readKnown(dir, k.osPEM())
+	if err != nil {
+		d.log.Error("what was known of the cluster is lost: revocations too, until the cluster answers", "err", err.Error())
+	}
+	if t == nil && k.node != nil {
+		t = k.node.state
+	}
+	return t
 }
 
 // offer makes the node claimable: by the key from outside, or by a code that outlives a restart of trustd but not of the machine.
@@ -170,9 +186,14 @@ func (d *Daemon) offer() error {
 	return nil
 }
 
-// move brings files from the runtime folder to STATE and wipes them. A file that STATE has already wins: it is older.
+// move brings files from the runtime folder to STATE and wipes them. If STATE has an owner already, it is the older one, and wins. There is one file that
+// makes a node somebody's, so that a power cut between two files leaves none without its owner.
 func (d *Daemon) move() error {
-	for _, name := range []string{identityFile, clusterFile} {
+	foreign, err := d.foreign()
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{identityFile, clusterFile, nodeFile} {
 		from, to := filepath.Join(d.cfg.Runtime, name), filepath.Join(d.cfg.StateDir, name)
 		data, err := readFile(from)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -180,23 +201,45 @@ func (d *Daemon) move() error {
 		} else if err != nil {
 			return err
 		}
-		if _, err := os.Lstat(to); errors.Is(err, fs.ErrNotExist) {
+		if foreign {
+			d.log.Warn("keys made in this boot are dropped: STATE has an owner's", "folder", d.cfg.StateDir)
+			d.where = unknown // what was loaded from the runtime folder is void
+		} else if _, err := os.Lstat(to); errors.Is(err, fs.ErrNotExist) {
 			if err := writeFile(d.cfg.StateDir, name, data); err != nil {
 				return err
 			}
 		} else if err != nil {
 			return err
-		} else if old, err := readFile(to); err != nil {
-			return err
-		} else if string(old) != string(data) { // equal: the power failed between writing and wiping
-			d.log.Warn("keys made in this boot are dropped: STATE has an owner's", "folder", d.cfg.StateDir)
-			d.where = unknown // what was loaded from the runtime folder is void
 		}
 		if err := wipe(from); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// foreign reports whether STATE has another owner than the runtime folder. If they are equal, the power failed between writing and wiping.
+func (d *Daemon) foreign() (bool, error) {
+	for _, name := range []string{identityFile, nodeFile} {
+		data, err := readFile(filepath.Join(d.cfg.Runtime, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return false, err
+		}
+		for _, other := range []string{identityFile, nodeFile} {
+			old, err := readFile(filepath.Join(d.cfg.StateDir, other))
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			} else if err != nil {
+				return false, err
+			}
+			if other != name || string(old) != string(data) {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
 }
 
 // stateOnDisk reports whether the kernel sees a partition named STATE.

@@ -15,20 +15,30 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/join"
 )
 
 // keyring is all that trustd guards. It is never changed, only replaced. It has no text form on purpose.
 type keyring struct {
-	os      *authority // nil: nobody owns the node
+	os      *authority // nil: nobody owns the node, or it has no authority of its own (a worker)
 	tokens  []key      // newest first; Ed25519
 	cluster *cluster   // nil: not bootstrapped
+	node    *member    // nil: not in a cluster of nodes
 }
+
+// owned reports whether the node belongs to somebody.
+func (k *keyring) owned() bool { return k.os != nil || k.node != nil }
+
+// worker reports whether the node is in a cluster and has none of its keys.
+func (k *keyring) worker() bool { return k.os == nil && k.node != nil }
 
 // cluster is what Bootstrap makes.
 type cluster struct {
 	etcd, kubernetes, frontProxy *authority
 	accounts                     []key  // sign service-account tokens, newest first; ECDSA P-256
 	secrets                      []seal // encrypt Kubernetes' secrets, newest first
+	joinKey                      []byte // secrets of join tokens come from it; nil in a file of an older image
 }
 
 // key is a signing key with the name under which it is published.
@@ -72,6 +82,7 @@ type clusterOnDisk struct {
 	FrontProxy      authorityOnDisk `json:"frontProxy"`
 	ServiceAccounts []string        `json:"serviceAccounts"` // PEM, PKCS #8
 	Secrets         []sealOnDisk    `json:"secrets"`
+	JoinKey         []byte          `json:"joinKey,omitempty"`
 }
 
 // newIdentity makes what Claim needs, and the file that holds it.
@@ -88,32 +99,33 @@ func newIdentity(random io.Reader, now time.Time) (*keyring, []byte, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	k := &keyring{os: ca, tokens: []key{token}}
+	data, err := k.identity()
+	return k, data, err
+}
+
+// identity is the file with the node's owner's keys.
+func (k *keyring) identity() ([]byte, error) {
 	file := identityOnDisk{Version: fileVersion}
-	if file.OS, err = ca.disk(); err != nil {
-		return nil, nil, err
+	var err error
+	if file.OS, err = k.os.disk(); err != nil {
+		return nil, err
 	}
-	text, err := pemKey(private)
-	if err != nil {
-		return nil, nil, err
+	if file.TokenKeys, err = pemKeys(k.tokens); err != nil {
+		return nil, err
 	}
-	file.TokenKeys = []string{text}
-	data, err := json.Marshal(file)
-	return &keyring{os: ca, tokens: []key{token}}, data, err
+	return json.Marshal(file)
 }
 
 // newCluster makes what Bootstrap needs, and the file that holds it.
 func newCluster(random io.Reader, now time.Time) (*cluster, []byte, error) {
-	c, file := &cluster{}, clusterOnDisk{Version: fileVersion}
+	c := &cluster{joinKey: make([]byte, join.KeySize)}
 	for _, a := range []struct {
 		name string
 		to   **authority
-		disk *authorityOnDisk
-	}{{"etcd-ca", &c.etcd, &file.Etcd}, {"kubernetes-ca", &c.kubernetes, &file.Kubernetes}, {"front-proxy-ca", &c.frontProxy, &file.FrontProxy}} {
+	}{{"etcd-ca", &c.etcd}, {"kubernetes-ca", &c.kubernetes}, {"front-proxy-ca", &c.frontProxy}} {
 		ca, err := newAuthority(a.name, random, now)
 		if err != nil {
-			return nil, nil, err
-		}
-		if *a.disk, err = ca.disk(); err != nil {
 			return nil, nil, err
 		}
 		*a.to = ca
@@ -126,12 +138,11 @@ func newCluster(random io.Reader, now time.Time) (*cluster, []byte, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	text, err := pemKey(private)
-	if err != nil {
-		return nil, nil, err
-	}
 	s := seal{aes: make([]byte, 32)}
 	if _, err := io.ReadFull(random, s.aes); err != nil {
+		return nil, nil, err
+	}
+	if _, err := io.ReadFull(random, c.joinKey); err != nil {
 		return nil, nil, err
 	}
 	serial, err := newSerial(random)
@@ -140,22 +151,48 @@ func newCluster(random io.Reader, now time.Time) (*cluster, []byte, error) {
 	}
 	s.id = "kms-" + serial.Text(16)[:16] // must tell nothing of the key: random
 	c.accounts, c.secrets = []key{account}, []seal{s}
-	file.ServiceAccounts, file.Secrets = []string{text}, []sealOnDisk{{ID: s.id, Key: s.aes}}
-	data, err := json.Marshal(file)
+	data, err := c.disk()
 	return c, data, err
+}
+
+// disk is the file with the cluster's keys.
+func (c *cluster) disk() ([]byte, error) {
+	file := clusterOnDisk{Version: fileVersion, JoinKey: c.joinKey}
+	for _, a := range []struct {
+		from *authority
+		to   *authorityOnDisk
+	}{{c.etcd, &file.Etcd}, {c.kubernetes, &file.Kubernetes}, {c.frontProxy, &file.FrontProxy}} {
+		var err error
+		if *a.to, err = a.from.disk(); err != nil {
+			return nil, err
+		}
+	}
+	for _, s := range c.secrets {
+		file.Secrets = append(file.Secrets, sealOnDisk{ID: s.id, Key: s.aes})
+	}
+	var err error
+	if file.ServiceAccounts, err = pemKeys(c.accounts); err != nil {
+		return nil, err
+	}
+	return json.Marshal(file)
 }
 
 // readKeyring reads the keys in a folder; files that are not there leave their part empty.
 func readKeyring(dir string) (*keyring, error) {
 	k := &keyring{}
+	if err := k.readNode(dir); err != nil || k.node != nil && !k.node.first {
+		return k, err // all of one that joined is in that file
+	}
 	path := filepath.Join(dir, identityFile)
 	data, err := readFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		// A cluster without an owner cannot be: Bootstrap asks for one. Its file was lost, and whoever claims the node must not get the cluster.
-		if _, err := os.Lstat(filepath.Join(dir, clusterFile)); err == nil {
-			return nil, fmt.Errorf("%s: it is missing, but %s is there: bring it back from a backup, or remove both to start anew", path, clusterFile)
-		} else if !errors.Is(err, fs.ErrNotExist) {
-			return nil, err
+		for _, other := range []string{clusterFile, nodeFile} {
+			if _, err := os.Lstat(filepath.Join(dir, other)); err == nil {
+				return nil, fmt.Errorf("%s: it is missing, but %s is there: bring it back from a backup, or remove both to start anew", path, other)
+			} else if !errors.Is(err, fs.ErrNotExist) {
+				return nil, err
+			}
 		}
 		return k, nil
 	} else if err != nil {
@@ -223,6 +260,9 @@ func parseCluster(data []byte) (*cluster, error) {
 		if k, ok := a.private.(*ecdsa.PrivateKey); !ok || k.Curve != elliptic.P256() {
 			err = errors.Join(err, fmt.Errorf("service-account key %s: it is no ECDSA P-256 key", a.id))
 		}
+	}
+	if c.joinKey = f.JoinKey; len(c.joinKey) != 0 && len(c.joinKey) != join.KeySize {
+		err = errors.Join(err, fmt.Errorf("join key: %d bytes, must be %d", len(c.joinKey), join.KeySize))
 	}
 	if len(f.Secrets) == 0 {
 		err = errors.Join(err, errors.New("secrets: no key"))
@@ -301,6 +341,18 @@ func parseKey(text string) (crypto.Signer, error) {
 		return nil, fmt.Errorf("a %T cannot sign", k)
 	}
 	return s, nil
+}
+
+func pemKeys(keys []key) ([]string, error) {
+	var out []string
+	for _, k := range keys {
+		text, err := pemKey(k.private)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, text)
+	}
+	return out, nil
 }
 
 func pemKey(private crypto.Signer) (string, error) {

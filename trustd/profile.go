@@ -13,7 +13,9 @@ import (
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/trustd/roster"
 )
 
 // profile says who may have which certificate. What is zero is not given.
@@ -24,6 +26,9 @@ type profile struct {
 	// The subject is cn and org, with %s for the host's name; if cn is "" it is the request's, which people must then check.
 	cn  string
 	org []string
+	// member puts the node's role in its cluster among org, and its key's digest in the subject (serialNumber), so that another node that
+	// gets its name later is not taken for it.
+	member bool
 	// exact wants the request to carry just this subject: it comes from further away (the kubelet) through who.
 	exact bool
 
@@ -32,6 +37,8 @@ type profile struct {
 	names func(*spec) []string
 	// addresses lets who name the node's own addresses: trustd has no network to look at.
 	addresses bool
+	// worker lets a worker of the cluster have it.
+	worker bool
 
 	life    time.Duration
 	maxLife time.Duration // 0: the request must not ask for another life
@@ -45,8 +52,11 @@ const (
 
 // profiles is the whole list.
 var profiles = map[string]profile{
-	"apid-server":    {who: uid.Apid, ca: osCA, cn: "apid", server: true, names: nodeNames, addresses: true, life: day},
-	"gateway-server": {who: uid.Gateway, ca: osCA, cn: "gateway", server: true, names: gatewayNames, addresses: true, life: day},
+	"apid-server":    {who: uid.Apid, ca: osCA, cn: "apid", server: true, names: nodeNames, addresses: true, life: day, worker: true},
+	"gateway-server": {who: uid.Gateway, ca: osCA, cn: "gateway", server: true, names: gatewayNames, addresses: true, life: day, worker: true},
+
+	// With it apid calls the apid of other nodes: peer.NodeFrom. No other profile gives a role of its kind, and no person or program can have one.
+	"apid-node": {who: uid.Apid, ca: osCA, cn: peer.NodePrefix + "%s", org: []string{rolePrefix + peer.RoleNode}, member: true, client: true, life: day, worker: true},
 
 	// etcd's own gateway speaks to itself with the server's certificate, hence client.
 	"etcd-server": {who: uid.Etcdd, ca: etcdCA, cn: "etcd-server", server: true, client: true, names: hostNames, addresses: true, life: day},
@@ -61,15 +71,15 @@ var profiles = map[string]profile{
 	"front-proxy-client":            {who: uid.Kubeletd, ca: frontProxyCA, cn: "front-proxy-client", client: true, life: day},
 	"kube-controller-manager":       {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:kube-controller-manager", client: true, life: day},
 	"kube-scheduler":                {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:kube-scheduler", client: true, life: day},
-	"kube-proxy":                    {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:kube-proxy", client: true, life: day},
+	"kube-proxy":                    {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:kube-proxy", client: true, life: day, worker: true},
 	"kubernetes-admin":              {who: uid.Kubeletd, ca: kubernetesCA, org: []string{"system:masters"}, client: true, life: day, maxLife: 30 * day},
 	// kubeletd's own identity towards the API server; what it may do there stands in its add-on "rbac".
 	"kubeletd": {who: uid.Kubeletd, ca: kubernetesCA, cn: "bulkhead:kubeletd", client: true, life: day},
 
 	// The kubelet's own: kubeletd passes on what the kubelet put into a CertificateSigningRequest.
-	"kubelet-bootstrap": {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:bootstrap:%s", org: []string{"system:bootstrappers"}, client: true, life: time.Hour},
-	"kubelet-client":    {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:node:%s", org: []string{"system:nodes"}, exact: true, client: true, life: day},
-	"kubelet-serving":   {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:node:%s", org: []string{"system:nodes"}, exact: true, server: true, names: onlyHost, addresses: true, life: day},
+	"kubelet-bootstrap": {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:bootstrap:%s", org: []string{"system:bootstrappers"}, client: true, life: time.Hour, worker: true},
+	"kubelet-client":    {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:node:%s", org: []string{"system:nodes"}, exact: true, client: true, life: day, worker: true},
+	"kubelet-serving":   {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:node:%s", org: []string{"system:nodes"}, exact: true, server: true, names: onlyHost, addresses: true, life: day, worker: true},
 }
 
 func osCA(k *keyring) *authority { return k.os }
@@ -99,8 +109,15 @@ func hostNames(s *spec) []string { return []string{s.hostname, "localhost", "127
 // nodeNames are those of apid. "bulkhead" is in all of them: clients of gRPC know a node by its authority and this
 // name, under whatever address they reach it.
 func nodeNames(s *spec) []string {
-	return slices.Concat([]string{"bulkhead"}, gatewayNames(s))
+	names := []string{"bulkhead"}
+	if s.member == roster.ControlPlane {
+		names = append(names, controlPlaneName)
+	}
+	return slices.Concat(names, gatewayNames(s))
 }
+
+// controlPlaneName is in the certificates of control planes' apid only: a node that asks its cluster whom to trust does not believe a worker.
+const controlPlaneName = "bulkhead-controlplane"
 
 // gatewayNames are those that HTTP clients use. Without apid's name: else a gateway that somebody broke into could pass for apid.
 func gatewayNames(s *spec) []string { return slices.Concat(hostNames(s), s.names) }
@@ -125,6 +142,9 @@ type spec struct {
 	names      []string // of the cluster, DNS and addresses, its endpoint's host included
 	domain     string
 	service    netip.Prefix
+
+	// Not from the document: the node's role in its cluster, and the digest of its own key. "" while it is in none.
+	member, key string
 }
 
 // parseSpec reads the sections that machined hands out.
@@ -158,6 +178,40 @@ func decide(name string, who uid.ID, r *x509.CertificateRequest, life time.Durat
 	if !ok || p.who != who {
 		return leaf{}, errs.New(errs.Denied, "profile %q: user %q may not ask for it; %s", name, who.Name(), offers(who))
 	}
+	return p.issue(name, r, life, s)
+}
+
+// forNode returns what to sign for another node of the cluster, which is not trusted with its own names: they are from the cluster's record. Of the
+// addresses in the request those count that the cluster has seen it call from. It is pure.
+func forNode(name string, n roster.Node, r *x509.CertificateRequest, life time.Duration) (leaf, error) {
+	p, ok := profiles[name]
+	if !ok || !p.worker && n.Role != roster.ControlPlane {
+		return leaf{}, errs.New(errs.Denied, "profile %.64q: node %q is a %s of the cluster and may not have it; allowed are %s", name, n.Name, n.Role, strings.Join(forWorkers(), ", "))
+	}
+	own := *r
+	own.IPAddresses = slices.DeleteFunc(slices.Clone(r.IPAddresses), func(ip net.IP) bool {
+		a, _ := netip.AddrFromSlice(ip) // x509 has checked the length
+		return !a.IsLoopback() && !slices.Contains(n.Addresses, a.Unmap().String())
+	})
+	return p.issue(name, &own, life, &spec{hostname: n.Name, member: n.Role, key: n.Key})
+}
+
+// forWorkers are the profiles that a worker can have.
+func forWorkers() []string {
+	return slices.Sorted(func(yield func(string) bool) {
+		for n, p := range profiles {
+			if p.worker && !yield(n) {
+				return
+			}
+		}
+	})
+}
+
+// issue fills a profile in. It is pure.
+func (p profile) issue(name string, r *x509.CertificateRequest, life time.Duration, s *spec) (leaf, error) {
+	if p.member && s.member == "" {
+		return leaf{}, errs.New(errs.Precondition, "profile %q: the node is in no cluster yet", name)
+	}
 	if s.hostname == "" && (strings.Contains(p.cn, "%s") || p.exact) {
 		return leaf{}, errs.New(errs.Precondition, "profile %q: the node has no name yet; apply a configuration", name)
 	}
@@ -184,6 +238,10 @@ func decide(name string, who uid.ID, r *x509.CertificateRequest, life time.Durat
 
 func (p profile) subject(name string, r *x509.CertificateRequest, s *spec) (pkix.Name, error) {
 	want := pkix.Name{CommonName: strings.ReplaceAll(p.cn, "%s", s.hostname), Organization: p.org}
+	if p.member {
+		want.Organization = append(slices.Clone(p.org), rolePrefix+peer.RoleNode+"-"+s.member)
+		want.SerialNumber = s.key
+	}
 	if p.cn == "" {
 		want.CommonName = r.Subject.CommonName
 		if err := checkName(want.CommonName); err != nil {

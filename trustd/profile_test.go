@@ -62,7 +62,7 @@ func TestDecide(t *testing.T) {
 		{name: "admin", profile: "kubernetes-admin", who: uid.Kubeletd, req: x509.CertificateRequest{Subject: pkix.Name{CommonName: "ann"}}, life: 48 * time.Hour,
 			subject: "CN=ann,O=system:masters", want: 48 * time.Hour},
 
-		{name: "no such profile", profile: "root", who: uid.Apid, err: "may ask for apid-server", kind: errs.Denied},
+		{name: "no such profile", profile: "root", who: uid.Apid, err: "may ask for apid-node, apid-server", kind: errs.Denied},
 		{name: "another's profile", profile: "etcd-root", who: uid.Kubeletd, err: `user "kubeletd" may not`, kind: errs.Denied},
 		{name: "gateway as apid", profile: "apid-server", who: uid.Gateway, err: "may ask for gateway-server", kind: errs.Denied},
 		{name: "foreign DNS name", profile: "apid-server", who: uid.Apid, req: x509.CertificateRequest{DNSNames: []string{"bank.example"}}, err: `"bank.example"`, kind: errs.Denied},

@@ -53,6 +53,8 @@ func (d *Daemon) bootstrap() (already bool, err error) {
 	}
 	sp, _ := d.spec.Get()
 	switch {
+	case k.worker():
+		return false, errs.New(errs.Precondition, "bootstrap: this node is a worker of a cluster that there is already")
 	case k.os == nil:
 		return false, errs.New(errs.Precondition, "bootstrap: nobody owns this node; claim it first")
 	case sp.generation == 0:
@@ -69,17 +71,28 @@ func (d *Daemon) bootstrap() (already bool, err error) {
 	if err := writeFile(d.folder(), clusterFile, data); err != nil {
 		return false, err
 	}
-	d.keys.Set(&keyring{os: k.os, tokens: k.tokens, cluster: c})
+	d.keys.Set(&keyring{os: k.os, tokens: k.tokens, cluster: c, node: k.node})
 	d.publish()
 	d.report()
 	d.log.Info("cluster's authorities made")
 	return false, nil
 }
 
+// authority says why a node cannot give credentials to people.
+func (k *keyring) authority() error {
+	switch {
+	case k.worker():
+		return errs.New(errs.Precondition, "node %q is a worker and has no authority: ask a control plane", k.node.name)
+	case k.os == nil:
+		return errs.New(errs.Precondition, "nobody owns this node; claim it first")
+	}
+	return nil
+}
+
 func (s trustServer) MintToken(ctx context.Context, r *trustv1.MintTokenRequest) (*trustv1.MintTokenResponse, error) {
 	k, _ := s.d.keys.Get()
-	if k.os == nil {
-		return nil, errs.New(errs.Precondition, "nobody owns this node; claim it first")
+	if err := k.authority(); err != nil {
+		return nil, err
 	}
 	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles()); err != nil {
 		return nil, err
@@ -110,8 +123,8 @@ func (s trustServer) MintToken(ctx context.Context, r *trustv1.MintTokenRequest)
 
 func (s trustServer) IssueCertificate(ctx context.Context, r *trustv1.IssueCertificateRequest) (*trustv1.IssueCertificateResponse, error) {
 	k, _ := s.d.keys.Get()
-	if k.os == nil {
-		return nil, errs.New(errs.Precondition, "nobody owns this node; claim it first")
+	if err := k.authority(); err != nil {
+		return nil, err
 	}
 	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles()); err != nil {
 		return nil, err
@@ -210,14 +223,23 @@ func (s signerServer) SignCertificate(ctx context.Context, r *trustv1.SignCertif
 	if r.GetTtlSeconds() > uint64(ownerLife/time.Second) {
 		return nil, errs.New(errs.Invalid, "ttl_seconds: %d is more than any profile allows", r.GetTtlSeconds())
 	}
-	sp, _ := s.d.spec.Get()
+	k, _ := s.d.keys.Get()
+	sp, err := s.d.specFor(k)
+	if err != nil {
+		return nil, err
+	}
 	l, err := decide(r.GetProfile(), who, csr, time.Duration(r.GetTtlSeconds())*time.Second, sp)
 	if err != nil {
 		s.d.count.refused.Add(1)
 		s.d.log.Warn("certificate refused", "user", who.Name(), "err", err.Error())
 		return nil, err
 	}
-	k, _ := s.d.keys.Get()
+	if k.worker() {
+		return s.d.signFar(ctx, k, r, csr.PublicKey)
+	}
+	if r.GetProfile() == "etcd-peer" {
+		s.d.own.Set(ownAddresses(csr.IPAddresses))
+	}
 	ca := profiles[r.GetProfile()].ca(k)
 	if ca == nil {
 		return nil, errs.New(errs.Precondition, "profile %q: its authority does not exist yet; claim and bootstrap the node", r.GetProfile())
@@ -228,6 +250,17 @@ func (s signerServer) SignCertificate(ctx context.Context, r *trustv1.SignCertif
 	}
 	s.d.remember(r.GetProfile(), cert)
 	return &trustv1.SignCertificateResponse{Certificate: string(pemCert(cert.Raw)), Ca: string(ca.pem)}, nil
+}
+
+// specFor is what the node's certificates are made from, or why none can be.
+func (d *Daemon) specFor(k *keyring) (*spec, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	sp, _ := d.spec.Get()
+	if err := misplaced(k.node, sp, d.others(k.node)); err != nil {
+		return nil, err
+	}
+	return k.spec(sp), nil
 }
 
 // signed is the newest certificates that were signed, oldest overwritten first. The zero value is empty.

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
@@ -19,6 +20,7 @@ type figures struct {
 	refused, wrongClaims, tokens  *metrics.Vec
 	accountTokens, seals, unseals *metrics.Vec
 	expires                       *metrics.Vec
+	refusedJoins, refusedNodes    *metrics.Vec
 }
 
 func newFigures(s *metrics.Set) figures {
@@ -35,9 +37,11 @@ func newFigures(s *metrics.Set) figures {
 		accountTokens: s.Counter("bulkhead_trustd_service_account_tokens_signed_total", "Service-account tokens signed since the start."),
 		seals:         s.Counter("bulkhead_trustd_secrets_encrypted_total", "Encryptions for Kubernetes since the start."),
 		unseals:       s.Counter("bulkhead_trustd_secrets_decrypted_total", "Decryptions for Kubernetes since the start."),
+		refusedJoins:  s.Counter("bulkhead_trustd_joins_refused_total", "Nodes that were not let into the cluster since the start."),
+		refusedNodes:  s.Counter("bulkhead_trustd_node_calls_refused_total", "Calls of nodes that showed no member's key since the start."),
 		expires:       s.Gauge("bulkhead_trustd_authority_expiry_timestamp_seconds", "When an authority's certificate expires, Unix time.", "authority"),
 	}
-	for _, c := range []*metrics.Vec{f.refused, f.wrongClaims, f.tokens, f.accountTokens, f.seals, f.unseals} {
+	for _, c := range []*metrics.Vec{f.refused, f.wrongClaims, f.tokens, f.accountTokens, f.seals, f.unseals, f.refusedJoins, f.refusedNodes} {
 		c.Add(0) // a counter that has not counted yet is 0, not absent
 	}
 	return f
@@ -50,15 +54,19 @@ func (d *Daemon) publish() {
 	}
 	k, _ := d.keys.Get()
 	sp, _ := d.spec.Get()
-	t := &trustv1.TrustState{Claimed: k.os != nil, Bootstrapped: k.cluster != nil, Names: sp.allNames()}
-	if k.os != nil {
-		t.OsCa = string(k.os.pem)
+	t := k.trust()
+	t.Names = k.spec(sp).allNames()
+	if k.worker() { // it trusts what it heard last
+		t = proto.CloneOf(d.known)
+		t.Claimed, t.Names = true, k.spec(sp).allNames()
+	} else if d.known != nil {
+		t.Nodes, t.Revoked = d.known.GetNodes(), d.known.GetRevoked()
 	}
-	for _, key := range k.tokens {
-		t.TokenKeys = append(t.TokenKeys, &trustv1.TokenKey{Id: key.id, PublicKey: key.public})
+	if k.node != nil {
+		t.NodeName, t.NodeRole = k.node.name, k.node.role
 	}
-	if c := k.cluster; c != nil {
-		t.EtcdCa, t.KubernetesCa, t.FrontProxyCa = string(c.etcd.pem), string(c.kubernetes.pem), string(c.frontProxy.pem)
+	if old, _ := d.trust.Get(); proto.Equal(old, t) && old != nil {
+		return
 	}
 	d.trust.Set(t)
 	for _, a := range k.authorities() {
@@ -68,11 +76,28 @@ func (d *Daemon) publish() {
 	d.count.bootstrapped.Set(number(t.Bootstrapped))
 }
 
+// trust is what the keys say by themselves.
+func (k *keyring) trust() *trustv1.TrustState {
+	t := &trustv1.TrustState{Claimed: k.owned(), Bootstrapped: k.cluster != nil, OsCa: k.osPEM()}
+	for _, key := range k.tokens {
+		t.TokenKeys = append(t.TokenKeys, &trustv1.TokenKey{Id: key.id, PublicKey: key.public})
+	}
+	if c := k.cluster; c != nil {
+		t.EtcdCa, t.KubernetesCa, t.FrontProxyCa = string(c.etcd.pem), string(c.kubernetes.pem), string(c.frontProxy.pem)
+	}
+	return t
+}
+
 // report makes the state that machined sees. The caller is New or holds d.mu.
 func (d *Daemon) report() {
 	sp, _ := d.spec.Get()
 	k, _ := d.keys.Get()
 	s := &controlv1.State{Generation: sp.generation, Error: d.problem}
+	for _, err := range []error{misplaced(k.node, sp, d.others(k.node)), misrole(k.node, sp), d.membership} {
+		if s.Error == "" && err != nil {
+			s.Error = errs.Text(err)
+		}
+	}
 	if d.where != durable {
 		s.Pending = pending(k)
 	}
@@ -84,7 +109,7 @@ func (d *Daemon) report() {
 }
 
 func pending(k *keyring) []string {
-	if k.os != nil {
+	if k.owned() {
 		return []string{"keys move to /state/trustd when it is mounted"}
 	}
 	return []string{"keys wait for /state/trustd to be mounted"}
@@ -118,7 +143,8 @@ func (s controlServer) SetSpec(_ context.Context, r *controlv1.SetSpecRequest) (
 	return &controlv1.SetSpecResponse{}, nil
 }
 
-// PlanSpec has no steps but those that wait for STATE: names are used when the next certificate is signed.
+// PlanSpec has no steps but those that wait for STATE: names are used when the next certificate is signed. A document that makes the node another one than
+// its cluster knows is invalid, so that it is not applied: it would get no certificates any more.
 func (s controlServer) PlanSpec(_ context.Context, r *controlv1.PlanSpecRequest) (*controlv1.PlanSpecResponse, error) {
 	sp, err := parse(r.GetSpec())
 	if err != nil {
@@ -128,6 +154,11 @@ func (s controlServer) PlanSpec(_ context.Context, r *controlv1.PlanSpecRequest)
 	defer s.d.mu.Unlock()
 	out := &controlv1.PlanSpecResponse{}
 	k, _ := s.d.keys.Get()
+	for _, err := range []error{misplaced(k.node, sp, s.d.others(k.node)), misrole(k.node, sp)} {
+		if err != nil {
+			return nil, errs.New(errs.Invalid, "%w", err)
+		}
+	}
 	if s.d.where != durable {
 		out.Steps = append(out.Steps, pending(k)...)
 	}

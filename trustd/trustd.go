@@ -26,10 +26,12 @@ import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/trustd/roster"
 )
 
 // Config is fixed for the life of the process.
@@ -45,6 +47,8 @@ type Config struct {
 	Locked string
 	// Console is where the claim code is shown; nil: nowhere.
 	Console io.Writer
+	// Socket returns the path of another daemon's socket; nil: peer.Socket.
+	Socket func(daemon string) string
 	// Now and Random are the clock and the randomness; nil: the real ones.
 	Now    func() time.Time
 	Random io.Reader
@@ -64,14 +68,28 @@ type Daemon struct {
 	reason  string     // guarded by mu; why, in storaged's words
 	since   time.Time  // guarded by mu; from when on a STATE that is there has stateWait to be mounted
 	problem string     // guarded by mu; of the last look at the folders
+	// known is what was last heard of the cluster: nodes and revocations, on a worker all of it. Guarded by mu; never changed, only replaced.
+	known      *trustv1.TrustState
+	membership error      // guarded by mu; why the cluster does not take the node for its own
+	joining    sync.Mutex // held while the node tries to join: one try at a time
 
 	keys  latest.Cell[*keyring]            // never nil
 	spec  latest.Cell[*spec]               // never nil
 	trust latest.Cell[*trustv1.TrustState] // made from keys and spec
 	state latest.Cell[*controlv1.State]    // made from spec and where
-	slow  chan struct{}                    // slots for answers to wrong proofs
-	past  signed                           // what was signed since the start
-	count figures
+	// list is the cluster's list of nodes, on a control plane; nil until etcd has answered once.
+	list latest.Cell[*roster.State]
+	own  latest.Cell[[]string] // addresses of this node, in the words of etcdd, which has a network; sorted
+	slow chan struct{}         // slots for answers to wrong proofs
+	// word is what other nodes hear of the cluster from this one, made from list.
+	word     latest.Cell[*trustv1.TrustState]
+	instance []byte              // of this run; tells two machines with one key apart
+	lookups  chan struct{}       // slots for reading etcd on behalf of strangers
+	lastGood latest.Cell[string] // endpoint of the control plane that answered last
+	past     signed              // what was signed since the start
+	count    figures
+
+	etcdd, apid *grpc.ClientConn // opened when first used
 }
 
 // Run is trustd as PID 1 starts it.
@@ -98,10 +116,26 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Socket == nil {
+		cfg.Socket = peer.Socket
+	}
 	if cfg.Random == nil {
 		cfg.Random = rand.Reader
 	}
-	d := &Daemon{cfg: cfg, log: cfg.Env.Log, start: cfg.Now(), since: cfg.Now(), slow: make(chan struct{}, wrongProofs), count: newFigures(cfg.Env.Metrics)}
+	d := &Daemon{cfg: cfg, log: cfg.Env.Log, start: cfg.Now(), since: cfg.Now(), slow: make(chan struct{}, wrongProofs), instance: make([]byte, join.InstanceSize), lookups: make(chan struct{}, maxLookups), count: newFigures(cfg.Env.Metrics)}
+	for _, c := range []struct {
+		daemon string
+		to     **grpc.ClientConn
+	}{{"etcdd", &d.etcdd}, {"apid", &d.apid}} {
+		conn, err := peer.Dial(cfg.Socket(c.daemon))
+		if err != nil {
+			return nil, err
+		}
+		*c.to = conn
+	}
+	if _, err := io.ReadFull(cfg.Random, d.instance); err != nil {
+		return nil, err
+	}
 	d.keys.Set(&keyring{})
 	d.spec.Set(&spec{})
 	d.report()
@@ -114,12 +148,19 @@ func (d *Daemon) Run(ctx context.Context) error {
 		d.log.Warn("keys not settled yet", "err", err.Error())
 	}
 	g, ctx := errgroup.WithContext(ctx)
+	defer d.etcdd.Close()
+	defer d.apid.Close()
 	g.Go(func() error { return d.follow(ctx) })
+	g.Go(func() error { return d.followCluster(ctx) })
+	g.Go(func() error { return d.keepRecord(ctx) })
 	g.Go(func() error {
 		return daemon.Serve(ctx, d.cfg.Env, callers(), func(s *grpc.Server) {
 			trustv1.RegisterClaimServer(s, claimServer{d: d})
 			trustv1.RegisterTrustServer(s, trustServer{d: d})
 			trustv1.RegisterSignerServer(s, signerServer{d: d})
+			trustv1.RegisterJoinServer(s, joinServer{d: d})
+			trustv1.RegisterNodesServer(s, nodesServer{d: d})
+			trustv1.RegisterMembershipServer(s, membershipServer{d: d})
 			externaljwtv1.RegisterExternalJWTSignerServer(s, jwtServer{d: d})
 			kmsv2.RegisterKeyManagementServiceServer(s, kmsServer{d: d})
 			controlv1.RegisterControlServer(s, controlServer{d: d})

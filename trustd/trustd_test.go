@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/pem"
 	"log/slog"
 	"net"
 	"os"
@@ -107,6 +108,32 @@ func request(t testing.TB, tmpl x509.CertificateRequest) (*ecdsa.PrivateKey, []b
 	return key, csr
 }
 
+func parsePEM(t testing.TB, text string) *x509.Certificate {
+	t.Helper()
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		t.Fatalf("no PEM: %q", text)
+	}
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func parse509(t testing.TB, der []byte) *x509.Certificate {
+	t.Helper()
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func pkixName(cn string, org ...string) pkix.Name {
+	return pkix.Name{CommonName: cn, Organization: org}
+}
+
 var binding = bytes.Repeat([]byte{7}, claim.BindingSize)
 
 func claimRequest(t testing.TB, code string) *trustv1.ClaimRequest {
@@ -123,7 +150,12 @@ func (m *machine) claim(d *Daemon) *trustv1.ClaimResponse {
 
 func configure(t testing.TB, d *Daemon, generation uint64, role config.Role) {
 	t.Helper()
-	docs := "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\nrole: " + string(role) + "\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://api.example:6443\n"
+	configureAs(t, d, "n1", generation, role)
+}
+
+func configureAs(t testing.TB, d *Daemon, name string, generation uint64, role config.Role) {
+	t.Helper()
+	docs := "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: " + name + "\nrole: " + string(role) + "\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://api.example:6443\n"
 	if _, err := (controlServer{d: d}).SetSpec(t.Context(), &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: generation, Documents: []byte(docs)}}); err != nil {
 		t.Fatal(err)
 	}
@@ -479,50 +511,3 @@ func (m *machine) serve() (*Daemon, func(uid.ID) *grpc.ClientConn) {
 type grpcAs struct{ as func(uid.ID) *grpc.ClientConn }
 
 func (g *grpcAs) conn(id uid.ID) *grpc.ClientConn { return g.as(id) }
-
-// While STATE is locked nobody can claim the node, however long that takes; once it is open its keys are the node's.
-func TestLockedState(t *testing.T) {
-	m := newMachine(t)
-	now := time.Unix(1e9, 0)
-	m.cfg.Now = func() time.Time { return now }
-	m.mountState()
-	old := m.start()
-	_, csr := request(t, x509.CertificateRequest{})
-	if _, err := old.claim(&trustv1.ClaimRequest{Csr: csr, ChannelBinding: binding, Proof: claim.ClientProof(m.code(), binding, csr)}); err != nil {
-		t.Fatal(err)
-	}
-	away := m.cfg.StateDir + "-away"
-	m.must(os.Rename(m.cfg.StateDir, away))
-	m.reboot()
-	m.partition("STATE")
-	m.must(os.WriteFile(m.cfg.Locked, []byte("tpm: the image was changed\n"), 0o444))
-	d := m.start()
-	if s, _ := d.trust.Get(); !s.GetLocked() || s.GetClaimed() {
-		t.Errorf("trust is %v", s)
-	}
-	now = now.Add(time.Hour)
-	m.must(d.settle())
-	if out := m.console.String(); strings.Contains(out, "Claim code") || strings.Count(out, "bhctl unlock") != 1 || !strings.Contains(out, "\n  tpm: the image was changed\n") {
-		t.Errorf("the console says %s", out)
-	}
-	m.must(os.Chmod(m.cfg.Locked, 0o600))
-	m.must(os.WriteFile(m.cfg.Locked, []byte("kms: no route to host\n"), 0o600))
-	m.must(d.settle())
-	m.must(d.settle())
-	if out := m.console.String(); strings.Count(out, "bhctl unlock") != 2 || !strings.Contains(out, "\n  kms: no route to host\n") {
-		t.Errorf("with another reason the console says %s", out)
-	}
-	if _, err := d.claim(&trustv1.ClaimRequest{Csr: csr, ChannelBinding: binding}); !errs.Is(err, errs.Unavailable) {
-		t.Errorf("claimed: %v", err)
-	}
-	m.must(os.Remove(m.cfg.Locked)) // open, but not mounted yet
-	m.must(d.settle())
-	if out := m.console.String(); strings.Contains(out, "Claim code") {
-		t.Errorf("the console says %s", out)
-	}
-	m.must(os.Rename(away, m.cfg.StateDir))
-	m.must(d.settle())
-	if s, _ := d.trust.Get(); s.GetLocked() || !s.GetClaimed() {
-		t.Errorf("in the end trust is %v", s)
-	}
-}

@@ -4,6 +4,8 @@
 package claim
 
 import (
+	"crypto/aes"
+	"crypto/cipher"
 	"crypto/hmac"
 	"crypto/sha256"
 	"crypto/tls"
@@ -76,6 +78,58 @@ func ClientProof(code string, binding, csr []byte) []byte { return sum(code, "cl
 // ServerProof is what the node shows in return. code must be normalized.
 func ServerProof(code string, binding, ca, certificate []byte) []byte {
 	return sum(code, "server", binding, ca, certificate)
+}
+
+// JoinProof is what the administrator shows who makes the node a member of a cluster; sealed is from SealToken. code must be normalized.
+func JoinProof(code string, binding []byte, name string, sealed []byte, endpoints []string) []byte {
+	return sum(code, "join", binding, request(name, endpoints), sealed)
+}
+
+// JoinedProof is what the node shows in return. code must be normalized.
+func JoinedProof(code string, binding, ca []byte, role string) []byte {
+	return sum(code, "joined", binding, []byte(role), []byte{0}, ca)
+}
+
+// SealToken encrypts a join token for the node that knows the code: whoever else answers under the node's address does not get it.
+// code must be normalized.
+func SealToken(code string, binding []byte, name string, endpoints []string, token string, random io.Reader) ([]byte, error) {
+	gcm, err := tokenKey(code, binding)
+	if err != nil {
+		return nil, err
+	}
+	nonce := make([]byte, gcm.NonceSize())
+	if _, err := io.ReadFull(random, nonce); err != nil {
+		return nil, err
+	}
+	return gcm.Seal(nonce, nonce, []byte(token), request(name, endpoints)), nil
+}
+
+// OpenToken decrypts what SealToken made.
+func OpenToken(code string, binding []byte, name string, endpoints []string, sealed []byte) (string, error) {
+	gcm, err := tokenKey(code, binding)
+	if err != nil {
+		return "", err
+	}
+	n := gcm.NonceSize()
+	if len(sealed) < n {
+		return "", fmt.Errorf("join token: %d bytes are no sealed one", len(sealed))
+	}
+	plain, err := gcm.Open(nil, sealed[:n], sealed[n:], request(name, endpoints))
+	return string(plain), err
+}
+
+// tokenKey is of one code and one connection.
+func tokenKey(code string, binding []byte) (cipher.AEAD, error) {
+	b, err := aes.NewCipher(sum(code, "join token", binding))
+	if err != nil {
+		return nil, err
+	}
+	return cipher.NewGCM(b)
+}
+
+// request is what else is asked for, without ambiguity.
+func request(name string, endpoints []string) []byte {
+	return []byte(name + "\x00" + strings.Join(endpoints, "\x00") + "\x00")
 }
 
 // Equal compares two proofs in constant time.

@@ -50,3 +50,43 @@ func TestProofsDiffer(t *testing.T) {
 		seen[string(p)] = name
 	}
 }
+
+// The token of a cluster is for the node with the code, on this connection, under this name, at these endpoints; and so is the proof.
+func TestJoin(t *testing.T) {
+	b, eps := bytes.Repeat([]byte{7}, BindingSize), []string{"a:1", "b:2"}
+	sealed, err := SealToken("CODE", b, "n2", eps, "the token", rand.Reader)
+	if err != nil || bytes.Contains(sealed, []byte("token")) {
+		t.Fatalf("%q, %v", sealed, err)
+	}
+	if got, err := OpenToken("CODE", b, "n2", eps, sealed); err != nil || got != "the token" {
+		t.Errorf("%q, %v", got, err)
+	}
+	right := JoinProof("CODE", b, "n2", sealed, eps)
+	for _, c := range []struct {
+		what, code, name string
+		binding          []byte
+		endpoints        []string
+	}{
+		{"code", "EDOC", "n2", b, eps},
+		{"connection", "CODE", "n2", bytes.Repeat([]byte{8}, BindingSize), eps},
+		{"name", "CODE", "n3", b, eps},
+		{"endpoints", "CODE", "n2", b, []string{"a:1", "c:2"}},
+		{"number of endpoints", "CODE", "n2", b, []string{"a:1"}},
+	} {
+		if _, err := OpenToken(c.code, c.binding, c.name, c.endpoints, sealed); err == nil {
+			t.Errorf("opened with another %s", c.what)
+		}
+		if Equal(right, JoinProof(c.code, c.binding, c.name, sealed, c.endpoints)) {
+			t.Errorf("the proof is the same with another %s", c.what)
+		}
+	}
+	if _, err := OpenToken("CODE", b, "n2", eps, sealed[:5]); err == nil {
+		t.Error("five bytes are a token")
+	}
+	if Equal(right, JoinProof("CODE", b, "n2", sealed[1:], eps)) {
+		t.Error("the proof does not cover the token")
+	}
+	if Equal(JoinedProof("CODE", b, []byte("ca"), "worker"), JoinedProof("CODE", b, []byte("ca"), "controlplane")) || Equal(JoinedProof("CODE", b, []byte("ca"), "worker"), JoinedProof("CODE", b, []byte("CA"), "worker")) {
+		t.Error("the node's proof does not cover what it says")
+	}
+}

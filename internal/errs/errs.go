@@ -25,12 +25,13 @@ const (
 	Precondition                // something else must be done first; the text says what
 	Unauthenticated             // the caller did not show who it is
 	Exhausted                   // a limit is reached; the text names it
+	Exists                      // another one of that name is there already
 )
 
 var code = [...]codes.Code{
 	Internal: codes.Internal, Invalid: codes.InvalidArgument, NotFound: codes.NotFound, Conflict: codes.Aborted,
 	Denied: codes.PermissionDenied, Unavailable: codes.Unavailable, Precondition: codes.FailedPrecondition,
-	Unauthenticated: codes.Unauthenticated, Exhausted: codes.ResourceExhausted,
+	Unauthenticated: codes.Unauthenticated, Exhausted: codes.ResourceExhausted, Exists: codes.AlreadyExists,
 }
 
 type kinded struct {

@@ -11,7 +11,7 @@ import (
 
 // Kind and text survive a socket; the chain does not.
 func TestKindsSurvive(t *testing.T) {
-	for kind := Internal; kind <= Exhausted; kind++ {
+	for kind := Internal; kind <= Exists; kind++ {
 		err := fmt.Errorf("outer: %w", New(kind, "read %q: %w", "x", io.EOF))
 		if !errors.Is(err, io.EOF) || !Is(err, kind) {
 			t.Errorf("kind %d here: %v has kind %d", kind, err, Of(err))

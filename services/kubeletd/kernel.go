@@ -2,6 +2,7 @@ package kubeletd
 
 import (
 	"context"
+	"errors"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -10,6 +11,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
+	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -87,7 +89,9 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	if s.Trust.Bootstrapped && want.Role != "" {
 		k.once.Do(func() { close(k.begin) })
 	}
-	_, err := os.Stat(k.cfg.VolumeMark)
+	_, err := os.Stat(k.cfg.Program)
+	s.Absent = errors.Is(err, fs.ErrNotExist)
+	_, err = os.Stat(k.cfg.VolumeMark)
 	s.Volume = err == nil
 	at, err := k.where()
 	if err != nil {

@@ -42,6 +42,7 @@ type Config struct {
 	Init   supervisor           // required: PID 1
 
 	Dir         string // runtime folder; default /run/bulkhead/kubeletd
+	Program     string // the kubelet: an image without it has no Kubernetes, and there is nothing to do; default /usr/bin/kubelet
 	VolumeMark  string // file that exists on the real VAR only; default /var/.mounted
 	Audit       string // folder of the API server's audit log; default /var/log/kubernetes/audit
 	Resolv      string // default /etc/resolv.conf
@@ -88,6 +89,7 @@ func New(cfg Config) (*Daemon, error) {
 		return nil, errors.New("kubeletd: Config needs Signer, Init, Env.Log and Env.Listen")
 	}
 	orDefault(&cfg.Dir, unit.RunDir+"/kubeletd")
+	orDefault(&cfg.Program, "/usr/bin/kubelet")
 	orDefault(&cfg.VolumeMark, "/var/.mounted")
 	orDefault(&cfg.Audit, "/var/log/kubernetes/audit")
 	orDefault(&cfg.Resolv, "/etc/resolv.conf")

@@ -24,6 +24,7 @@ type spec struct {
 type State struct {
 	Dir, EtcdAddress, Audit string // where things are on this node: the runtime folder, etcd's host and port, the audit log's folder
 
+	Absent      bool // the image has no Kubernetes
 	Volume      bool // VAR is mounted
 	Trust       trust
 	Address     netip.Addr   // of the node: the one on the interface of the default route; zero if there is none
@@ -98,6 +99,9 @@ var rules = []rule{
 
 // plan returns the steps that lead from have to want. Equal inputs give equal steps. What cannot be done yet is a step "wait for".
 func plan(want spec, have State) ([]Step, error) {
+	if have.Absent {
+		return nil, nil
+	}
 	files, err := render(want, have)
 	if err != nil {
 		return nil, err

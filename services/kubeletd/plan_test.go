@@ -392,3 +392,16 @@ func TestAuditSeesSecretsReadByKubeSystem(t *testing.T) {
 	}
 	t.Error("no rule about secrets")
 }
+
+// TestAbsent: in an image without Kubernetes there is nothing to wait for, so that its node can be healthy, in a cluster too.
+func TestAbsent(t *testing.T) {
+	s := blank()
+	s.Absent, s.Trust.Bootstrapped, s.Volume = true, true, true
+	steps, err := plan(cp(t), s)
+	if err != nil || len(steps) != 0 {
+		t.Errorf("plan = %v, %v; want nothing to do", steps, err)
+	}
+	if st := statusOf(cp(t), s); len(st.GetComponents()) != 0 || st.GetNodeReason() != "this image has no Kubernetes" {
+		t.Errorf("status = %v", st)
+	}
+}

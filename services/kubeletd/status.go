@@ -56,6 +56,10 @@ func (d *Daemon) report(s State) {
 // statusOf says what was read in the API's words. It is pure.
 func statusOf(want spec, s State) *kubernetesv1.Status {
 	out := &kubernetesv1.Status{ApiReady: s.API, NodeName: want.Node, NodeReason: "the kubelet has not registered the node yet"}
+	if s.Absent {
+		out.NodeReason = "this image has no Kubernetes"
+		return out
+	}
 	if s.Node != nil {
 		out.NodeReady, out.NodeReason = s.Node.Ready, s.Node.Reason
 	}

@@ -30,7 +30,7 @@ type JoinRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The public part of the token.
 	TokenId string `protobuf:"bytes,1,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"`
-	// What the node is to be called in the cluster; it must be Machine.hostname later. RFC 1123 label.
+	// What the node is to be called in the cluster; it must be Machine.hostname later. As Machine.hostname: RFC 1123, at most 63 characters.
 	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	// PKCS #10, DER: the node's own key, which is born in its trustd and stays there.
 	Csr []byte `protobuf:"bytes,3,opt,name=csr,proto3" json:"csr,omitempty"`
@@ -327,7 +327,7 @@ func (x *WatchClusterRequest) GetProof() *NodeProof {
 }
 
 // NodeProof says which node calls. With ekm = TLS exporter of this connection, label "EXPORTER-bulkhead-node", signature is that of the node's
-// key (ECDSA P-256, ASN.1) over SHA-256("bulkhead node" || 0 || ekm || SHA-256(payload)); payload is the other fields' profile || 0 || csr, empty for WatchCluster.
+// key (ECDSA P-256, ASN.1) over SHA-256("bulkhead node" || 0 || ekm || SHA-256(payload)); payload is instance || profile || 0 || csr, for WatchCluster the instance alone.
 type NodeProof struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -335,8 +335,11 @@ type NodeProof struct {
 	// Put in by apid.
 	ChannelBinding []byte `protobuf:"bytes,3,opt,name=channel_binding,json=channelBinding,proto3" json:"channel_binding,omitempty"`
 	RemoteAddress  string `protobuf:"bytes,4,opt,name=remote_address,json=remoteAddress,proto3" json:"remote_address,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// 16 random bytes, drawn when the node's trustd starts. One that comes back after another one of the same node is of a second machine with the same key (a copied
+	// disk): it is PERMISSION_DENIED.
+	Instance      []byte `protobuf:"bytes,5,opt,name=instance,proto3" json:"instance,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeProof) Reset() {
@@ -395,6 +398,13 @@ func (x *NodeProof) GetRemoteAddress() string {
 		return x.RemoteAddress
 	}
 	return ""
+}
+
+func (x *NodeProof) GetInstance() []byte {
+	if x != nil {
+		return x.Instance
+	}
+	return nil
 }
 
 type MakeJoinTokenRequest struct {
@@ -1132,12 +1142,13 @@ const file_trust_v1_join_proto_rawDesc = "" +
 	"\vttl_seconds\x18\x04 \x01(\x04R\n" +
 	"ttlSeconds\"@\n" +
 	"\x13WatchClusterRequest\x12)\n" +
-	"\x05proof\x18\x01 \x01(\v2\x13.trust.v1.NodeProofR\x05proof\"\x8d\x01\n" +
+	"\x05proof\x18\x01 \x01(\v2\x13.trust.v1.NodeProofR\x05proof\"\xa9\x01\n" +
 	"\tNodeProof\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\x12'\n" +
 	"\x0fchannel_binding\x18\x03 \x01(\fR\x0echannelBinding\x12%\n" +
-	"\x0eremote_address\x18\x04 \x01(\tR\rremoteAddress\"_\n" +
+	"\x0eremote_address\x18\x04 \x01(\tR\rremoteAddress\x12\x1a\n" +
+	"\binstance\x18\x05 \x01(\fR\binstance\"_\n" +
 	"\x14MakeJoinTokenRequest\x12\x12\n" +
 	"\x04role\x18\x01 \x01(\tR\x04role\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n" +

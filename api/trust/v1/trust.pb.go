@@ -161,8 +161,8 @@ func (x *ClaimResponse) GetProof() []byte {
 
 type JoinClusterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// From MakeJoinToken.
-	Token string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// From MakeJoinToken, sealed.
+	SealedToken []byte `protobuf:"bytes,1,opt,name=sealed_token,json=sealedToken,proto3" json:"sealed_token,omitempty"`
 	// Host and port of control planes' apid; at least one, at most 16.
 	Endpoints []string `protobuf:"bytes,2,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
 	// What the node is called in the cluster.
@@ -204,11 +204,11 @@ func (*JoinClusterRequest) Descriptor() ([]byte, []int) {
 	return file_trust_v1_trust_proto_rawDescGZIP(), []int{2}
 }
 
-func (x *JoinClusterRequest) GetToken() string {
+func (x *JoinClusterRequest) GetSealedToken() []byte {
 	if x != nil {
-		return x.Token
+		return x.SealedToken
 	}
-	return ""
+	return nil
 }
 
 func (x *JoinClusterRequest) GetEndpoints() []string {
@@ -245,6 +245,7 @@ type JoinClusterResponse struct {
 	Ca []byte `protobuf:"bytes,1,opt,name=ca,proto3" json:"ca,omitempty"`
 	// "controlplane" or "worker".
 	Role          string `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	Proof         []byte `protobuf:"bytes,3,opt,name=proof,proto3" json:"proof,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -291,6 +292,13 @@ func (x *JoinClusterResponse) GetRole() string {
 		return x.Role
 	}
 	return ""
+}
+
+func (x *JoinClusterResponse) GetProof() []byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
 }
 
 type BootstrapRequest struct {
@@ -1267,16 +1275,17 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\rClaimResponse\x12\x0e\n" +
 	"\x02ca\x18\x01 \x01(\fR\x02ca\x12 \n" +
 	"\vcertificate\x18\x02 \x01(\fR\vcertificate\x12\x14\n" +
-	"\x05proof\x18\x03 \x01(\fR\x05proof\"\x9b\x01\n" +
-	"\x12JoinClusterRequest\x12\x14\n" +
-	"\x05token\x18\x01 \x01(\tR\x05token\x12\x1c\n" +
+	"\x05proof\x18\x03 \x01(\fR\x05proof\"\xa8\x01\n" +
+	"\x12JoinClusterRequest\x12!\n" +
+	"\fsealed_token\x18\x01 \x01(\fR\vsealedToken\x12\x1c\n" +
 	"\tendpoints\x18\x02 \x03(\tR\tendpoints\x12\x12\n" +
 	"\x04name\x18\x03 \x01(\tR\x04name\x12\x14\n" +
 	"\x05proof\x18\x04 \x01(\fR\x05proof\x12'\n" +
-	"\x0fchannel_binding\x18\x05 \x01(\fR\x0echannelBinding\"9\n" +
+	"\x0fchannel_binding\x18\x05 \x01(\fR\x0echannelBinding\"O\n" +
 	"\x13JoinClusterResponse\x12\x0e\n" +
 	"\x02ca\x18\x01 \x01(\fR\x02ca\x12\x12\n" +
-	"\x04role\x18\x02 \x01(\tR\x04role\"\x12\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\x12\x14\n" +
+	"\x05proof\x18\x03 \x01(\fR\x05proof\"\x12\n" +
 	"\x10BootstrapRequest\"-\n" +
 	"\x11BootstrapResponse\x12\x18\n" +
 	"\aalready\x18\x01 \x01(\bR\aalready\"]\n" +

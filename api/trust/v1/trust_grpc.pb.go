@@ -42,7 +42,9 @@ type ClaimClient interface {
 	Claim(ctx context.Context, in *ClaimRequest, opts ...grpc.CallOption) (*ClaimResponse, error)
 	// JoinCluster makes the node a member of a cluster that there is already, whose administrators own it from then on.
 	//
-	// The proof is made like Claim's: HMAC-SHA256(code, "join" || ekm || name || 0 || token || 0 || each endpoint || 0). The node calls the endpoints in turn
+	// The join token goes to nobody but the node that knows the claim code: it is sealed with AES-256-GCM under HMAC-SHA256(code, "join token" || ekm), as nonce ||
+	// ciphertext, with name || 0 || (each endpoint || 0) as additional data. The proof is HMAC-SHA256(code, "join" || ekm || name || 0 || (each endpoint || 0) || sealed_token), with
+	// ekm as for Claim; the node answers HMAC-SHA256(code, "joined" || ekm || role || 0 || ca). The node calls the endpoints in turn
 	// until one answers; the answer comes when the cluster has admitted or refused it, and is the cluster's own word. Before that nothing changes, and it may be tried again.
 	JoinCluster(ctx context.Context, in *JoinClusterRequest, opts ...grpc.CallOption) (*JoinClusterResponse, error)
 }
@@ -92,7 +94,9 @@ type ClaimServer interface {
 	Claim(context.Context, *ClaimRequest) (*ClaimResponse, error)
 	// JoinCluster makes the node a member of a cluster that there is already, whose administrators own it from then on.
 	//
-	// The proof is made like Claim's: HMAC-SHA256(code, "join" || ekm || name || 0 || token || 0 || each endpoint || 0). The node calls the endpoints in turn
+	// The join token goes to nobody but the node that knows the claim code: it is sealed with AES-256-GCM under HMAC-SHA256(code, "join token" || ekm), as nonce ||
+	// ciphertext, with name || 0 || (each endpoint || 0) as additional data. The proof is HMAC-SHA256(code, "join" || ekm || name || 0 || (each endpoint || 0) || sealed_token), with
+	// ekm as for Claim; the node answers HMAC-SHA256(code, "joined" || ekm || role || 0 || ca). The node calls the endpoints in turn
 	// until one answers; the answer comes when the cluster has admitted or refused it, and is the cluster's own word. Before that nothing changes, and it may be tried again.
 	JoinCluster(context.Context, *JoinClusterRequest) (*JoinClusterResponse, error)
 	mustEmbedUnimplementedClaimServer()
