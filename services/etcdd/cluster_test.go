@@ -75,6 +75,9 @@ func trio(t *testing.T) []*node {
 		n := newNode(t, ca, fmt.Sprintf("n%d", i), fmt.Sprintf("127.0.0.%d", i))
 		n.volume(t)
 		n.others = r
+		if i > 1 {
+			n.port = nodes[0].port // as on machines of their own
+		}
 		r.nodes = append(r.nodes, n)
 		nodes = append(nodes, n)
 		state.Nodes = append(state.Nodes, &trustv1.ClusterNode{Name: n.name, Role: "controlplane", Addresses: []string{n.addr}})
@@ -126,6 +129,7 @@ func TestCluster(t *testing.T) {
 	t.Run("second machine of one name", func(t *testing.T) { impostor(ctx, t, n1) })
 	t.Run("one is down", func(t *testing.T) { oneDown(ctx, t, &w, n1, n2, n3) })
 	t.Run("another address", func(t *testing.T) { moves(ctx, t, &w, n1, n3) })
+	t.Run("copied disk", func(t *testing.T) { copied(t, n1, n3) })
 	t.Run("data lost", func(t *testing.T) { dataLost(ctx, t, &w, n1, n2) })
 	t.Run("leave", func(t *testing.T) { leaves(ctx, t, n1, n2, n3) })
 	w.check(ctx, t, n1)
@@ -263,6 +267,20 @@ func oneDown(ctx context.Context, t *testing.T, w *writer, n1, n2, n3 *node) {
 	if _, err := n3.etcd.Rejoin(ctx, &etcdv1.RejoinRequest{}); !errs.Is(err, errs.Precondition) {
 		t.Errorf("rejoin of a member: %v, want Precondition", err)
 	}
+}
+
+// copied: a second machine with n3's disk does not start n3's member, which runs.
+func copied(t *testing.T, n1, n3 *node) {
+	twin := newNode(n3.t, n3.ca, "n3", "127.0.0.44")
+	twin.port = n3.port
+	if err := os.CopyFS(filepath.Join(twin.dir, "data"), os.DirFS(n3.cfg.DataDir)); err != nil {
+		t.Fatal(err)
+	}
+	state, _ := n1.trust.Get()
+	twin.trust.Set(state)
+	twin.start(t)
+	twin.until(t, pendingHas("one of the two disks is a copy"))
+	twin.stop(t)
 }
 
 // dataLost: a node whose disk was replaced does not vote again until somebody said that the old one is gone.

@@ -40,6 +40,9 @@ func (m *member) bring(ctx context.Context, s Step) error {
 	f := foundation{name: s.Name, url: s.Arg, cluster: s.Name + "=" + s.Arg}
 	switch s.Op {
 	case "member start":
+		if err := m.alone(ctx, s.Name); err != nil {
+			return err
+		}
 		// Where it belongs stands in its log; etcd wants to be told all the same, and takes no notice.
 		f.url = "https://" + net.JoinHostPort("127.0.0.1", m.port())
 		f.cluster = f.name + "=" + f.url
@@ -127,14 +130,14 @@ func (m *member) forget() error {
 	return writePhase(m.cfg.DataDir, left)
 }
 
-// certify asks for a certificate with an address.
-func (m *member) certify(addr string) error {
+// certify asks for a certificate with an address, and the node's name.
+func (m *member) certify(addr, name string) error {
 	a, err := netip.ParseAddr(addr)
 	if err != nil {
 		return err
 	}
 	m.mu.Lock()
-	m.addr = a
+	m.addr, m.name = a, name
 	m.mu.Unlock()
 	m.leaves[peerProfile].Renew()
 	return nil

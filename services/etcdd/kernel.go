@@ -59,6 +59,7 @@ type member struct {
 
 	moved   chan struct{}    // gets something at each step of the member
 	swept   atomic.Bool      // the volume is there, without the rest of an interrupted restore
+	name    string           // guarded by mu; of the node, "" until it is known
 	started chan *embed.Etcd // the one that runs now, for awaitEnd
 	changes chan struct{}    // one slot, for who changes the membership
 	level   zap.AtomicLevel  // of etcd's log
@@ -83,14 +84,17 @@ func newMember(cfg Config) *member {
 // request asks for the addresses that are listened on, and the one that is advertised.
 func (m *member) request() x509.CertificateRequest {
 	r := x509.CertificateRequest{DNSNames: []string{"localhost"}}
-	seen := map[string]bool{"::": true, "0.0.0.0": true}
+	seen := map[string]bool{}
 	m.mu.Lock()
+	if m.name != "" {
+		r.DNSNames = append(r.DNSNames, m.name)
+	}
 	if m.addr.IsValid() {
 		seen[m.addr.String()] = true
 		r.IPAddresses = append(r.IPAddresses, m.addr.AsSlice())
 	}
 	m.mu.Unlock()
-	for _, a := range []string{m.cfg.Client, m.cfg.Peer, m.cfg.HTTP} {
+	for _, a := range []string{m.cfg.Client, m.cfg.HTTP} {
 		host, _, err := net.SplitHostPort(a)
 		if ip := net.ParseIP(host); err == nil && ip != nil && !seen[host] {
 			seen[host] = true
@@ -345,7 +349,7 @@ func (m *member) do(ctx context.Context, s Step) error {
 		}
 		return writeFile(filepath.Join(m.cfg.RunDir, s.Name), data)
 	case "certify":
-		return m.certify(s.Name)
+		return m.certify(s.Name, s.Arg)
 	case "member start", "member found", "member join":
 		return m.bring(ctx, s)
 	case "member promote":

@@ -95,7 +95,7 @@ func (n *node) start(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.cfg = Config{Signer: signer{n.ca, &n.trust}, DataDir: filepath.Join(n.dir, "data"), RunDir: filepath.Join(n.dir, "run"),
-		Client: n.client, Peer: "0.0.0.0:" + n.port, HTTP: free(t), Now: n.clock,
+		Client: n.client, Peer: net.JoinHostPort(n.addr, n.port), HTTP: free(t), Now: n.clock,
 		Addresses: func() ([]netip.Prefix, error) { return []netip.Prefix{netip.MustParsePrefix(n.addr + "/8")}, nil },
 		Env: daemon.Env{Name: "etcdd", Log: slog.New(slog.DiscardHandler), Listen: l, Ready: func() {}, Metrics: metrics.New("etcdd"),
 			Who: func(c net.Conn) (uid.ID, error) { // the user is in the name of the other end

@@ -141,7 +141,7 @@ func plan(want spec, have State) ([]Step, error) {
 	steps, waiting := planFiles(have)
 	addr := advertise(have.Own, have.Nodes[want.Name].Seen, listed(have), want.Endpoint)
 	if addr.IsValid() && !slices.Contains(have.Certified, addr) {
-		steps = append(steps, Step{Op: "certify", Name: addr.String()})
+		steps = append(steps, Step{Op: "certify", Name: addr.String(), Arg: want.Name})
 		waiting = true
 	}
 	switch {

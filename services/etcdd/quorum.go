@@ -134,11 +134,7 @@ func (m *member) peerClient() *http.Client {
 
 // answers asks for what every member tells: a process that is frozen, or a host that only its neighbours still know, says nothing.
 func answers(ctx context.Context, c *http.Client, peerURL string) bool {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(peerURL, "/")+"/members", nil)
-	if err != nil {
-		return false
-	}
-	resp, err := c.Do(req)
+	resp, err := ask(ctx, c, peerURL)
 	if err != nil {
 		return false
 	}
