@@ -129,7 +129,11 @@ func (d *Daemon) load(dir string, where place) error {
 	} else if err := d.offer(); err != nil {
 		return err
 	}
-	d.where, d.known = where, d.remembered(dir, k)
+	known := d.remembered(dir, k)
+	if d.where == volatile && k.owned() && d.known != nil && strings.Contains(d.known.GetOsCa(), k.osPEM()) {
+		known = d.known // the same node moves: it has heard more than it was told when it joined
+	}
+	d.where, d.known = where, known
 	d.keys.Set(k)
 	d.publish()
 	d.report()

@@ -108,7 +108,7 @@ func TestJoinIsRefused(t *testing.T) {
 		{name: "the API server's name", as: "kubernetes", err: "own names", kind: errs.Invalid},
 		{name: "one of the API server's names", as: "kubernetes.default.svc", err: "own names", kind: errs.Invalid},
 		{name: "apid's name", as: "bulkhead", err: "own names", kind: errs.Invalid},
-		{name: "control planes' name", as: controlPlaneName, err: "own names", kind: errs.Invalid},
+		{name: "control planes' name", as: join.ServerName, err: "own names", kind: errs.Invalid},
 		{name: "the cluster's endpoint", as: "api.example", err: "own names", kind: errs.Invalid},
 		{name: "no name", as: "", err: "RFC 1123", kind: errs.Invalid},
 		{name: "an address", as: "10.5.0.1", err: "RFC 1123", kind: errs.Invalid},
