@@ -127,7 +127,7 @@ func New(cfg Config) (*Daemon, error) {
 		daemon string
 		to     **grpc.ClientConn
 	}{{"etcdd", &d.etcdd}, {"apid", &d.apid}} {
-		conn, err := peer.Dial(cfg.Socket(c.daemon), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxList)))
+		conn, err := peer.Dial(cfg.Socket(c.daemon))
 		if err != nil {
 			return nil, err
 		}
@@ -141,9 +141,6 @@ func New(cfg Config) (*Daemon, error) {
 	d.report()
 	return d, nil
 }
-
-// maxList bounds the cluster's list of nodes as it comes from etcd or a control plane, in bytes: some ten thousand nodes.
-const maxList = 32 << 20
 
 // Run serves until ctx is done; it returns ctx's error.
 func (d *Daemon) Run(ctx context.Context) error {
