@@ -4,6 +4,7 @@ VERSION    ?= 0.1.0-dev
 KUBERNETES ?= out/kubernetes# or "none": an image without Kubernetes, built in seconds
 LEVEL      ?= 9# of zstd for the root; 3 packs in half the time and is 8 % larger, 15 takes three times as long and is 7 % smaller
 FUZZTIME   ?= 20s
+POISON     ?= init/panic# for "make poison": what is wrong with it, a file of test/machine/testdata/poison
 KEYS       ?= out/keys# to sign the image with: a folder of "mkimage keys"; development keys are made if this one is not there
 EPOCH      ?= 1# 1 to 63: raise it when no node may go back behind this image
 IMAGE      := out/image
@@ -14,11 +15,13 @@ export CGO_ENABLED ?= 0
 # With tracing grpc links html/template, and the linker then keeps every method there is: 2.6 MB.
 GOBUILD = go build -tags grpcnotrace -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION)"
 IMAGEFLAGS = --version $(VERSION) --level $(LEVEL) --keys $(KEYS) --epoch $(EPOCH)
+POISONED = $(patsubst %/,%,$(dir $(POISON)))
+POISONED_SOURCE = $(if $(filter init,$(POISONED)),init,cmd/$(POISONED))
 NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image dist reproducible test test-vm test-rollback test-powercut bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-rollback test-powercut bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -49,6 +52,13 @@ endif
 image: build kubernetes ## the bootable image, into out/image
 	@test "$(KEYS)" != out/keys || test -d out/keys || out/bin/mkimage keys --out out/keys
 	@out/bin/mkimage build --bin out/bin --kubernetes $(KUBERNETES) --out $(IMAGE) $(IMAGEFLAGS)
+
+poison: build kubernetes ## an image with a mistake in it, into out/poison: a node that gets it must go back by itself
+	@test -f test/machine/testdata/poison/$(POISON).go || { echo "POISON=$(POISON): there are" $$(cd test/machine/testdata/poison && ls */*.go | sed 's/\.go$$//' | grep -v /main) >&2; exit 1; }
+	@rm -rf out/poison && mkdir -p out/poison && cp -al out/bin out/poison/bin && rm out/poison/bin/$(POISONED)
+	@echo '{"Replace": {"$(POISONED_SOURCE)/poison.go": "test/machine/testdata/poison/$(POISON).go"}}' > out/poison/overlay.json
+	@$(GOBUILD) -overlay out/poison/overlay.json -o out/poison/bin/ ./$(POISONED_SOURCE)
+	@out/bin/mkimage build --bin out/poison/bin --kubernetes $(KUBERNETES) --out out/poison/image $(IMAGEFLAGS)
 
 dist: image ## other forms of the image, beside it: qcow2 for clouds, an ISO to install from
 	@out/bin/mkimage convert qcow2 $(IMAGE)

@@ -16,13 +16,17 @@ import (
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
 
 // identity is a caller whose credentials were checked.
 type identity struct {
 	name    string
-	roles   []string  // "admin", "operator", "reader", "etcd-backup"; others are dropped
+	roles   []string  // "admin", "operator", "reader", "etcd-backup", or a node's; others are dropped
 	expires time.Time // of the credentials
+	id      string    // serial of the certificate, or id of the token
+	node    string    // the node that it is; "" for people and programs
+	control bool      // that node is a control plane
 }
 
 // Of certificates and tokens; trustd makes them.
@@ -38,7 +42,11 @@ const (
 // roleNames are the roles as credentials write them.
 var roleNames = map[authv1.Role]string{
 	authv1.Role_ADMIN: "admin", authv1.Role_OPERATOR: "operator", authv1.Role_READER: "reader", authv1.Role_ETCD_BACKUP: "etcd-backup", authv1.Role_UNLOCK: "admin",
+	authv1.Role_NODE: peer.RoleNode,
 }
+
+// personal are the roles that people and programs can have.
+var personal = []string{"admin", "operator", "reader", "etcd-backup"}
 
 // holders lists, for a role that a method needs, who holds it. What is not in it is held by nobody.
 var holders = map[authv1.Role][]string{
@@ -47,6 +55,7 @@ var holders = map[authv1.Role][]string{
 	authv1.Role_ADMIN:       {"admin"},
 	authv1.Role_ETCD_BACKUP: {"etcd-backup"},
 	authv1.Role_UNLOCK:      {"admin"}, // while the owner is known
+	authv1.Role_NODE:        {peer.RoleNode},
 }
 
 // holds reports whether one of the caller's roles is among those that a method needs.
@@ -80,6 +89,12 @@ func allow(r *route, who identity, authErr error, trust *trustv1.TrustState) err
 			return errs.New(errs.Precondition, "the node's volume STATE is locked, so its owner is not known; unlock it with its recovery key: bhctl unlock")
 		}
 		return nil
+	}
+	if r != nil && slices.Contains(r.need, authv1.Role_JOIN) && !trust.GetLocked() {
+		if !trust.GetClaimed() {
+			return errs.New(errs.Precondition, "nobody owns this node: it is in no cluster that could be joined")
+		}
+		return nil // the method itself checks the proof
 	}
 	if trust.GetLocked() { // nobody can be recognised, but who has the key
 		if r != nil && slices.Contains(r.need, authv1.Role_UNLOCK) {
@@ -124,15 +139,60 @@ func fromCertificate(chain []*x509.Certificate, roots *x509.CertPool, now time.T
 		}
 		return identity{}, errStranger
 	}
-	id := identity{name: chain[0].Subject.CommonName, expires: chain[0].NotAfter}
+	id := identity{name: chain[0].Subject.CommonName, expires: chain[0].NotAfter, id: chain[0].SerialNumber.Text(16)}
+	var roles []string
 	for _, o := range chain[0].Subject.Organization {
 		if role, ok := strings.CutPrefix(o, rolePrefix); ok {
-			id.roles = append(id.roles, role)
+			roles = append(roles, role)
 		}
 	}
-	id.roles = known(id.roles)
-	return id, nil
+	return id, id.take(roles)
 }
+
+// take gives an identity the roles of its certificate: a node's or a person's, never some of both.
+func (id *identity) take(roles []string) error {
+	node, named := strings.CutPrefix(id.name, peer.NodePrefix)
+	if !named && !slices.ContainsFunc(roles, nodeRole) {
+		id.roles = known(roles)
+		return nil
+	}
+	slices.Sort(roles)
+	switch {
+	case !named || node == "":
+		return errStranger
+	case slices.Equal(roles, []string{peer.RoleNode, peer.RoleControlPlane}):
+		id.control = true
+	case !slices.Equal(roles, []string{peer.RoleNode, peer.RoleWorker}):
+		return errStranger
+	}
+	id.node, id.roles = node, roles
+	return nil
+}
+
+// nodeRole reports whether a role is for nodes.
+func nodeRole(role string) bool {
+	return role == peer.RoleNode || strings.HasPrefix(role, peer.RoleNode+"-")
+}
+
+// admit decides about somebody whose credentials are good by themselves: they may be revoked, and a node must be one of this cluster's.
+// Who had good credentials may know why they are not. It is pure.
+func admit(id identity, trust *trustv1.TrustState) error {
+	if slices.Contains(trust.GetRevoked(), id.id) {
+		return errs.New(errs.Unauthenticated, "your credentials (%s) were revoked; ask an administrator for new ones", id.id)
+	}
+	if id.node == "" {
+		return nil
+	}
+	for _, n := range trust.GetNodes() {
+		if n.GetName() == id.node && (n.GetRole() == controlPlane) == id.control {
+			return nil
+		}
+	}
+	return errs.New(errs.Unauthenticated, "%q is no node of this cluster with the role that its certificate names, or not known here yet", id.node)
+}
+
+// controlPlane is a role of nodes as trustd and the document write it.
+const controlPlane = "controlplane"
 
 // fromToken checks a bearer token. It is pure.
 func fromToken(text string, keys []*trustv1.TokenKey, now time.Time) (identity, error) {
@@ -163,20 +223,18 @@ func fromToken(text string, keys []*trustv1.TokenKey, now time.Time) (identity, 
 	// The signature is checked before the claims: a forger learns nothing here.
 	case errors.Is(err, jwt.ErrTokenExpired) && !errors.Is(err, jwt.ErrTokenSignatureInvalid):
 		return identity{}, errs.New(errs.Unauthenticated, "your token expired at %s", claims.ExpiresAt.UTC().Format(time.RFC3339))
-	case err != nil || claims.Subject == "":
+	case err != nil || claims.Subject == "" || strings.HasPrefix(claims.Subject, peer.NodePrefix):
 		return identity{}, errStranger
 	}
-	return identity{name: claims.Subject, roles: known(claims.Roles), expires: claims.ExpiresAt.Time}, nil
+	return identity{name: claims.Subject, roles: known(claims.Roles), expires: claims.ExpiresAt.Time, id: claims.ID}, nil
 }
 
-// known drops what is no role, and repetitions.
+// known drops what is no role of people, and repetitions.
 func known(roles []string) []string {
 	var out []string
 	for _, r := range roles {
-		for _, n := range roleNames {
-			if r == n && !slices.Contains(out, r) {
-				out = append(out, r)
-			}
+		if slices.Contains(personal, r) && !slices.Contains(out, r) {
+			out = append(out, r)
 		}
 	}
 	return out

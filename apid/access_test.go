@@ -125,10 +125,10 @@ func (a *authority) pool() *x509.CertPool {
 }
 
 // sign returns a certificate for a public key.
-func (a *authority) sign(t testing.TB, public any, subject pkix.Name, usage x509.ExtKeyUsage, from, to time.Time) *x509.Certificate {
+func (a *authority) sign(t testing.TB, public any, subject pkix.Name, usage x509.ExtKeyUsage, from, to time.Time, names ...string) *x509.Certificate {
 	t.Helper()
 	tmpl := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: subject, NotBefore: from, NotAfter: to,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage}, DNSNames: []string{"bulkhead"}}
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage}, DNSNames: append([]string{"bulkhead"}, names...)}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, public, a.key)
 	if err != nil {
 		t.Fatal(err)

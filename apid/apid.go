@@ -1,8 +1,10 @@
 // Package apid is the gRPC door of the node: it ends TLS, finds out who calls, checks the role that the method's proto asks for,
 // writes the audit log and passes the call on, byte by byte, to the daemon that serves it.
 //
-// It has no capability, no network but the listener that PID 1 hands it, and no state but what trustd tells it. It must not
-// know what is in a message, but for trust.v1.Claim and storage.v1.Unlock, into which it puts what ties them to their connection.
+// A call for another node it passes on to that node's apid, and it carries the few calls that trustd, which has no network, makes to other nodes.
+//
+// It has no capability, no file and no state but what trustd tells it. It must not know what is in a message, but for those that are
+// proved by something in them (claim, unlock, join), into which it puts what ties them to their connection.
 package apid
 
 import (
@@ -31,6 +33,8 @@ type Config struct {
 	Socket func(daemon string) string
 	// Now is the clock; nil: the real one.
 	Now func() time.Time
+	// Dial opens TCP connections to other nodes; nil: a net.Dialer's DialContext. Only tests set it.
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// Routes replaces what the linked protos say; nil: those. Only tests set it.
 	Routes map[string]*route
 }
@@ -47,7 +51,12 @@ type Daemon struct {
 	gate   *gate.Gate
 	audit  *auditor
 	tokens tokens
-	claims chan struct{} // slots for calls without an identity
+	far    *leaf.Leaf // for calls to other nodes
+	pool   *pool
+	live   live
+	claims chan struct{}       // slots for calls without an identity
+	watch  chan struct{}       // slots for nodes that follow the cluster
+	prefer latest.Cell[string] // the control plane that answered this node's daemons last
 	count  figures
 	spec   latest.Cell[spec]
 	state  latest.Cell[*controlv1.State]
@@ -73,10 +82,13 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.Dial == nil {
+		cfg.Dial = (&net.Dialer{}).DialContext
+	}
 	if cfg.Routes == nil {
 		cfg.Routes = linkedRoutes()
 	}
-	d := &Daemon{cfg: cfg, log: cfg.Env.Log, routes: cfg.Routes, conns: map[string]*grpc.ClientConn{}, claims: make(chan struct{}, maxClaims)}
+	d := &Daemon{cfg: cfg, log: cfg.Env.Log, routes: cfg.Routes, conns: map[string]*grpc.ClientConn{}, claims: make(chan struct{}, maxClaims), watch: make(chan struct{}, maxWatches)}
 	d.count = newFigures(cfg.Env.Metrics)
 	for _, r := range d.routes {
 		if r.daemon == "" || d.conns[r.daemon] != nil {
@@ -98,8 +110,10 @@ func New(cfg Config) (*Daemon, error) {
 	signer := trustv1.NewSignerClient(d.conns[trustd])
 	d.trust = leaf.NewTrust(signer, d.log)
 	d.leaf = leaf.New(leaf.Config{Signer: signer, Profile: "apid-server", Trust: d.trust, Log: d.log})
+	d.far = leaf.New(leaf.Config{Signer: signer, Profile: "apid-node", Trust: d.trust, Log: d.log})
+	d.pool = &pool{leaf: d.far, trust: d.trust, dial: cfg.Dial, log: d.log, nodes: map[string][]*remote{}}
 	d.tls = &identityCard{trust: d.trust, leaf: d.leaf, now: cfg.Now}
-	d.gate = gate.New(cfg.Env.TCP, maxConns, d.count.gate)
+	d.gate = gate.New(cfg.Env.TCP, maxConns, maxKnown, d.count.gate)
 	d.audit = newAuditor(d.log, cfg.Now, d.count)
 	d.state.Set(&controlv1.State{})
 	return d, nil
@@ -109,6 +123,7 @@ const trustd = "trustd"
 
 // Run serves until ctx is done; it returns ctx's error after open calls have had a few seconds to end.
 func (d *Daemon) Run(ctx context.Context) error {
+	defer d.pool.close()
 	defer func() {
 		for _, c := range d.conns {
 			if err := c.Close(); err != nil {
@@ -119,6 +134,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.trust.Run(ctx) })
 	g.Go(func() error { return d.leaf.Run(ctx) })
+	g.Go(func() error { return d.far.Run(ctx) })
+	g.Go(func() error { return d.followTrust(ctx) })
 	g.Go(func() error { return serve(ctx, d.localServer(ctx), daemon.Limit(d.cfg.Env.Listen, maxLocal)) })
 	g.Go(func() error {
 		// Until it is known whose certificate to show, callers wait in the listener's backlog.

@@ -103,13 +103,29 @@ func (f *fakeTrustd) SignCertificate(_ context.Context, r *trustv1.SignCertifica
 	if err != nil {
 		return nil, err
 	}
-	cert := f.ca.sign(f.t, csr.PublicKey, pkix.Name{CommonName: "apid"}, x509.ExtKeyUsageServerAuth, time.Now().Add(-time.Minute), time.Now().Add(time.Hour))
+	subject, usage := pkix.Name{CommonName: "apid"}, x509.ExtKeyUsageServerAuth
+	s, _ := f.state.Get()
+	if r.GetProfile() == "apid-node" {
+		if s.GetNodeName() == "" {
+			return nil, errs.New(errs.Precondition, "no node of a cluster yet")
+		}
+		subject, usage = nodeSubject(s.GetNodeName(), s.GetNodeRole()), x509.ExtKeyUsageClientAuth
+	}
+	cert := f.ca.sign(f.t, csr.PublicKey, subject, usage, time.Now().Add(-time.Minute), time.Now().Add(time.Hour), s.GetNodeName())
 	return &trustv1.SignCertificateResponse{Certificate: text(cert), Ca: text(f.ca.cert)}, nil
+}
+
+// nodeSubject is that of an apid's client certificate.
+func nodeSubject(name, role string) pkix.Name {
+	if role != "worker" {
+		role = "controlplane"
+	}
+	return pkix.Name{CommonName: "node:" + name, Organization: []string{"bulkhead:node", "bulkhead:node-" + role}}
 }
 
 // mint returns a token.
 func (f *fakeTrustd) mint(name string, roles ...string) client.Credentials {
-	tok := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.MapClaims{"iss": tokenIssuer, "aud": tokenAudience, "sub": name, "roles": roles, "exp": time.Now().Add(time.Hour).Unix()})
+	tok := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.MapClaims{"iss": tokenIssuer, "aud": tokenAudience, "sub": name, "roles": roles, "exp": time.Now().Add(time.Hour).Unix(), "jti": "id-of-" + name})
 	tok.Header["kid"] = "k"
 	s, err := tok.SignedString(f.token)
 	if err != nil {
@@ -120,11 +136,16 @@ func (f *fakeTrustd) mint(name string, roles ...string) client.Credentials {
 
 // certificate returns one for a client, signed by an authority of the caller's choice.
 func (f *fakeTrustd) certificate(by *authority, name, role string, from, to time.Duration) client.Credentials {
+	return f.holder(by, pkix.Name{CommonName: name, Organization: []string{"bulkhead:" + role}}, from, to)
+}
+
+// holder returns a client's certificate for a subject.
+func (f *fakeTrustd) holder(by *authority, subject pkix.Name, from, to time.Duration) client.Credentials {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		f.t.Fatal(err)
 	}
-	cert := by.sign(f.t, key.Public(), pkix.Name{CommonName: name, Organization: []string{"bulkhead:" + role}}, x509.ExtKeyUsageClientAuth, time.Now().Add(from), time.Now().Add(to))
+	cert := by.sign(f.t, key.Public(), subject, x509.ExtKeyUsageClientAuth, time.Now().Add(from), time.Now().Add(to))
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		f.t.Fatal(err)
@@ -184,6 +205,9 @@ type node struct {
 	daemon  *Daemon
 	address string
 	log     *lockedBuffer
+	tcp     *net.TCPListener
+	own     *net.UnixListener // apid's
+	dialer  func(context.Context, string, string) (net.Conn, error)
 	local   atomic.Uint32 // user id of who connects to apid's Unix socket
 	ahead   atomic.Int64  // of apid's clock, before the real one
 }
@@ -237,38 +261,60 @@ func (n *node) serve(l *net.UnixListener, register func(*grpc.Server)) (kill fun
 // newNode starts apid and a fake trustd. Further daemons are the test's to start.
 func newNode(t testing.TB, owned bool) *node {
 	t.Helper()
+	f := newFakeTrustd(t)
+	if owned {
+		f.own()
+	}
+	n := bareNode(t, f, nil)
+	n.serve(n.bind("trustd"), func(s *grpc.Server) {
+		trustv1.RegisterClaimServer(s, f)
+		trustv1.RegisterSignerServer(s, f)
+	})
+	n.start()
+	return n
+}
+
+// bareNode has listeners, as PID 1 makes them, and nobody who serves them.
+func bareNode(t testing.TB, f *fakeTrustd, dial func(context.Context, string, string) (net.Conn, error)) *node {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "apid") // short: a socket's path has at most 108 bytes
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	n := &node{t: t, dir: dir, trustd: newFakeTrustd(t), log: &lockedBuffer{}}
-	if owned {
-		n.trustd.own()
-	}
-	n.serve(n.bind("trustd"), func(s *grpc.Server) {
-		trustv1.RegisterClaimServer(s, n.trustd)
-		trustv1.RegisterSignerServer(s, n.trustd)
-	})
+	n := &node{t: t, dir: dir, trustd: f, log: &lockedBuffer{}, dialer: dial}
 	tcp, err := net.Listen("tcp", "127.0.0.1:0")
 	n.must(err)
-	n.address = tcp.Addr().String()
+	t.Cleanup(func() { tcp.Close() })
+	n.tcp, n.own, n.address = tcp.(*net.TCPListener), n.bind("apid"), tcp.Addr().String()
+	return n
+}
+
+// start starts apid; the returned function stops it, and the listeners stay.
+func (n *node) start() (stop func()) {
+	n.t.Helper()
+	f, err := n.tcp.File()
+	n.must(err)
+	tcp, err := net.FileListener(f)
+	n.must(errors.Join(err, f.Close()))
 	ready := make(chan struct{})
 	routes := linkedRoutes()
 	echo := &route{service: "test.Echo", method: "Both", daemon: "machined", need: []authv1.Role{authv1.Role_READER}, stream: echoDesc.Streams[0]}
 	routes[echo.name()] = echo
 	n.daemon, err = New(Config{
 		Env: daemon.Env{Name: "apid", Log: slog.New(slog.NewTextHandler(io.MultiWriter(n.log), nil)), Metrics: metrics.New("apid"), TCP: tcp,
-			Listen: n.bind("apid"), Ready: func() { close(ready) }, Who: func(net.Conn) (uid.ID, error) { return uid.ID(n.local.Load()), nil }},
-		Socket: n.socket, Routes: routes, Now: func() time.Time { return time.Now().Add(time.Duration(n.ahead.Load())) },
+			Listen: n.inherit(n.own), Ready: func() { close(ready) }, Who: func(net.Conn) (uid.ID, error) { return uid.ID(n.local.Load()), nil }},
+		Socket: n.socket, Routes: routes, Now: func() time.Time { return time.Now().Add(time.Duration(n.ahead.Load())) }, Dial: n.dialer,
 	})
 	n.must(err)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- n.daemon.Run(ctx) }()
-	t.Cleanup(func() { cancel(); <-done })
+	d := n.daemon
+	go func() { done <- d.Run(ctx) }()
+	stop = sync.OnceFunc(func() { cancel(); <-done })
+	n.t.Cleanup(stop)
 	<-ready
-	return n
+	return stop
 }
 
 // echoDesc is a service that streams both ways; none of ours does yet.

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
 
 // Refused calls come from strangers at any rate: so many lines a second, and so many at once. Few, for they share the log with
@@ -35,8 +37,18 @@ func (a *auditor) write(c *call, node string, err error, refused bool) {
 		a.count.auditDropped.Add(1)
 		return
 	}
-	a.log.Info("audit", "who", c.who.name, "roles", strings.Join(c.who.roles, ","), "method", c.method, "peer", c.peer, "node", node,
-		"code", codeOf(err).String(), "dur", a.now().Sub(c.start).String())
+	line := []any{"who", c.who.name, "roles", strings.Join(c.who.roles, ","), "method", c.method, "peer", c.peer, "node", node,
+		"code", codeOf(err).String(), "dur", a.now().Sub(c.start).String()}
+	if c.via != "" {
+		line = append(line, "via", c.via) // the node that passed it on; its log has the same call with this node as target
+	}
+	if c.aim.node != nil {
+		line = append(line, "target", c.aim.node.GetName())
+	}
+	if c.aim.any {
+		line = append(line, "target", peer.ControlPlanes)
+	}
+	a.log.Info("audit", line...)
 }
 
 func (a *auditor) take() bool {

@@ -3,7 +3,6 @@ package apid
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"time"
 
@@ -14,15 +13,10 @@ import (
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 
-	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
-	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
-	"github.com/bulkhead-os/bulkhead/internal/claim"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
-	"github.com/bulkhead-os/bulkhead/internal/unlock"
 )
 
 const (
@@ -33,7 +27,6 @@ const (
 	// backendWindow is how much a daemon may send ahead of a slow client, per call and per daemon.
 	backendWindow     = 128 << 10
 	backendConnWindow = 1 << 20
-	maxClaims         = 64 // calls that need no identity, at once
 )
 
 // backendOptions are those of connections to daemons.
@@ -74,60 +67,72 @@ func (raw) Name() string { return "proto" }
 // streams end, for some of them only end when the client does, and would hold up the end of apid.
 func (d *Daemon) forward(stop context.Context, in grpc.ServerStream) error {
 	c := callFrom(in.Context())
-	if c == nil || c.route.daemon == "" {
+	if c == nil || c.route.daemon == "" && c.aim.here() {
 		return errNoMethod
 	}
 	ctx, cancel := context.WithCancel(in.Context())
 	defer cancel()
-	if c.bound {
-		return d.forwardBound(ctx, in, c)
+	streams := c.route.stream.ServerStreams || c.route.stream.ClientStreams
+	if _, ok := ctx.Deadline(); !ok && !streams {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, unaryTime)
+		defer cancel()
 	}
-	if !c.route.stream.ServerStreams && !c.route.stream.ClientStreams {
-		return d.forwardUnary(ctx, in, c)
+	if streams {
+		defer context.AfterFunc(stop, cancel)()
 	}
-	defer context.AfterFunc(stop, cancel)()
-	err := d.forwardStream(ctx, in, c, cancel)
-	if err != nil && stop.Err() != nil && in.Context().Err() == nil {
+	err := d.pass(ctx, in, c, cancel)
+	if err != nil && streams && stop.Err() != nil && in.Context().Err() == nil {
 		return errs.New(errs.Unavailable, "apid is stopping; try again")
 	}
 	return err
 }
 
-func (d *Daemon) forwardUnary(ctx context.Context, in grpc.ServerStream, c *call) error {
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, unaryTime)
-		defer cancel()
+// pass moves a call's messages between the client and whoever answers.
+func (d *Daemon) pass(ctx context.Context, in grpc.ServerStream, c *call, cancel context.CancelFunc) error {
+	switch {
+	case c.bound:
+		return d.forwardBound(ctx, in, c)
+	case c.aim.any:
+		return d.forwardAny(ctx, in, c)
+	case c.aim.node != nil:
+		r, err := d.reach(ctx, c.aim.node)
+		if err != nil {
+			return err
+		}
+		defer d.pool.give(r)
+		out, err := d.openAt(ctx, c, r)
+		if err == nil {
+			err = converse(in, out, c, cancel)
+		}
+		return r.blame(err)
 	}
 	out, err := d.open(ctx, c)
 	if err != nil {
 		return err
 	}
-	if err := pass(in, out); err != nil {
-		return err
-	}
-	return pass(out, in)
+	return converse(in, out, c, cancel)
 }
 
-func (d *Daemon) forwardStream(ctx context.Context, in grpc.ServerStream, c *call, cancel context.CancelFunc) error {
-	out, err := d.open(ctx, c)
-	if err != nil {
-		return err
-	}
+// converse moves all messages of a call that has been opened, and the answer's status.
+func converse(in grpc.ServerStream, out grpc.ClientStream, c *call, cancel context.CancelFunc) error {
 	if c.route.stream.ClientStreams {
 		return both(in, out, cancel)
 	}
 	if err := pass(in, out); err != nil {
 		return err
 	}
-	return answers(in, out)
+	if c.route.stream.ServerStreams {
+		return answers(in, out)
+	}
+	return pass(out, in)
 }
 
 // open starts the call to the daemon, in the name of the caller. Nothing else of the client's metadata is passed on.
-func (d *Daemon) open(ctx context.Context, c *call) (grpc.ClientStream, error) {
+func (d *Daemon) open(ctx context.Context, c *call, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	md := metadata.MD{peer.CallerKey: {c.who.name}}
 	md.Append(peer.RolesKey, c.who.roles...)
-	return d.conns[c.route.daemon].NewStream(metadata.NewOutgoingContext(ctx, md), &c.route.stream, c.route.name(), grpc.ForceCodecV2(newRaw()))
+	return d.conns[c.route.daemon].NewStream(metadata.NewOutgoingContext(ctx, md), &c.route.stream, c.route.name(), append(opts, grpc.ForceCodecV2(newRaw()))...)
 }
 
 type receiver interface{ RecvMsg(any) error }
@@ -173,61 +178,6 @@ func both(in grpc.ServerStream, out grpc.ClientStream, cancel context.CancelFunc
 	}()
 	// The pump is not waited for: it ends when grpc ends the incoming stream, which is after this returned.
 	return answers(in, out)
-}
-
-// forwardBound puts the binding of the caller's TLS connection into a claim or an unlocking: that, and not what a caller sends, counts.
-func (d *Daemon) forwardBound(ctx context.Context, in grpc.ServerStream, c *call) error {
-	if c.conn == nil {
-		return errStranger
-	}
-	select {
-	case d.claims <- struct{}{}:
-		defer func() { <-d.claims }()
-	default:
-		return errs.New(errs.Exhausted, "too many calls without an identity at once; try again")
-	}
-	bind := unlock.Binding
-	if c.route.service == trustv1.Claim_ServiceDesc.ServiceName {
-		bind = claim.Binding
-	}
-	binding, err := bind(c.conn.state)
-	if err != nil {
-		return fmt.Errorf("%s: %w", c.route.name(), err)
-	}
-	daemon := d.conns[c.route.daemon]
-	switch c.route.name() {
-	case trustv1.Claim_Claim_FullMethodName:
-		r := &trustv1.ClaimRequest{}
-		return exchange(in, r, func() (proto.Message, error) {
-			r.ChannelBinding = binding
-			return trustv1.NewClaimClient(daemon).Claim(ctx, r)
-		})
-	case storagev1.Unlock_Challenge_FullMethodName:
-		r := &storagev1.ChallengeRequest{}
-		return exchange(in, r, func() (proto.Message, error) {
-			r.ChannelBinding = binding
-			return storagev1.NewUnlockClient(daemon).Challenge(ctx, r)
-		})
-	case storagev1.Unlock_Unlock_FullMethodName:
-		r := &storagev1.UnlockRequest{}
-		return exchange(in, r, func() (proto.Message, error) {
-			r.ChannelBinding = binding
-			return storagev1.NewUnlockClient(daemon).Unlock(ctx, r)
-		})
-	}
-	return errNoMethod
-}
-
-// exchange receives the request, makes the call, and sends the answer.
-func exchange(in grpc.ServerStream, request proto.Message, do func() (proto.Message, error)) error {
-	if err := in.RecvMsg(request); err != nil {
-		return err
-	}
-	answer, err := do()
-	if err != nil {
-		return err
-	}
-	return in.SendMsg(answer)
 }
 
 // codeOf returns the status code under which an outcome is counted and logged.

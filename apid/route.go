@@ -11,6 +11,7 @@ import (
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	// Linked for their descriptors: what is not linked has no route. A new package is added here.
+	_ "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/config/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"

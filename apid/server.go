@@ -21,15 +21,19 @@ import (
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
+	outboundv1 "github.com/bulkhead-os/bulkhead/api/outbound/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/leaf"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
 // Bounds of a connection.
 const (
-	maxConns         = 256
+	maxConns         = 256  // of those who showed no identity yet
+	maxKnown         = 4096 // of all; a control plane has two of each worker, and some of other control planes
 	handshakeTimeout = 10 * time.Second
 
 	maxStreams = 128
@@ -50,6 +54,14 @@ type call struct {
 	peer   string   // address, or "gateway"
 	start  time.Time
 	bound  bool // the request gets what ties it to its connection
+
+	aim     aim      // which node answers
+	via     string   // the control plane that passed the call on; "": none
+	local   string   // the daemon of this node that calls; "": none
+	proved  identity // who showed credentials: who, or via
+	byToken bool
+	roots   *leaf.Roots // under which it was let in
+	cancel  context.CancelCauseFunc
 }
 
 type callKey struct{}
@@ -69,19 +81,24 @@ func (d *Daemon) publicServer(stop context.Context) *grpc.Server {
 	)
 }
 
-// localServer answers on the Unix socket: gateway, whose callers show tokens, and machined.
+// localServer answers on the Unix socket: gateway, whose callers show tokens; daemons that call control planes; machined and trustd.
 func (d *Daemon) localServer(stop context.Context) *grpc.Server {
 	list := peer.List{
-		controlv1.Control_ServiceDesc.ServiceName: {uid.Machined},
-		healthv1.Health_ServiceDesc.ServiceName:   {uid.Machined},
+		controlv1.Control_ServiceDesc.ServiceName:   {uid.Machined},
+		healthv1.Health_ServiceDesc.ServiceName:     {uid.Machined},
+		outboundv1.Outbound_ServiceDesc.ServiceName: {uid.Trustd},
 	}
 	for _, r := range d.routes {
 		if !slices.Contains(list[r.service], uid.Gateway) {
 			list[r.service] = append(list[r.service], uid.Gateway)
 		}
+		if slices.Contains(r.need, authv1.Role_NODE) {
+			list[r.name()] = []uid.ID{uid.Gateway, uid.Machined, uid.Etcdd, uid.Kubeletd}
+		}
 	}
 	s := d.server(stop, append(peer.ServerOptions(list, d.cfg.Env.Who), grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute}))...)
 	controlv1.RegisterControlServer(s, controlServer{d: d})
+	outboundv1.RegisterOutboundServer(s, &outbound{dial: d.cfg.Dial, slots: make(chan struct{}, maxExchanges), stop: stop, count: d.count})
 	return s
 }
 
@@ -93,13 +110,22 @@ func (d *Daemon) server(stop context.Context, opts ...grpc.ServerOption) *grpc.S
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, si *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
 			err = d.guard(ctx, si.FullMethod, func(ctx context.Context) (err error) {
-				resp, err = h(ctx, req)
+				if c := callFrom(ctx); c != nil && !c.aim.here() {
+					resp, err = d.relay(ctx, c, req)
+				} else {
+					resp, err = h(ctx, req)
+				}
 				return err
 			})
 			return resp, err
 		}),
 		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, si *grpc.StreamServerInfo, h grpc.StreamHandler) error {
-			return d.guard(ss.Context(), si.FullMethod, func(ctx context.Context) error { return h(srv, &stream{ss, ctx}) })
+			return d.guard(ss.Context(), si.FullMethod, func(ctx context.Context) error {
+				if c := callFrom(ctx); c != nil && !c.aim.here() {
+					return d.forward(stop, &stream{ss, ctx})
+				}
+				return h(srv, &stream{ss, ctx})
+			})
 		}),
 	)...)
 	healthv1.RegisterHealthServer(s, healthServer{d: d})
@@ -119,14 +145,27 @@ func (s *stream) Context() context.Context { return s.ctx }
 
 // guard stands before every call, of whatever kind: who is it, may they, and afterwards what became of it.
 func (d *Daemon) guard(ctx context.Context, method string, next func(context.Context) error) (err error) {
-	if id, ok := peer.From(ctx); ok && id == uid.Machined { // the socket's list lets it call control and health only
-		return next(ctx)
-	}
 	c := &call{route: d.routes[method], method: method, start: d.cfg.Now()}
+	if id, ok := peer.From(ctx); ok && id != uid.Gateway {
+		if c.route == nil || c.route.daemon == "" { // of apid's own services the socket's list lets daemons call what is theirs
+			return next(ctx)
+		}
+		c.local = id.Name()
+	}
 	err = d.enter(ctx, c)
 	refused := err != nil
 	if !refused {
-		err = d.run(context.WithValue(ctx, callKey{}, c), c, next)
+		ctx, c.cancel = context.WithCancelCause(context.WithValue(ctx, callKey{}, c))
+		d.live.add(c)
+		// What is trusted may have changed since it was asked: who was late for that is not among those whose calls were ended.
+		if roots, _ := d.trust.Roots(); roots != c.roots {
+			if e := d.still(c, roots, map[*tlsConn]error{}); e != nil {
+				c.cancel(distrusted{e})
+			}
+		}
+		err = outcome(ctx, d.run(ctx, c, next))
+		d.live.remove(c)
+		c.cancel(nil)
 	}
 	if c.route == nil {
 		c.method = "unknown" // a stranger's text belongs in no log
@@ -145,34 +184,82 @@ func (d *Daemon) enter(ctx context.Context, c *call) error {
 	if err := d.trust.Wait(ctx); err != nil {
 		return status.FromContextError(err).Err()
 	}
-	roots, _ := d.trust.Roots()
+	c.roots, _ = d.trust.Roots()
+	trust := c.roots.State
 	md, _ := metadata.FromIncomingContext(ctx)
-	if p, ok := grpcpeer.FromContext(ctx); ok {
-		c.conn, _ = p.AuthInfo.(*tlsConn)
-		c.peer = p.Addr.String()
-	}
-	if c.conn == nil {
-		c.peer = "gateway " + forwardedFor(md)
-	}
-	var authErr error
-	if text, has := bearer(md); has { // who shows a token means it: a wrong one is not made good by a certificate
-		c.who, authErr = d.tokens.who(text, roots, c.start)
-	} else if c.conn != nil {
-		c.who, authErr = c.conn.who(roots, c.start)
-	} else {
-		authErr = errStranger
-	}
-	if authErr == nil && c.conn != nil && c.conn.conn != nil {
-		c.conn.conn.Know()
-	}
-	if err := allow(c.route, c.who, authErr, roots.State); err != nil {
+	authErr := d.recognise(ctx, c, md)
+	if err := allow(c.route, c.who, authErr, trust); err != nil {
 		return err
 	}
-	c.bound = slices.Contains(c.route.need, authv1.Role_CLAIM) || slices.Contains(c.route.need, authv1.Role_UNLOCK)
+	for _, r := range []authv1.Role{authv1.Role_CLAIM, authv1.Role_UNLOCK, authv1.Role_JOIN} {
+		c.bound = c.bound || slices.Contains(c.route.need, r)
+	}
+	var err error
+	if c.aim, err = aimOf(c, md, d.ownName(trust), trust); err != nil {
+		return err
+	}
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < leastTime {
 		return status.Error(codes.DeadlineExceeded, "less than "+leastTime.String()+" were left when the call arrived")
 	}
 	return nil
+}
+
+// recognise finds out who calls.
+func (d *Daemon) recognise(ctx context.Context, c *call, md metadata.MD) (err error) {
+	if p, ok := grpcpeer.FromContext(ctx); ok {
+		c.conn, _ = p.AuthInfo.(*tlsConn)
+		c.peer = p.Addr.String()
+	}
+	trust := c.roots.State
+	if c.local != "" { // the kernel says so, and the socket's list lets it call; for others it is this node
+		c.peer = c.local
+		c.who = identity{name: peer.NodePrefix + trust.GetNodeName(), roles: nodeRoles(trust.GetNodeRole())}
+		return nil
+	}
+	if c.conn == nil {
+		c.peer = "gateway " + forwardedFor(md)
+	}
+	text, has := bearer(md)
+	switch {
+	case has: // who shows a token means it: a wrong one is not made good by a certificate
+		c.byToken = true
+		c.who, err = d.tokens.who(text, c.roots, c.start)
+	case c.conn != nil:
+		c.who, err = c.conn.who(c.roots, c.start)
+	default:
+		err = errStranger
+	}
+	if err != nil {
+		return err
+	}
+	c.proved = c.who
+	if c.conn != nil && c.conn.conn != nil {
+		c.conn.conn.Know()
+	}
+	return c.behind(md)
+}
+
+// behind finds out for whom a control plane passed the call on. From all others such words count for nothing.
+func (c *call) behind(md metadata.MD) error {
+	names := md.Get(peer.CallerKey)
+	if !c.who.control || len(md.Get(peer.HopKey)) == 0 || len(names) == 0 {
+		return nil
+	}
+	if len(names) > 1 || names[0] == "" || strings.HasPrefix(names[0], peer.NodePrefix) {
+		return errs.New(errs.Denied, "node %q passed a call on for nobody: %s is %.100q", c.who.node, peer.CallerKey, names)
+	}
+	c.via = c.who.node
+	c.who = identity{name: names[0], roles: known(md.Get(peer.RolesKey)), expires: c.who.expires}
+	return nil
+}
+
+// ownName is what this node is called; "" before it has a name.
+func (d *Daemon) ownName(trust *trustv1.TrustState) string {
+	if trust.GetNodeName() != "" {
+		return trust.GetNodeName()
+	}
+	s, _ := d.spec.Get()
+	return s.hostname
 }
 
 // run turns a panic in one call into that call's error; the others go on.

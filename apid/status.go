@@ -25,7 +25,7 @@ type spec struct {
 // figures are apid's metrics.
 type figures struct {
 	desired, observed, converged *metrics.Vec
-	calls                        *metrics.Vec
+	calls, exchanges             *metrics.Vec
 	auditDropped                 *metrics.Vec
 	gate                         gate.Figures
 }
@@ -36,6 +36,7 @@ func newFigures(s *metrics.Set) figures {
 		observed:     s.Gauge("bulkhead_apid_generation_observed", "Generation that is in use."),
 		converged:    s.Gauge("bulkhead_apid_converged", "Whether the newest specification is in use."),
 		calls:        s.Counter("bulkhead_apid_calls_total", "Calls since the start, by service and outcome.", "service", "code"),
+		exchanges:    s.Counter("bulkhead_apid_exchanges_total", "Calls to other nodes for trustd since the start, by method and outcome.", "method", "code"),
 		gate:         gate.NewFigures(s, "bulkhead_apid"),
 		auditDropped: s.Counter("bulkhead_apid_audit_refused_dropped_total", "Lines about refused calls that were not written, since the start."),
 	}

@@ -115,10 +115,27 @@ func (t *tlsConn) who(roots *leaf.Roots, now time.Time) (identity, error) {
 	c := t.seen.Load()
 	if c == nil || c.roots != roots || c.err == nil && now.After(c.who.expires) {
 		c = &checked{roots: roots}
-		c.who, c.err = fromCertificate(t.state.PeerCertificates, roots.OS, now)
+		if c.who, c.err = fromCertificate(t.state.PeerCertificates, roots.OS, now); c.err == nil {
+			c.err = admit(c.who, roots.State)
+		}
 		t.seen.Store(c)
 	}
 	return c.who, c.err
+}
+
+// still returns why the connection's certificate is not to be trusted any more, its age aside: nil if it is.
+func (t *tlsConn) still(roots *leaf.Roots, now time.Time) error {
+	if len(t.state.PeerCertificates) == 0 {
+		return nil
+	}
+	if end := t.state.PeerCertificates[0].NotAfter.Add(-time.Second); now.After(end) {
+		now = end
+	}
+	who, err := fromCertificate(t.state.PeerCertificates, roots.OS, now)
+	if err != nil {
+		return err
+	}
+	return admit(who, roots.State)
 }
 
 // serverCreds ends TLS and ties the connection to its place in the gate.

@@ -35,6 +35,9 @@ func (t *tokens) who(text string, roots *leaf.Roots, now time.Time) (identity, e
 		return id, nil
 	}
 	id, err := fromToken(text, roots.State.GetTokenKeys(), now)
+	if err == nil {
+		err = admit(id, roots.State)
+	}
 	if err != nil {
 		return id, err
 	}

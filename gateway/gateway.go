@@ -133,7 +133,7 @@ func (g *Gateway) serveHTTP(ctx context.Context) error {
 			g.server.Close()
 		}
 	}()
-	err := g.server.ServeTLS(gate.New(g.cfg.Env.TCP, maxConnections, g.control.gate), "", "")
+	err := g.server.ServeTLS(gate.New(g.cfg.Env.TCP, maxConnections, maxConnections, g.control.gate), "", "")
 	if !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}

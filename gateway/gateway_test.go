@@ -3,11 +3,13 @@ package gateway
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -31,6 +33,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/gate"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
 
 // door is what the gateway needs of apid: it refuses calls without the token "good".
@@ -51,7 +54,7 @@ func (door) Apply(ctx context.Context, r *configv1.ApplyRequest) (*configv1.Appl
 func admit(ctx context.Context) error {
 	md, _ := metadata.FromIncomingContext(ctx)
 	for key := range md {
-		if strings.HasPrefix(key, "bulkhead-") || key == "x-evil" {
+		if strings.HasPrefix(key, "bulkhead-") && key != peer.NodeKey || key == "x-evil" {
 			return status.Errorf(codes.Internal, "metadata %q got through the gateway", key)
 		}
 	}
@@ -62,18 +65,21 @@ func admit(ctx context.Context) error {
 }
 
 func (door) GetVersion(ctx context.Context, _ *machinev1.GetVersionRequest) (*machinev1.GetVersionResponse, error) {
-	return &machinev1.GetVersionResponse{Version: "v1.2.3"}, admit(ctx)
+	md, _ := metadata.FromIncomingContext(ctx)
+	return &machinev1.GetVersionResponse{Version: "v1.2.3", Platform: fmt.Sprint(md.Get(peer.NodeKey))}, admit(ctx)
 }
 
 func (door) RestartService(ctx context.Context, r *machinev1.RestartServiceRequest) (*machinev1.RestartServiceResponse, error) {
 	if err := admit(ctx); err != nil {
 		return nil, err
 	}
-	return nil, status.Errorf(codes.PermissionDenied, "RestartService needs role operator or admin (unit %s)", r.Name)
+	md, _ := metadata.FromIncomingContext(ctx)
+	return nil, status.Errorf(codes.PermissionDenied, "RestartService needs role operator or admin (unit %s%v)", r.Name, md.Get(peer.NodeKey))
 }
 
 func (door) StreamEvents(_ *machinev1.StreamEventsRequest, s grpc.ServerStreamingServer[machinev1.Event]) error {
-	for _, text := range []string{"one", "two"} {
+	md, _ := metadata.FromIncomingContext(s.Context())
+	for _, text := range append(md.Get(peer.NodeKey), "one", "two") {
 		if err := s.Send(&machinev1.Event{Text: text}); err != nil {
 			return err
 		}
@@ -88,6 +94,10 @@ func (door) StreamKernelLog(_ *machinev1.StreamKernelLogRequest, s grpc.ServerSt
 func (door) ListMetrics(ctx context.Context, _ *machinev1.ListMetricsRequest) (*machinev1.ListMetricsResponse, error) {
 	m := metrics.New("x")
 	m.Counter("bulkhead_x_things_total", "Things.", "kind").Add(3, "a\"b")
+	md, _ := metadata.FromIncomingContext(ctx)
+	for _, node := range md.Get(peer.NodeKey) {
+		m.Counter("bulkhead_x_on_total", "Node.", "node").Add(1, node)
+	}
 	return &machinev1.ListMetricsResponse{Daemons: []*machinev1.DaemonMetrics{
 		{Daemon: "x", Families: m.Families()}, {Daemon: "y", Families: metrics.New("y").Families()},
 		{Daemon: "z", Error: "does not answer"},
@@ -118,7 +128,7 @@ func serve(t *testing.T) *httptest.Server {
 		t.Fatal(err)
 	}
 	h := httptest.NewUnstartedServer(g.server.Handler)
-	h.Listener = gate.New(h.Listener, 4, g.control.gate)
+	h.Listener = gate.New(h.Listener, 4, 4, g.control.gate)
 	h.Config.ConnContext = withPlace
 	h.Start()
 	t.Cleanup(h.Close)
@@ -157,7 +167,22 @@ func TestREST(t *testing.T) {
 	}{
 		{"get", "GET", "/v1/version", good, 200, "application/json", `"version":"v1.2.3"`},
 		{"no token", "GET", "/v1/version", nil, 401, "application/problem+json", `"code":"UNAUTHENTICATED"`},
-		{"wrong role", "POST", "/v1/services/apid:restart", good, 403, "application/problem+json", `needs role operator or admin (unit apid)`},
+		{"wrong role", "POST", "/v1/services/apid:restart", good, 403, "application/problem+json", `needs role operator or admin (unit apid[])`},
+		{"this node", "GET", "/v1/version", good, 200, "application/json", `"platform":"[]"`},
+		{"another node", "GET", "/v1/version?node=w1", good, 200, "application/json", `"platform":"[w1]"`},
+		{"another node, in the path", "GET", "/v1/nodes/w1.example/version", good, 200, "application/json", `"platform":"[w1.example]"`},
+		{"a change on another node", "POST", "/v1/nodes/w1/services/ap%69d:restart", good, 403, "application/problem+json", `(unit apid[w1])`},
+		{"a stream of another node", "GET", "/v1/nodes/w1/events?tail=3", good, 200, "application/json", `"text":"w1"`},
+		{"a query besides the node", "GET", "/v1/events?tail=many&node=w1", good, 400, "application/problem+json", `"code":"INVALID_ARGUMENT"`},
+		{"two nodes", "GET", "/v1/nodes/w1/version?node=w2", good, 400, "application/problem+json", `2 nodes are named`},
+		{"one twice", "GET", "/v1/version?node=w2&node=w2", good, 400, "application/problem+json", `2 nodes are named`},
+		{"no node", "GET", "/v1/version?node=", good, 400, "application/problem+json", `no name of a node`},
+		{"a name with a line's end", "GET", "/v1/version?node=w1%0d%0ax-evil:1", good, 400, "application/problem+json", `no name of a node`},
+		{"nothing on a node", "GET", "/v1/nodes/w1/nothing", good, 404, "application/problem+json", `/openapi.json`},
+		{"another node without token", "GET", "/v1/version?node=w1", nil, 401, "application/problem+json", `"code":"UNAUTHENTICATED"`},
+		{"another node's figures", "GET", "/metrics?node=w1", good, 200, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores", `bulkhead_x_on_total{daemon="x",node="w1"} 1`},
+		{"the list of nodes is no node", "GET", "/v1/nodes", good, 501, "application/problem+json", `"code":"UNIMPLEMENTED"`},
+
 		{"no such path", "GET", "/v1/nothing", good, 404, "application/problem+json", `/openapi.json`},
 		{"outside", "GET", "/", nil, 404, "application/problem+json", `/openapi.json`},
 		{"wrong method", "DELETE", "/v1/version", good, 405, "application/problem+json", `DELETE is not allowed`},
@@ -182,6 +207,8 @@ func TestPublicRPCs(t *testing.T) {
 	var doc struct {
 		Paths map[string]map[string]json.RawMessage
 	}
+	h := serve(t)
+	anything := regexp.MustCompile(`\{[^}]*\}`)
 	if err := json.Unmarshal(openAPI, &doc); err != nil {
 		t.Fatal(err)
 	}
@@ -198,8 +225,21 @@ func TestPublicRPCs(t *testing.T) {
 				seen++
 				rule, _ := proto.GetExtension(m.Options(), annotations.E_Http).(*annotations.HttpRule)
 				path := rule.GetGet() + rule.GetPost() + rule.GetDelete()
-				if _, ok := doc.Paths[path]; path == "" || !ok {
-					t.Errorf("%s: path %q is not in openapi.json", m.FullName(), path)
+				there := strings.Replace(path, "/v1/", "/v1/nodes/{node}/", 1)
+				for p, parameter := range map[string]string{path: "#/components/parameters/node", there: "#/components/parameters/nodeInPath"} {
+					if item := doc.Paths[p]; p == "" || !strings.Contains(string(item["parameters"]), `"`+parameter+`"`) {
+						t.Errorf("%s: path %q is not in openapi.json with parameter %s", m.FullName(), p, parameter)
+					}
+				}
+				if rule.GetBody() != "*" && m.Input().Fields().ByName("node") != nil {
+					t.Errorf("%s: its field \"node\" cannot be in a query, where that is the node that is to answer", m.FullName())
+				}
+				method := map[bool]string{rule.GetGet() != "": "GET", rule.GetPost() != "": "POST", rule.GetDelete() != "": "DELETE"}[true]
+				for _, p := range []string{path, there} {
+					resp, body := do(t, method, h.URL+anything.ReplaceAllString(p, "x"), map[string]string{"Authorization": "Bearer good"})
+					if resp.StatusCode == 405 || resp.StatusCode == 404 {
+						t.Errorf("%s %s: %d %s: it is not registered in rest.go", method, p, resp.StatusCode, body)
+					}
 				}
 			}
 		}

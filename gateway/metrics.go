@@ -21,7 +21,7 @@ import (
 func metricsHandler(apid *grpc.ClientConn) http.Handler {
 	machine := machinev1.NewMachineClient(apid)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		ctx := r.Context()
+		ctx := metadata.NewOutgoingContext(r.Context(), nodeOf(r.Context()))
 		if token := r.Header.Get("Authorization"); token != "" {
 			ctx = metadata.AppendToOutgoingContext(ctx, "authorization", token)
 		}

@@ -12,10 +12,12 @@ import (
 	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
@@ -37,6 +39,7 @@ func (g *Gateway) routes() (http.Handler, error) {
 		runtime.WithMarshalerOption("text/event-stream", events{json}),
 		runtime.WithIncomingHeaderMatcher(passHeader),
 		runtime.WithOutgoingHeaderMatcher(func(string) (string, bool) { return "", false }),
+		runtime.WithMetadata(func(ctx context.Context, _ *http.Request) metadata.MD { return nodeOf(ctx) }),
 		runtime.WithErrorHandler(func(ctx context.Context, _ *runtime.ServeMux, _ runtime.Marshaler, w http.ResponseWriter, _ *http.Request, err error) {
 			refuse(ctx, w, err)
 		}),
@@ -45,19 +48,19 @@ func (g *Gateway) routes() (http.Handler, error) {
 	ctx := context.Background() // the handlers close nothing: the connection is the caller's
 	for _, register := range []func(context.Context, *runtime.ServeMux, *grpc.ClientConn) error{
 		machinev1.RegisterMachineHandler, configv1.RegisterConfigHandler, networkv1.RegisterNetworkHandler, storagev1.RegisterStorageHandler, storagev1.RegisterKeysHandler, storagev1.RegisterSecureBootHandler,
-		trustv1.RegisterTrustHandler, etcdv1.RegisterEtcdHandler, kubernetesv1.RegisterKubernetesHandler, updatev1.RegisterUpdateHandler,
+		trustv1.RegisterTrustHandler, trustv1.RegisterMembershipHandler, clusterv1.RegisterRegistryHandler, etcdv1.RegisterEtcdHandler, kubernetesv1.RegisterKubernetesHandler, updatev1.RegisterUpdateHandler,
 	} {
 		if err := register(ctx, rest, g.cfg.Apid); err != nil {
 			return nil, err
 		}
 	}
 	mux := http.NewServeMux()
-	mux.Handle("/v1/", rest)
+	mux.Handle("/v1/", onNode(rest))
 	mux.HandleFunc("GET /openapi.json", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		_, _ = w.Write(openAPI)
 	})
-	mux.Handle("GET /metrics", metricsHandler(g.cfg.Apid))
+	mux.Handle("GET /metrics", onNode(metricsHandler(g.cfg.Apid)))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, status.Newf(codes.NotFound, "nothing at %.100q; the paths are in /openapi.json", r.URL.Path))
 	})

@@ -25,6 +25,7 @@ const (
 	portAPI       = 50000 // apid
 	portGateway   = 50001
 	portAPIServer = 6443
+	portEtcdPeer  = 2380 // etcd members among themselves, with certificates of their own
 	portKubelet   = 10250
 )
 
@@ -53,7 +54,7 @@ func parse(documents []byte, hostname string) (Spec, error) {
 		s.Network.Interfaces = everyDevice
 	}
 	if set.Machine.Role == config.ControlPlane {
-		s.Ports = append(s.Ports, portAPIServer)
+		s.Ports = append(s.Ports, portAPIServer, portEtcdPeer)
 	}
 	return s, nil
 }

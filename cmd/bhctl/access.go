@@ -179,30 +179,6 @@ func (a *app) kubeconfigCmd() *cobra.Command {
 	return c
 }
 
-func (a *app) etcdCmd() *cobra.Command {
-	c := &cobra.Command{Use: "etcd", Short: "The node's etcd member"}
-	c.AddCommand(
-		&cobra.Command{Use: "status", Short: "What the member says of itself", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.call(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
-				s, err := etcdv1.NewEtcdClient(conn).GetStatus(ctx, &etcdv1.GetStatusRequest{})
-				if err != nil {
-					return err
-				}
-				return a.print(s, func() *table {
-					t := newTable("MEMBER", "STATE", "VERSION", "LEADER", "REVISION", "TERM", "SIZE", "IN USE", "ALARMS", "DETAIL")
-					t.add(s.MemberId, s.State, s.Version, fmt.Sprint(s.Leader), fmt.Sprint(s.Revision), fmt.Sprint(s.RaftTerm),
-						bytesText(s.DatabaseBytes), bytesText(s.DatabaseUsedBytes), strings.Join(s.Alarms, " "), s.Detail)
-					return t
-				})
-			})
-		}},
-		&cobra.Command{Use: "snapshot FILE", Short: "Save the whole database; restore with etcdutl", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
-			return a.stream(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error { return a.saveSnapshot(ctx, conn, args[0]) })
-		}},
-	)
-	return c
-}
-
 // saveSnapshot leaves a whole file or none.
 func (a *app) saveSnapshot(ctx context.Context, conn *grpc.ClientConn, file string) error {
 	s, err := etcdv1.NewEtcdClient(conn).StreamSnapshot(ctx, &etcdv1.StreamSnapshotRequest{})

@@ -26,6 +26,15 @@ type app struct {
 
 	contextName, endpoint, token, format string
 	timeout                              time.Duration
+
+	nodes    []string // --node
+	allNodes bool     // --all
+	label    string   // what the node is called where several are spoken of
+	node     string   // the node that is to answer; "": the one that is asked
+	args     []string // the command line, without the program's name
+
+	fan    *fanout          // this app is for one of several nodes; nil: it is not
+	shared *grpc.ClientConn // all those use one connection, which is not theirs to close
 }
 
 // dial returns a connection to the node of the context, or of the flags. The caller closes it.
@@ -34,7 +43,7 @@ func (a *app) dial() (*grpc.ClientConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return client.Dial(c.Endpoint, c.credentials())
+	return client.DialAny(c.all(), c.credentials())
 }
 
 // target is the context to use, with the flags' values in it.
@@ -48,7 +57,7 @@ func (a *app) target() (*clusterContext, error) {
 		return nil, err
 	}
 	if a.endpoint != "" {
-		c.Endpoint = a.endpoint
+		c.Endpoint, c.Endpoints = a.endpoint, nil
 	}
 	if a.token != "" {
 		c.Token, c.Certificate, c.Key = a.token, "", ""
@@ -69,11 +78,15 @@ func (a *app) call(ctx context.Context, f func(context.Context, *grpc.ClientConn
 
 // stream is call without a limit, unless --timeout gives one.
 func (a *app) stream(ctx context.Context, f func(context.Context, *grpc.ClientConn) error) error {
-	conn, err := a.dial()
-	if err != nil {
-		return err
+	conn := a.shared
+	if conn == nil {
+		var err error
+		if conn, err = a.dial(); err != nil {
+			return err
+		}
+		defer conn.Close()
 	}
-	defer conn.Close()
+	ctx = client.OnNode(ctx, a.node)
 	if a.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, a.timeout)

@@ -49,7 +49,7 @@ func (a *app) bootLog(ctx context.Context, boot int64, source string, l lineFlag
 		}
 		return receive(s, func(m *machinev1.BootLogLine) error {
 			if a.format != "table" {
-				return a.printEvent(m)
+				return a.printMessage(m)
 			}
 			stamp := ""
 			if l.times {

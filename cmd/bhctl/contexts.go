@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 
@@ -23,17 +25,30 @@ type contexts struct {
 
 // clusterContext is one node or cluster and the credentials for it. CA, Certificate and Key are PEM.
 type clusterContext struct {
-	Endpoint    string `json:"endpoint"`
-	Gateway     string `json:"gateway,omitempty"`    // URL of the REST gateway
-	Kubernetes  string `json:"kubernetes,omitempty"` // URL of the API server as reached from here
-	CA          string `json:"ca,omitempty"`
-	Certificate string `json:"certificate,omitempty"`
-	Key         string `json:"key,omitempty"`
-	Token       string `json:"token,omitempty"`
+	Endpoint string `json:"endpoint"`
+	// Endpoints are further ones, asked when the first does not answer.
+	Endpoints   []string `json:"endpoints,omitempty"`
+	Gateway     string   `json:"gateway,omitempty"`    // URL of the REST gateway
+	Kubernetes  string   `json:"kubernetes,omitempty"` // URL of the API server as reached from here
+	CA          string   `json:"ca,omitempty"`
+	Certificate string   `json:"certificate,omitempty"`
+	Key         string   `json:"key,omitempty"`
+	Token       string   `json:"token,omitempty"`
 }
 
 func (c *clusterContext) credentials() client.Credentials {
 	return client.Credentials{CA: []byte(c.CA), Certificate: []byte(c.Certificate), Key: []byte(c.Key), Token: c.Token}
+}
+
+// all returns the endpoints in the order in which they are tried, each once.
+func (c *clusterContext) all() []string {
+	var out []string
+	for _, e := range append([]string{c.Endpoint}, c.Endpoints...) {
+		if e != "" && !slices.Contains(out, e) {
+			out = append(out, e)
+		}
+	}
+	return out
 }
 
 func contextsPath() (string, error) {
@@ -199,6 +214,24 @@ func (a *app) configCmd() *cobra.Command {
 			}
 			return err
 		}},
+		&cobra.Command{Use: "endpoints HOST[:PORT]...", Short: "Say where the context's nodes are reached, in the order in which they are tried", Args: cobra.MinimumNArgs(1),
+			Example: "  bhctl config endpoints 192.0.2.11 192.0.2.12 192.0.2.13", RunE: func(_ *cobra.Command, args []string) error {
+				cfg, err := loadContexts()
+				if err != nil {
+					return err
+				}
+				if _, err := cfg.pick(a.contextName); err != nil {
+					return err
+				}
+				for i := range args {
+					if args[i], err = client.Address(args[i]); err != nil {
+						return err
+					}
+				}
+				c := cfg.Contexts[cmp.Or(a.contextName, cfg.Current)]
+				c.Endpoint, c.Endpoints = args[0], args[1:]
+				return cfg.save()
+			}},
 		named("use", "Make a context the current one", func(cfg *contexts, name string) error { cfg.Current = name; return nil }),
 		named("remove", "Forget a context and its credentials", func(cfg *contexts, name string) error {
 			delete(cfg.Contexts, name)
@@ -216,10 +249,12 @@ func (a *app) printContexts(cfg *contexts) error {
 		Name     string `json:"name"`
 		Endpoint string `json:"endpoint"`
 		Current  bool   `json:"current"`
+		// Further ones; left out if there are none.
+		Endpoints []string `json:"endpoints,omitempty"`
 	}
 	rows := []row{}
 	for _, n := range cfg.names() {
-		rows = append(rows, row{n, cfg.Contexts[n].Endpoint, n == cfg.Current})
+		rows = append(rows, row{n, cfg.Contexts[n].Endpoint, n == cfg.Current, cfg.Contexts[n].Endpoints})
 	}
 	return a.print(rows, func() *table {
 		t := newTable("", "NAME", "ENDPOINT")
@@ -228,7 +263,7 @@ func (a *app) printContexts(cfg *contexts) error {
 			if r.Current {
 				mark = "*"
 			}
-			t.add(mark, r.Name, r.Endpoint)
+			t.add(mark, r.Name, strings.Join(cfg.Contexts[r.Name].all(), ", "))
 		}
 		return t
 	})

@@ -190,6 +190,7 @@ func resources() map[string]resource {
 			}),
 	}
 	maps.Copy(all, updateResources())
+	maps.Copy(all, clusterResources())
 	return all
 }
 
@@ -238,7 +239,7 @@ func (a *app) getConfig(ctx context.Context, conn *grpc.ClientConn, generation u
 	if err != nil {
 		return err
 	}
-	if a.format == "json" {
+	if a.format == "json" || a.format == "yaml" && a.fan != nil {
 		return a.print(r, nil)
 	}
 	text := r.Documents
@@ -302,14 +303,4 @@ func sameRows(r resource, a, b []proto.Message) bool {
 		}
 	}
 	return true
-}
-
-// printEvent prints one message of a stream on one line of JSON, so that lines can be read one by one.
-func (a *app) printEvent(m proto.Message) error {
-	data, err := compactJSON(m)
-	if err != nil {
-		return err
-	}
-	_, err = fmt.Fprintf(a.out, "%s\n", data)
-	return err
 }

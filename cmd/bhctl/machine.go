@@ -6,14 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/bulkhead-os/bulkhead/deploy/qemu"
+	"github.com/bulkhead-os/bulkhead/deploy/qemu/lan"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 )
 
@@ -28,6 +31,9 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 		if f.firmware != "" && f.firmware != m.Firmware || f.secureBoot && !m.SecureBoot || f.tpm && !m.TPM || f.install && !m.Medium {
 			return nil, fmt.Errorf("machine %s was made with another firmware, without a TPM or without an installation medium: bhctl down --name %s removes it, with all that is on it", m.Name, m.Name)
 		}
+		if m.LAN != f.lan {
+			return nil, fmt.Errorf("machine %s was made for another cluster (%q): bhctl down --name %s removes it", m.Name, m.LAN, m.Name)
+		}
 		return &m, nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -37,6 +43,7 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 		return nil, err
 	}
 	m.Memory, m.CPUs, m.DiskSize = f.memoryMiB, f.cpus, int64(f.diskGiB)<<30
+	m.LAN, m.LANAddress = f.lan, f.lanAddress
 	m.Firmware, m.SecureBoot, m.TPM, m.Medium = f.firmware, f.secureBoot, f.tpm, f.install
 	m.Forwards = []qemu.Forward{
 		{Name: "api", Host: f.apiPort, Guest: 50000, Flag: "--api-port"},
@@ -72,8 +79,18 @@ func claimKey(m *qemu.Machine) (string, error) {
 
 func (a *app) downCmd() *cobra.Command {
 	var name string
-	c := &cobra.Command{Use: "down", Short: "Remove a local machine, its disk and its context", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		if err := removeMachine(cmd.Context(), name); err != nil {
+	c := &cobra.Command{Use: "down", Short: "Remove a local machine or cluster, its disks and its context", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+		ctx := cmd.Context()
+		members, err := qemu.Members(name)
+		if err != nil {
+			return err
+		}
+		for _, m := range members {
+			if err := removeMachine(ctx, m.Name); err != nil {
+				return err
+			}
+		}
+		if err := errors.Join(removeMachine(ctx, name), qemu.StopLAN(ctx, name)); err != nil {
 			return err
 		}
 		cfg, err := loadContexts()
@@ -89,7 +106,7 @@ func (a *app) downCmd() *cobra.Command {
 		}
 		return cfg.save()
 	}}
-	c.Flags().StringVar(&name, "name", "local", "name of the machine")
+	c.Flags().StringVar(&name, "name", "local", "name of the machine or cluster")
 	return c
 }
 
@@ -108,7 +125,7 @@ func removeMachine(ctx context.Context, name string) error {
 }
 
 func (a *app) statusCmd() *cobra.Command {
-	return &cobra.Command{Use: "status", Short: "List local machines", Args: cobra.NoArgs, RunE: func(*cobra.Command, []string) error {
+	return &cobra.Command{Use: "status", Short: "List local machines", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		names, err := qemu.List()
 		if err != nil {
 			return err
@@ -120,22 +137,53 @@ func (a *app) statusCmd() *cobra.Command {
 			Since time.Time `json:"since"`
 			API   string    `json:"api"`
 			Dir   string    `json:"dir"`
+			// The cluster's network, and the address in it; left out for a single machine.
+			LAN     string       `json:"lan,omitempty"`
+			Address netip.Prefix `json:"lan_address,omitzero"`
+			// Plugged says that the network's switch carries the machine's frames.
+			Plugged bool `json:"plugged,omitempty"`
 		}
 		rows := []row{}
+		plugged := pluggedIn(cmd.Context())
 		for _, n := range names {
 			m, err := qemu.Load(n)
 			if err != nil {
 				return err
 			}
 			s := m.Status()
-			rows = append(rows, row{n, string(s.State), s.PID, s.Since, fmt.Sprintf("127.0.0.1:%d", m.Port(50000)), m.Dir})
+			rows = append(rows, row{n, string(s.State), s.PID, s.Since, fmt.Sprintf("127.0.0.1:%d", m.Port(50000)), m.Dir, m.LAN, m.LANAddress, plugged(m)})
 		}
 		return a.print(rows, func() *table {
-			t := newTable("NAME", "STATE", "PID", "UP FOR", "API", "FOLDER")
+			t := newTable("NAME", "STATE", "PID", "UP FOR", "API", "LAN", "FOLDER")
 			for _, r := range rows {
-				t.add(r.Name, r.State, fmt.Sprint(r.PID), age(r.Since), r.API, r.Dir)
+				network := "-"
+				if r.LAN != "" {
+					network = r.LAN + " " + r.Address.Addr().String()
+				}
+				if r.LAN != "" && r.State == string(qemu.Running) && !r.Plugged {
+					network += " (unplugged: bhctl up starts the switch)"
+				}
+				t.add(r.Name, r.State, fmt.Sprint(r.PID), age(r.Since), r.API, network, r.Dir)
 			}
 			return t
 		})
 	}}
+}
+
+// pluggedIn returns a function that tells whether a machine is connected to its network; each network's switch is asked once.
+func pluggedIn(ctx context.Context) func(qemu.Machine) bool {
+	ports := map[string][]lan.PortStatus{}
+	return func(m qemu.Machine) bool {
+		if m.LAN == "" {
+			return false
+		}
+		if _, asked := ports[m.LAN]; !asked {
+			ports[m.LAN] = nil
+			if c, err := qemu.LANControl(m.LAN); err == nil {
+				st, _ := c.Status(ctx) // a switch that does not answer has no ports
+				ports[m.LAN] = st.Ports
+			}
+		}
+		return slices.ContainsFunc(ports[m.LAN], func(p lan.PortStatus) bool { return p.Name == m.Name })
+	}
 }

@@ -17,7 +17,7 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	app := &app{out: os.Stdout, err: os.Stderr, in: os.Stdin}
+	app := &app{out: os.Stdout, err: os.Stderr, in: os.Stdin, args: os.Args[1:]}
 	cmd := app.root()
 	if err := cmd.ExecuteContext(ctx); err != nil {
 		var code exitCode
@@ -55,21 +55,29 @@ Kubernetes:  bhctl kubeconfig > kubeconfig && kubectl --kubeconfig kubeconfig ge
 	f.StringVar(&a.token, "token", os.Getenv("BHTOKEN"), "bearer token instead of the context's certificate (default $BHTOKEN)")
 	f.DurationVar(&a.timeout, "timeout", 0, "give up a call after this long (default 30s; streams have no limit)")
 	f.StringVarP(&a.format, "output", "o", "table", "table, json or yaml")
+	f.StringSliceVarP(&a.nodes, "node", "n", nil, "the node that is to answer, by its name; several, separated by commas, are asked at the same time")
+	f.BoolVar(&a.allNodes, "all", false, "ask every node of the cluster")
 	_ = c.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = c.RegisterFlagCompletionFunc("node", a.completeNodes)
 	_ = c.RegisterFlagCompletionFunc("context", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		return a.contextNames(), cobra.ShellCompDirectiveNoFileComp
 	})
 	c.PersistentPreRunE = func(*cobra.Command, []string) error { return a.checkFormat() }
-	c.AddGroup(&cobra.Group{ID: "local", Title: "Local machines"}, &cobra.Group{ID: "node", Title: "Nodes"}, &cobra.Group{ID: "access", Title: "Access"})
+	c.AddGroup(&cobra.Group{ID: "local", Title: "Local machines"}, &cobra.Group{ID: "node", Title: "Nodes"}, &cobra.Group{ID: "cluster", Title: "Clusters"}, &cobra.Group{ID: "access", Title: "Access"})
 	group := func(id string, cmds ...*cobra.Command) {
 		for _, cmd := range cmds {
 			cmd.GroupID = id
 			c.AddCommand(cmd)
 		}
 	}
-	group("local", a.upCmd(), a.downCmd(), a.statusCmd())
+	group("local", a.upCmd(), a.downCmd(), a.statusCmd(), a.lanSwitchCmd())
 	group("node", a.versionCmd(), a.healthCmd(), a.servicesCmd(), a.serviceCmd(), a.logsCmd(), a.dmesgCmd(), a.eventsCmd(), a.applyCmd(), a.diffCmd(),
-		a.getCmd(), a.storageCmd(), a.secureBootCmd(), a.unlockCmd(), a.whyCmd(), a.upgradeCmd(), a.rollbackCmd(), a.markGoodCmd(), a.etcdCmd(), a.rebootCmd(), a.shutdownCmd(), a.resetCmd(), a.bootstrapCmd())
-	group("access", a.configCmd(), a.claimCmd(), a.tokenCmd(), a.certificateCmd(), a.kubeconfigCmd())
+		a.getCmd(), a.storageCmd(), a.secureBootCmd(), a.unlockCmd(), a.whyCmd(), a.upgradeCmd(), a.rollbackCmd(), a.markGoodCmd(), a.rebootCmd(), a.shutdownCmd(), a.resetCmd())
+	group("cluster", a.bootstrapCmd(), a.joinCmd(), a.joinTokenCmd(), a.nodeCmd(), a.etcdCmd())
+	group("access", a.configCmd(), a.claimCmd(), a.tokenCmd(), a.certificateCmd(), a.kubeconfigCmd(), a.revokeCmd())
+	leaves(c, func(cmd *cobra.Command) {
+		run := cmd.RunE
+		cmd.RunE = func(cmd *cobra.Command, args []string) error { return a.onNodes(cmd, args, run) }
+	})
 	return c
 }

@@ -173,7 +173,7 @@ func (l *lineFlags) add(c *cobra.Command) {
 
 func (a *app) printLine(l *lineFlags, m *machinev1.LogLine) error {
 	if a.format != "table" {
-		return a.printEvent(m)
+		return a.printMessage(m)
 	}
 	if l.times {
 		_, err := fmt.Fprintln(a.out, m.Time.AsTime().Local().Format("2006-01-02 15:04:05.000"), m.Text)
@@ -238,7 +238,7 @@ func (a *app) eventsCmd() *cobra.Command {
 			}
 			return receive(s, func(e *machinev1.Event) error {
 				if a.format != "table" {
-					return a.printEvent(e)
+					return a.printMessage(e)
 				}
 				_, err := fmt.Fprintf(a.out, "%s  %-10s %-16s %s\n", e.Time.AsTime().Local().Format("15:04:05.000"), e.Type, e.Source, e.Text)
 				return err

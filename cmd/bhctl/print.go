@@ -75,6 +75,9 @@ func (a *app) width() int {
 // print writes a value as the user wants it: v as JSON or YAML, or the table.
 // v is a proto message, a slice of them, or anything that encoding/json takes.
 func (a *app) print(v any, tab func() *table) error {
+	if a.fan != nil {
+		return a.fan.print(a.node, v, tab)
+	}
 	if a.format == "table" {
 		return tab().write(a.out, a.width())
 	}

@@ -2,13 +2,14 @@ package main
 
 import (
 	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"bhctl": main})
+	testscript.Main(m, map[string]func(){"bhctl": main, "qemu-system-x86_64": fakeQEMU})
 }
 
 // TestScript runs testdata/script/*.txtar: what a user types, and what they read. -update is not used: the texts are short and worth reading.
@@ -20,6 +21,10 @@ func TestScript(t *testing.T) {
 			e.Setenv("XDG_CONFIG_HOME", e.WorkDir+"/.config")
 			e.Setenv("BULKHEAD_MACHINES", e.WorkDir+"/machines")
 			e.Setenv("PATH", os.Getenv("PATH"))
+			e.Setenv("BULKHEAD_ACCEL", "tcg")
+			// A cluster that answers, for scripts that set BHCONFIG to this.
+			_, c := startFake(e.T().(testing.TB))
+			writeContexts(e.T().(testing.TB), filepath.Join(e.WorkDir, "fake.yaml"), c)
 			return nil
 		},
 	})

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -246,14 +247,14 @@ func (a *app) printRecovery(key string) error {
 		out = a.err // standard output is for a program
 	}
 	_, err := fmt.Fprintf(out, `
-  Recovery key of this node's encrypted volumes:
+  Recovery key of %s's encrypted volumes:
 
       %s
 
   Write it down and keep it away from the node. It opens them when the TPM does not (bhctl unlock), it is stored nowhere, and it
   is not shown again. Who has it and the disk has the data.
 
-`, key)
+`, cmp.Or(a.label, "this node"), key)
 	return err
 }
 

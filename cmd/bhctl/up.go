@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -29,13 +30,28 @@ type upFlags struct {
 	apiPort, gatewayPort, kubernetesPort int
 	memoryMiB, cpus, diskGiB             int
 	noBootstrap, install                 bool
+	controlPlanes, workers               int
+
+	portsChosen bool         // by the user
+	lan         string       // of a cluster's machine; see qemu.Machine
+	lanAddress  netip.Prefix //
 }
 
 func (a *app) upCmd() *cobra.Command {
 	var f upFlags
-	c := &cobra.Command{Use: "up", Short: "Boot a local node in QEMU and bring it up to a Ready Kubernetes node", Args: cobra.NoArgs,
-		Long: "Boot a local node in QEMU, claim it, configure and bootstrap it through its API, and wait until Kubernetes is Ready.\nAgain on a node that is up, it is quick and changes nothing.",
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.up(cmd.Context(), f) }}
+	c := &cobra.Command{Use: "up", Short: "Boot a local node, or a cluster, in QEMU and bring it up to Ready Kubernetes nodes", Args: cobra.NoArgs,
+		Long: `Boot a local node in QEMU, claim it, configure and bootstrap it through its API, and wait until Kubernetes is Ready.
+Again on a node that is up, it is quick and changes nothing.
+
+With --controlplanes or --workers: several machines NAME-1, NAME-2, … and NAME-w1, … with a private network between them (10.5.0.11, … and 10.5.0.101, …), in one
+cluster. Again with larger numbers, it adds machines. Documents (-f) go to all of them; Machine, Network and Cluster are made here.`,
+		Example: "  bhctl up\n  bhctl up --name demo --controlplanes 3 --workers 1 --memory 3072",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			for _, flag := range []string{"api-port", "gateway-port", "kubernetes-port"} {
+				f.portsChosen = f.portsChosen || cmd.Flags().Changed(flag)
+			}
+			return a.up(cmd.Context(), f)
+		}}
 	fl := c.Flags()
 	fl.StringVar(&f.name, "name", "local", "name of the machine, and of the context to make")
 	fl.StringVar(&f.image, "image", "out/image", "folder with the image that \"make image\" built")
@@ -51,6 +67,8 @@ func (a *app) upCmd() *cobra.Command {
 	fl.BoolVar(&f.secureBoot, "secure-boot", false, "with --firmware uefi: start nothing that the image's keys have not signed")
 	fl.BoolVar(&f.tpm, "tpm", false, "a TPM 2.0 in software, which is kept with the machine")
 	fl.BoolVar(&f.install, "install", false, "start the image's installation medium beside an empty disk, and install to that; implies --firmware uefi")
+	fl.IntVar(&f.controlPlanes, "controlplanes", 1, "how many machines run etcd and the control plane")
+	fl.IntVar(&f.workers, "workers", 0, "how many further machines there are")
 	fl.BoolVar(&f.noBootstrap, "no-bootstrap", false, "stop after the configuration: no cluster, no Kubernetes")
 	return c
 }
@@ -59,6 +77,11 @@ func (a *app) upCmd() *cobra.Command {
 func (a *app) up(ctx context.Context, f upFlags) error {
 	if f.install && f.firmware == "" {
 		f.firmware = qemu.UEFI
+	}
+	if c, err := a.cluster(f); err != nil {
+		return err
+	} else if c != nil {
+		return a.upCluster(ctx, c)
 	}
 	m, err := openMachine(f)
 	if err != nil {
@@ -70,7 +93,7 @@ func (a *app) up(ctx context.Context, f upFlags) error {
 		return err
 	}
 	endpoint := fmt.Sprintf("127.0.0.1:%d", m.Port(50000))
-	if err := p.step(ctx, "claim the node", 30*time.Second, func(ctx context.Context) error { return a.claimLocal(ctx, m, endpoint) }); err != nil {
+	if err := p.step(ctx, "claim the node", 30*time.Second, func(ctx context.Context) error { return a.claimLocal(ctx, m, m.Name, endpoint) }); err != nil {
 		return a.withConsole(err, m)
 	}
 	a.contextName, a.endpoint = f.name, ""
@@ -100,8 +123,8 @@ func (a *app) withConsole(err error, m *qemu.Machine) error {
 	return fmt.Errorf("%w\n  The node's console: %s", err, m.Console())
 }
 
-// claimLocal takes the node over with the key that the machine was started with, unless this user owns it already.
-func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, endpoint string) error {
+// claimLocal takes the node over with the key that the machine was started with, unless this user owns it already: as says the context.
+func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, as, endpoint string) error {
 	cfg, err := loadContexts()
 	if err != nil {
 		return err
@@ -110,7 +133,7 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, endpoint string) 
 	if err != nil {
 		return err
 	}
-	known := cfg.Contexts[m.Name]
+	known := cfg.Contexts[as]
 	deadline := time.Now().Add(3 * time.Minute)
 	for {
 		if known != nil && known.Endpoint == endpoint {
@@ -124,7 +147,7 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, endpoint string) 
 			cred, e := client.Claim(try, endpoint, key, "admin")
 			cancel()
 			if e == nil {
-				return a.saveLocal(m, endpoint, cred)
+				return a.saveLocal(m, as, endpoint, cred)
 			}
 			if errs.Is(e, errs.Precondition) && strings.Contains(e.Error(), "bhctl unlock") {
 				return e // nothing here opens STATE: a person must
@@ -136,7 +159,7 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, endpoint string) 
 			return errors.New("the machine ended while it booted")
 		}
 		if errs.Is(err, errs.Precondition) {
-			return fmt.Errorf("somebody owns this machine already, and this user has no credentials for it: bhctl down --name %s removes it", m.Name)
+			return fmt.Errorf("somebody owns this machine already, and this user has no credentials for it: bhctl down --name %s removes it", as)
 		}
 		if time.Now().After(deadline) {
 			return fmt.Errorf("the node's API does not answer at %s: %w", endpoint, err)
@@ -149,7 +172,7 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, endpoint string) 
 
 // askVersion tells whether a context's credentials open its node.
 func askVersion(ctx context.Context, c *clusterContext) error {
-	conn, err := client.Dial(c.Endpoint, c.credentials())
+	conn, err := client.DialAny(c.all(), c.credentials())
 	if err != nil {
 		return err
 	}
@@ -160,18 +183,22 @@ func askVersion(ctx context.Context, c *clusterContext) error {
 	return err
 }
 
-func (a *app) saveLocal(m *qemu.Machine, endpoint string, cred client.Credentials) error {
-	if err := saveContext(m.Name, endpoint, cred); err != nil {
+func (a *app) saveLocal(m *qemu.Machine, as, endpoint string, cred client.Credentials) error {
+	if err := saveContext(as, endpoint, cred); err != nil {
 		return err
 	}
 	cfg, err := loadContexts()
 	if err != nil {
 		return err
 	}
-	c := cfg.Contexts[m.Name]
-	c.Gateway = fmt.Sprintf("https://localhost:%d", m.Port(50001))
-	c.Kubernetes = fmt.Sprintf("https://127.0.0.1:%d", m.Port(6443))
+	c := cfg.Contexts[as]
+	c.Gateway, c.Kubernetes = localURLs(m)
 	return cfg.save()
+}
+
+// localURLs are a local machine's gateway and API server as reached from here.
+func localURLs(m *qemu.Machine) (gateway, kubernetes string) {
+	return fmt.Sprintf("https://localhost:%d", m.Port(50001)), fmt.Sprintf("https://127.0.0.1:%d", m.Port(6443))
 }
 
 // localDocuments is what a local machine gets unless the user has documents: its own name, and the names under which the
@@ -205,12 +232,16 @@ func (a *app) applyLocal(ctx context.Context, f upFlags) error {
 			return err
 		}
 	}
+	return a.applyText(ctx, name, text, len(f.files) > 0)
+}
+
+// applyText gives a local node documents. A node that has a configuration keeps it unless replace says otherwise: up is no way to lose one.
+func (a *app) applyText(ctx context.Context, name, text string, replace bool) error {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	return a.stream(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
 		cc := configv1.NewConfigClient(conn)
-		if len(f.files) == 0 {
-			// A node that has a configuration keeps it: up is no way to lose one.
+		if !replace {
 			if _, err := cc.Get(ctx, &configv1.GetRequest{}); !errs.Is(err, errs.NotFound) {
 				return err
 			}

@@ -27,7 +27,7 @@ func (a *app) upgradeView() *upgradeView { return &upgradeView{a: a, w: a.out, w
 func (v *upgradeView) show(p *updatev1.UpgradeProgress) error {
 	v.last = p
 	if v.a.format != "table" {
-		return v.a.printEvent(p)
+		return v.a.printMessage(p)
 	}
 	line := progressLine(p)
 	if v.width > 0 {

@@ -55,7 +55,11 @@ func (m Machine) args(cmdline, accel string, claimed bool) []string {
 	a = append(a, m.diskArgs()...)
 	a = append(a,
 		"-device", disk,
-		"-netdev", m.netdev(), "-device", "virtio-net-pci,netdev=net,romfile=,mac="+mac(m.Name),
+		"-netdev", m.netdev(), "-device", "virtio-net-pci,netdev=net,romfile=,mac="+mac(m.Name))
+	if m.LAN != "" { // right behind the first, so that the guest counts it as its second; the switch dials, so that it may come and go
+		a = append(a, "-netdev", fmt.Sprintf("stream,id=lan,server=on,addr.type=unix,addr.path=/proc/self/fd/%d/%s", lanFD, LANSocket), "-device", "virtio-net-pci,netdev=lan,romfile=,mac="+mac("lan/"+m.Name))
+	}
+	a = append(a,
 		"-device", "virtio-rng-pci",
 		"-device", "i6300esb", "-action", "watchdog=reset",
 		"-chardev", "file,id=console,path="+ConsoleFile, "-serial", "chardev:console",

@@ -25,7 +25,7 @@ func (m Machine) Check() error {
 		errs = append(errs, fmt.Errorf("%s is missing: install the package qemu-system-x86 (on Debian and Ubuntu)", program))
 	}
 	errs = append(errs, m.checkFirmware())
-	if free, ok := freeMemory(); ok && free < m.Memory {
+	if free, ok := FreeMemory(); ok && free < m.Memory {
 		errs = append(errs, fmt.Errorf("memory: %d MiB are free and machine %s takes %d: end something, or give it less with --memory", free, m.Name, m.Memory))
 	}
 	for _, f := range m.Forwards {
@@ -70,8 +70,8 @@ func (m *Machine) choosePorts() error {
 	return nil
 }
 
-// freeMemory returns what could be used without swapping, in MiB.
-func freeMemory() (int, bool) {
+// FreeMemory returns what of this host's memory could be used without swapping, in MiB; false if that cannot be told.
+func FreeMemory() (int, bool) {
 	text, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
 		return 0, false

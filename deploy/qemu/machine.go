@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -25,6 +26,7 @@ const (
 	pidFile      = "qemu.pid"
 	qmpSocket    = "qmp.sock"
 	ClaimKeyFile = "claim-key" // what the node is claimed with, if anything
+	LANSocket    = "lan.sock"  // where the switch of the machine's LAN plugs in
 
 	mediumFile = "medium.iso" // an installation medium, in the machine's folder as in an image's, where it is called isoFile
 	isoFile    = "bulkhead.iso"
@@ -53,6 +55,11 @@ type Machine struct {
 
 	// Medium says that the machine has an installation medium attached, as a disk that cannot be written, and at first an empty disk. It needs UEFI.
 	Medium bool `json:"medium,omitempty"`
+
+	// LAN names a private network between machines: those with the same name have a second NIC, and a switch (package lan) that somebody has to run carries
+	// their frames. "": none. LANAddress is what the switch gives the machine by DHCP, an IPv4 address with the length of the network's prefix.
+	LAN        string       `json:"lan,omitempty"`
+	LANAddress netip.Prefix `json:"lan_address,omitzero"`
 
 	Isolated bool `json:"isolated,omitempty"` // the guest reaches nothing; forwards still work
 	Durable  bool `json:"durable,omitempty"`  // the disk survives a crash of the host, and is slower
@@ -156,6 +163,10 @@ func (m Machine) Validate() error {
 		return fmt.Errorf("machine %s: record: %q is not the name of a file in its folder", m.Name, m.Record)
 	case m.Accel != "" && m.Accel != accelKVM && m.Accel != accelTCG:
 		return fmt.Errorf("machine %s: accelerator %q: want kvm or tcg", m.Name, m.Accel)
+	case m.LAN != "" && !nameForm.MatchString(m.LAN):
+		return fmt.Errorf("machine %s: LAN %q: want 1 to 32 small letters, digits and dashes", m.Name, m.LAN)
+	case m.LANAddress.IsValid() && (m.LAN == "" || !m.LANAddress.Addr().Is4()):
+		return fmt.Errorf("machine %s: LAN address %s: want one of IPv4, and a LAN", m.Name, m.LANAddress)
 	}
 	for _, f := range m.Forwards {
 		if f.Host < 0 || f.Host > 65535 || f.Guest < 1 || f.Guest > 65535 {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -65,6 +66,8 @@ func TestArgs(t *testing.T) {
 	secure.Firmware, secure.SecureBoot, secure.TPM = UEFI, true, true
 	recorded := plain
 	recorded.Record = "record"
+	clustered := plain
+	clustered.LAN, clustered.LANAddress = "demo", netip.MustParsePrefix("10.5.0.11/24")
 	installs := secure
 	installs.Medium = true
 	var b strings.Builder
@@ -73,7 +76,7 @@ func TestArgs(t *testing.T) {
 		m       Machine
 		accel   string
 		claimed bool
-	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}, {"an installation medium", installs, accelTCG, true}, {"recorded", recorded, accelTCG, false}} {
+	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}, {"an installation medium", installs, accelTCG, true}, {"recorded", recorded, accelTCG, false}, {"on a LAN", clustered, accelTCG, false}} {
 		fmt.Fprintf(&b, "# %s", test.name)
 		for _, arg := range test.m.args("bulkhead a=b\n", test.accel, test.claimed) {
 			if strings.HasPrefix(arg, "-") {
@@ -98,18 +101,21 @@ func TestArgs(t *testing.T) {
 
 func TestValidate(t *testing.T) {
 	for want, change := range map[string]func(*Machine){
-		`machine name "A b": want 1 to 32 small letters`: func(m *Machine) { m.Name = "A b" },
-		`machine name "../x": want`:                      func(m *Machine) { m.Name = "../x" },
-		`memory: 16 MiB is below 256`:                    func(m *Machine) { m.Memory = 16 },
-		`cpus: 0 is not in 1 to 255`:                     func(m *Machine) { m.CPUs = 0 },
-		`disk: 5 bytes is below 1 GiB`:                   func(m *Machine) { m.DiskSize = 5 },
-		`accelerator "hvf": want kvm or tcg`:             func(m *Machine) { m.Accel = "hvf" },
-		`forward api: 70000 to 1 are not ports`:          func(m *Machine) { m.Forwards = []Forward{{"api", 70000, 1, ""}} },
-		`firmware "bios": want uefi`:                     func(m *Machine) { m.Firmware = "bios" },
-		`secure boot is a matter of the firmware uefi`:   func(m *Machine) { m.SecureBoot = true },
-		`append: with the firmware uefi the kernel's`:    func(m *Machine) { m.Firmware, m.Append = UEFI, "debug" },
-		`record: "../x" is not the name of a file`:       func(m *Machine) { m.Record = "../x" },
-		`folder "rel" is not absolute`:                   func(m *Machine) { m.Dir = "rel" },
+		`machine name "A b": want 1 to 32 small letters`:  func(m *Machine) { m.Name = "A b" },
+		`machine name "../x": want`:                       func(m *Machine) { m.Name = "../x" },
+		`memory: 16 MiB is below 256`:                     func(m *Machine) { m.Memory = 16 },
+		`cpus: 0 is not in 1 to 255`:                      func(m *Machine) { m.CPUs = 0 },
+		`disk: 5 bytes is below 1 GiB`:                    func(m *Machine) { m.DiskSize = 5 },
+		`accelerator "hvf": want kvm or tcg`:              func(m *Machine) { m.Accel = "hvf" },
+		`forward api: 70000 to 1 are not ports`:           func(m *Machine) { m.Forwards = []Forward{{"api", 70000, 1, ""}} },
+		`firmware "bios": want uefi`:                      func(m *Machine) { m.Firmware = "bios" },
+		`secure boot is a matter of the firmware uefi`:    func(m *Machine) { m.SecureBoot = true },
+		`append: with the firmware uefi the kernel's`:     func(m *Machine) { m.Firmware, m.Append = UEFI, "debug" },
+		`record: "../x" is not the name of a file`:        func(m *Machine) { m.Record = "../x" },
+		`LAN "a/b": want 1 to 32 small letters`:           func(m *Machine) { m.LAN = "a/b" },
+		`LAN address fd00::1/64: want one of IPv4`:        func(m *Machine) { m.LAN, m.LANAddress = "a", netip.MustParsePrefix("fd00::1/64") },
+		`LAN address 10.5.0.11/24: want one of IPv4, and`: func(m *Machine) { m.LANAddress = netip.MustParsePrefix("10.5.0.11/24") },
+		`folder "rel" is not absolute`:                    func(m *Machine) { m.Dir = "rel" },
 	} {
 		m := aMachine(t)
 		change(&m)

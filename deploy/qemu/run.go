@@ -87,6 +87,14 @@ func (m *Machine) Start(ctx context.Context, log func(string)) error {
 		defer tpm.Close()
 		cmd.ExtraFiles = []*os.File{tpm}
 	}
+	if m.LAN != "" {
+		dir, err := os.Open(m.Dir)
+		if err != nil {
+			return errors.Join(err, m.stopTPM(ctx, 0))
+		}
+		defer dir.Close()
+		cmd.ExtraFiles = []*os.File{tpm, dir} // without a TPM the first stays closed
+	}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil { // -daemonize: QEMU is ready when its parent exits

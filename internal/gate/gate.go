@@ -1,5 +1,5 @@
 // Package gate is a listener for strangers: it bounds how many connections are open and decides who makes room, so that
-// those who say nothing keep nobody out.
+// those who say nothing keep nobody out, neither other strangers nor those who are known.
 package gate
 
 import (
@@ -39,17 +39,19 @@ func NewFigures(s *metrics.Set, prefix string) Figures {
 	return f
 }
 
-// Gate is a listener with a bounded number of connections. When it is full, a connection without an identity makes room: one that never
+// Gate is a listener with a bounded number of connections, of strangers and of all. When either is reached, a connection without an identity makes room: one that never
 // sent a byte if there is one, of the address that holds most, the oldest; if there is none, the new one is closed. Connections that showed
 // an identity are never closed for others.
 type Gate struct {
 	net.Listener
-	most  int
+	most  int // strangers
+	all   int
 	count Figures
 	now   func() time.Time
 
-	mu    sync.Mutex
-	conns map[*Conn]struct{} // guarded by mu
+	mu        sync.Mutex
+	conns     map[*Conn]struct{} // guarded by mu
+	strangers int                // guarded by mu; those of conns that are not known
 }
 
 // Conn is a connection that has a place in a gate.
@@ -59,14 +61,14 @@ type Conn struct {
 	from   netip.Addr
 	since  time.Time
 	timer  *time.Timer
-	known  atomic.Bool // a call on it showed an identity
+	known  atomic.Bool // a call on it showed an identity; set with gate.mu held
 	spoke  atomic.Bool // a byte came from it
 	closed atomic.Bool
 }
 
-// New returns a gate in front of l, for at most so many connections. Closing it closes l, and no connection.
-func New(l net.Listener, most int, count Figures) *Gate {
-	return &Gate{Listener: l, most: most, count: count, now: time.Now, conns: map[*Conn]struct{}{}}
+// New returns a gate in front of l, for at most so many connections of strangers, and so many in all. Closing it closes l, and no connection.
+func New(l net.Listener, strangers, all int, count Figures) *Gate {
+	return &Gate{Listener: l, most: strangers, all: all, count: count, now: time.Now, conns: map[*Conn]struct{}{}}
 }
 
 // Accept returns the next connection that has a place.
@@ -105,15 +107,24 @@ func (g *Gate) Accept() (net.Conn, error) {
 func (g *Gate) admit(c *Conn) (victim *Conn, ok bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if len(g.conns) >= g.most {
+	if g.strangers >= g.most || len(g.conns) >= g.all {
 		if victim = g.victim(c.since); victim == nil {
 			return nil, false
 		}
-		delete(g.conns, victim)
+		g.forget(victim)
 	}
 	g.conns[c] = struct{}{}
+	g.strangers++
 	g.count.Open.Set(float64(len(g.conns)))
 	return victim, true
+}
+
+// forget gives a place back. The caller holds g.mu.
+func (g *Gate) forget(c *Conn) {
+	if _, ok := g.conns[c]; ok && !c.known.Load() {
+		g.strangers--
+	}
+	delete(g.conns, c)
 }
 
 // victim returns whom to close at a moment; nil if everybody is known or young. The caller holds g.mu.
@@ -155,7 +166,17 @@ func (c *Conn) Read(p []byte) (int, error) {
 }
 
 // Know marks a connection whose caller showed an identity: it keeps its place.
-func (c *Conn) Know() { c.known.Store(true) }
+func (c *Conn) Know() {
+	if c.known.Load() {
+		return
+	}
+	c.gate.mu.Lock()
+	defer c.gate.mu.Unlock()
+	if _, ok := c.gate.conns[c]; ok && !c.known.Load() {
+		c.gate.strangers--
+	}
+	c.known.Store(true)
+}
 
 // Known reports whether Know was called.
 func (c *Conn) Known() bool { return c.known.Load() }
@@ -169,7 +190,7 @@ func (c *Conn) Close() error {
 		c.timer.Stop()
 	}
 	c.gate.mu.Lock()
-	delete(c.gate.conns, c)
+	c.gate.forget(c)
 	c.gate.count.Open.Set(float64(len(c.gate.conns)))
 	c.gate.mu.Unlock()
 	return c.Conn.Close()

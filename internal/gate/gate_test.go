@@ -10,15 +10,21 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 )
 
-const maxConns = 256
+const (
+	maxConns = 256
+	maxAll   = 400
+)
 
 // crowd fills a gate that nobody listens on.
 func crowd(g *Gate, n int, from string, since time.Time, known bool) []*Conn {
 	var out []*Conn
 	for range n {
 		c := &Conn{gate: g, from: netip.MustParseAddr(from), since: since}
-		c.known.Store(known)
 		g.conns[c] = struct{}{}
+		g.strangers++
+		if known {
+			c.Know()
+		}
 		out = append(out, c)
 	}
 	return out
@@ -38,32 +44,36 @@ func TestGateMakesRoom(t *testing.T) {
 			crowd(g, 200, "192.0.2.1", old, false)
 			crowd(g, 56, "192.0.2.2", old.Add(-time.Second), false)
 		}, true, "192.0.2.1"},
-		{"known ones are not counted", func(g *Gate) {
+		{"the address with most strangers pays, known ones are not counted", func(g *Gate) {
 			crowd(g, 200, "192.0.2.1", old, true)
-			crowd(g, 10, "192.0.2.1", old, false)
-			crowd(g, 46, "192.0.2.2", old, false)
+			crowd(g, 99, "192.0.2.1", old.Add(-time.Second), false)
+			crowd(g, maxAll-299, "192.0.2.2", old, false)
 		}, true, "192.0.2.2"},
+		{"room besides those who are known", func(g *Gate) {
+			crowd(g, maxAll-maxConns, "192.0.2.1", old, true)
+			crowd(g, maxConns-1, "192.0.2.2", old, false)
+		}, true, ""},
 		{"the silent go first", func(g *Gate) {
 			for _, c := range crowd(g, 200, "192.0.2.1", old.Add(-time.Minute), false) {
 				c.spoke.Store(true)
 			}
 			crowd(g, 56, "192.0.2.2", old, false)
 		}, true, "192.0.2.2"},
-		{"everybody is known", func(g *Gate) { crowd(g, maxConns, "192.0.2.1", old, true) }, false, ""},
+		{"everybody is known", func(g *Gate) { crowd(g, maxAll, "192.0.2.1", old, true) }, false, ""},
 		{"everybody is young", func(g *Gate) { crowd(g, maxConns, "192.0.2.1", now.Add(-youth/2), false) }, false, ""},
 	} {
-		g := New(nil, maxConns, NewFigures(metrics.New("x"), "bulkhead_x"))
+		g := New(nil, maxConns, maxAll, NewFigures(metrics.New("x"), "bulkhead_x"))
 		c.fill(g)
 		before := len(g.conns)
 		victim, ok := g.admit(&Conn{gate: g, from: netip.MustParseAddr("192.0.2.3"), since: now})
 		if ok != c.ok || (victim != nil) != (c.victim != "") || victim != nil && victim.from.String() != c.victim {
 			t.Errorf("%s: admitted %v, victim %+v", c.name, ok, victim)
 		}
-		if len(g.conns) > maxConns || !ok && len(g.conns) != before {
+		if g.strangers > maxConns || len(g.conns) > maxAll || !ok && len(g.conns) != before {
 			t.Errorf("%s: %d connections", c.name, len(g.conns))
 		}
 	}
-	g := New(nil, maxConns, NewFigures(metrics.New("x"), "bulkhead_x"))
+	g := New(nil, maxConns, maxAll, NewFigures(metrics.New("x"), "bulkhead_x"))
 	oldest := crowd(g, 1, "192.0.2.1", old.Add(-time.Hour), false)[0]
 	crowd(g, maxConns-1, "192.0.2.1", old, false)
 	if v, _ := g.admit(&Conn{gate: g, since: now}); v != oldest {
@@ -87,7 +97,7 @@ func (pipes) Addr() net.Addr { return &net.TCPAddr{} }
 func TestStrangersHaveHalfAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := make(pipes, 2)
-		g := New(p, maxConns, NewFigures(metrics.New("x"), "bulkhead_x"))
+		g := New(p, maxConns, maxAll, NewFigures(metrics.New("x"), "bulkhead_x"))
 		var theirs, ours []net.Conn
 		for range 2 {
 			a, b := net.Pipe()
@@ -98,7 +108,7 @@ func TestStrangersHaveHalfAMinute(t *testing.T) {
 			}
 			theirs, ours = append(theirs, a), append(ours, c)
 		}
-		ours[1].(*Conn).known.Store(true)
+		ours[1].(*Conn).Know()
 		time.Sleep(graceTime + time.Second)
 		synctest.Wait()
 		if !ours[0].(*Conn).closed.Load() {

@@ -12,6 +12,9 @@ const NodeKey = "bulkhead-node"
 // ControlPlanes, as a node's name under NodeKey, is for daemons of this node: whichever control plane answers, this one first.
 const ControlPlanes = "@controlplane"
 
+// HopKey is the metadata that apid adds to a call that it passes on to another node's apid, which never passes it on again.
+const HopKey = "bulkhead-hop"
+
 // How apid names another node that calls: NodePrefix and its name, with RoleNode and one of the two others. No person or program can have such a name or role.
 const (
 	NodePrefix       = "node:"

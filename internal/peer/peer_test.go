@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -166,7 +167,18 @@ func TestServiceConfig(t *testing.T) {
 			RetryPolicy *struct{ MaxAttempts int }
 		}
 	}
-	if err := json.Unmarshal([]byte(serviceConfig()), &cfg); err != nil {
+	if !slices.IsSorted(repeatable) {
+		t.Error("repeatable is not sorted: Repeatable searches in it")
+	}
+	for method, want := range map[string]bool{"/cluster.v1.Registry/Report": true, "/machine.v1.Machine/Reboot": false, "": false} {
+		if Repeatable(method) != want {
+			t.Errorf("Repeatable(%q) is not %v", method, want)
+		}
+	}
+	if strings.Contains(serviceConfig(false), `"waitForReady":true`) {
+		t.Error("a brisk client waits")
+	}
+	if err := json.Unmarshal([]byte(serviceConfig(true)), &cfg); err != nil {
 		t.Fatal(err)
 	}
 	retried := map[string]bool{}

@@ -1,21 +1,28 @@
 // Package etcdd is the node's etcd member: it waits until there is an authority and a volume, runs etcd's own server in this
 // process, and keeps the users and roles in it as the table in plan.go says.
 //
-// It may write /var/lib/etcd and its runtime folder, and listen on the loopback address. It knows nothing of what Kubernetes
-// or Bulkhead keep in etcd but the prefixes of their keys.
+// It joins the cluster that other control planes have, and leaves it in order. On its socket it lends a part of etcd to daemons that have no network (store.v1), and
+// keeps the register of nodes (cluster.v1).
+//
+// It may write /var/lib/etcd and its runtime folder, and listen for clients on the loopback address and for members on all. It knows nothing of what Kubernetes
+// or Bulkhead keep in etcd but the prefixes of their keys, and the register.
 package etcdd
 
 import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
+	"net/url"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
@@ -29,13 +36,19 @@ import (
 type Config struct {
 	Env    daemon.Env           // required
 	Signer trustv1.SignerClient // required: trustd
+	// Peers are the other control planes, through apid. It is needed to join them.
+	Peers etcdv1.PeersClient
 	// DataDir is etcd's folder on VAR; it is waited for, not made. Default /var/lib/etcd.
 	DataDir string
 	// RunDir is where certificates go; etcd reads them anew at each handshake. Default /run/bulkhead/etcdd.
 	RunDir string
 	// Client, Peer and HTTP are host and port to listen on: for gRPC, for other members, and for /metrics and /health.
-	// Defaults 127.0.0.1:2379, :2380 and :2381.
+	// Defaults 127.0.0.1:2379, all addresses' 2380, and 127.0.0.1:2381.
 	Client, Peer, HTTP string
+	// Addresses returns the node's own, at which others could reach it; nil means those of its interfaces.
+	Addresses func() ([]netip.Prefix, error)
+	// Now is the clock by which nodes are lost; nil means time.Now.
+	Now func() time.Time
 	// Resync is the longest time between two looks; 0 means one minute.
 	Resync time.Duration
 }
@@ -46,6 +59,8 @@ type Daemon struct {
 	kernel *member
 	loop   *reconcile.Loop[spec, State, Step]
 	status status
+
+	registry *registry
 	// snapshots has one slot: a second snapshot at the same time would only slow the first one down.
 	snapshots chan struct{}
 }
@@ -57,7 +72,12 @@ func Run(ctx context.Context, env daemon.Env) error {
 		return err
 	}
 	defer conn.Close()
-	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn)})
+	others, err := peer.Dial(peer.Socket("apid"))
+	if err != nil {
+		return err
+	}
+	defer others.Close()
+	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Peers: etcdv1.NewPeersClient(others)})
 	if err != nil {
 		return err
 	}
@@ -72,14 +92,18 @@ func New(cfg Config) (*Daemon, error) {
 	orDefault(&cfg.DataDir, "/var/lib/etcd")
 	orDefault(&cfg.RunDir, unit.RunDir+"/etcdd")
 	orDefault(&cfg.Client, "127.0.0.1:2379")
-	orDefault(&cfg.Peer, "127.0.0.1:2380")
+	orDefault(&cfg.Peer, peerListen())
 	orDefault(&cfg.HTTP, "127.0.0.1:2381")
 	for _, a := range []string{cfg.Client, cfg.Peer, cfg.HTTP} {
 		if _, _, err := net.SplitHostPort(a); err != nil {
 			return nil, err
 		}
 	}
+	if cfg.Addresses == nil {
+		cfg.Addresses = ownAddresses
+	}
 	d := &Daemon{env: cfg.Env, kernel: newMember(cfg), status: newStatus(cfg.Env.Metrics), snapshots: make(chan struct{}, 1)}
+	d.registry = newRegistry(d.kernel, cfg.Now)
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
 		Parse: parse, Observe: d.kernel.Read, Plan: plan, Apply: d.kernel.Do, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)
@@ -92,17 +116,26 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.loop.Run(ctx) })
 	g.Go(func() error { return d.kernel.Watch(ctx, d.loop.Wake) })
+	g.Go(func() error { return d.registry.run(ctx) })
+	g.Go(func() error { return d.registry.publish(ctx) })
 	g.Go(func() error {
 		return daemon.Serve(ctx, d.env, callers, func(s *grpc.Server) {
 			etcdv1.RegisterEtcdServer(s, &server{d: d})
+			etcdv1.RegisterPeersServer(s, &peersServer{d: d})
+			clusterv1.RegisterRegistryServer(s, &registryServer{d: d})
+			storev1.RegisterStoreServer(s, &storeServer{d: d})
 			controlv1.RegisterControlServer(s, &reconcile.Control[spec, State, Step]{Loop: d.loop, Metrics: d.env.Metrics})
 		})
 	})
 	return g.Wait()
 }
 
-// callers are those besides apid: machined asks whether the node is one of several before it resets it.
-var callers = peer.List{etcdv1.Etcd_GetStatus_FullMethodName: {uid.Apid, uid.Machined}}
+// callers are those besides apid. A method's own entry goes before its service's, so that apid stands there too.
+var callers = peer.List{
+	etcdv1.Etcd_GetStatus_FullMethodName:     {uid.Apid, uid.Machined},   // whether the node is one of several, before it is reset
+	clusterv1.Registry_Report_FullMethodName: {uid.Apid, uid.Machined},   // of this node
+	storev1.Store_ServiceDesc.ServiceName:    {uid.Trustd, uid.Machined}, // see prefixes
+}
 
 // parse reads the sections Machine and Cluster.
 func parse(documents []byte) (spec, error) {
@@ -110,7 +143,11 @@ func parse(documents []byte) (spec, error) {
 	if err != nil {
 		return spec{}, err
 	}
-	return spec{Name: set.Machine.Hostname, Role: set.Machine.Role}, nil
+	s := spec{Name: set.Machine.Hostname, Role: set.Machine.Role}
+	if u, err := url.Parse(set.Cluster.Endpoint); err == nil {
+		s.Endpoint, _ = netip.ParseAddr(u.Hostname()) // a name is none: which address it has may change
+	}
+	return s, nil
 }
 
 func orDefault(s *string, v string) {

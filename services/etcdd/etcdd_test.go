@@ -7,117 +7,24 @@ import (
 	"encoding/pem"
 	"errors"
 	"io"
-	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
-	"sync/atomic"
+	"strings"
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
-	"github.com/bulkhead-os/bulkhead/internal/daemon"
-	"github.com/bulkhead-os/bulkhead/internal/metrics"
 	"github.com/bulkhead-os/bulkhead/internal/testca"
-	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
-
-const document = "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n"
-
-// node is an etcdd in this process.
-type node struct {
-	ca      *testca.CA
-	client  string // etcd's address
-	cfg     Config
-	control controlv1.ControlClient
-	etcd    etcdv1.EtcdClient
-	stop    func() error
-}
-
-func free(t *testing.T) string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
-// start runs etcdd in dir, as machined and apid in one.
-func start(t *testing.T, ca *testca.CA, dir string) *node {
-	t.Helper()
-	sock := filepath.Join(t.TempDir(), "s")
-	l, err := net.Listen("unix", sock)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var conns atomic.Int32
-	n := &node{ca: ca, client: free(t)}
-	n.cfg = Config{Signer: ca, DataDir: filepath.Join(dir, "data"), RunDir: filepath.Join(dir, "run"), Client: n.client, Peer: free(t), HTTP: free(t),
-		Env: daemon.Env{Name: "etcdd", Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Listen: l, Ready: func() {},
-			Metrics: metrics.New("etcdd"), Who: func(net.Conn) (uid.ID, error) {
-				if conns.Add(1) == 1 {
-					return uid.Machined, nil
-				}
-				return uid.Apid, nil
-			}}}
-	if err := os.MkdirAll(n.cfg.RunDir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	d, err := New(n.cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.kernel.wait = 2 * time.Second
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- d.Run(ctx) }()
-	n.stop = func() error { cancel(); return <-done }
-	dial := func() *grpc.ClientConn {
-		c, err := grpc.NewClient("unix://"+sock, grpc.WithTransportCredentials(insecure.NewCredentials()))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { c.Close() })
-		return c
-	}
-	n.control = controlv1.NewControlClient(dial()) // the first connection is machined's, the second apid's
-	if _, err := n.control.SetSpec(t.Context(), &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: 1, Documents: []byte(document)}}); err != nil {
-		t.Fatal(err)
-	}
-	n.etcd = etcdv1.NewEtcdClient(dial())
-	return n
-}
-
-// until waits for a state of the loop.
-func (n *node) until(t *testing.T, ok func(*controlv1.State) bool) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
-	defer cancel()
-	w, err := n.control.WatchState(ctx, &controlv1.WatchStateRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for {
-		s, err := w.Recv()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if ok(s) {
-			return
-		}
-		t.Log(s)
-	}
-}
 
 func (n *node) as(t *testing.T, profile string) *clientv3.Client {
 	t.Helper()
@@ -130,8 +37,9 @@ func (n *node) as(t *testing.T, profile string) *clientv3.Client {
 }
 
 func TestMember(t *testing.T) {
-	ca, dir := testca.New(t), t.TempDir()
-	n := start(t, ca, dir)
+	ca := testca.New(t)
+	n := newNode(t, ca, "n1", "127.0.0.1")
+	n.start(t)
 	n.until(t, func(s *controlv1.State) bool {
 		return len(s.GetPending()) == 1 && s.GetPending()[0] == "wait for volume VAR"
 	})
@@ -141,7 +49,6 @@ func TestMember(t *testing.T) {
 	if err := os.Mkdir(n.cfg.DataDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	converged := func(s *controlv1.State) bool { return s.GetConverged() }
 	n.until(t, converged)
 
 	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
@@ -152,7 +59,7 @@ func TestMember(t *testing.T) {
 	t.Run("peers", func(t *testing.T) {
 		for profile, ok := range map[string]bool{"etcd-peer": true, "etcd-client-kube-apiserver": false, "etcd-client-bulkhead": false, "etcd-server": false} {
 			c := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{TLSClientConfig: ca.Client(t, profile), DisableKeepAlives: true}}
-			resp, err := c.Get("https://" + n.cfg.Peer + "/members")
+			resp, err := c.Get("https://127.0.0.1:" + n.port + "/members")
 			if err == nil {
 				resp.Body.Close()
 			}
@@ -183,12 +90,11 @@ func TestMember(t *testing.T) {
 			t.Errorf("%s: %v, %v, want %d", compactKey, got, err, r.Header.Revision)
 		}
 	})
+	t.Run("care", func(t *testing.T) { care(ctx, t, n) })
 	t.Run("snapshot", func(t *testing.T) { snapshot(ctx, t, n.etcd) })
 	watch := kube.Watch(ctx, "/registry/", clientv3.WithPrefix()) // a clean stop must not wait for it
 	began := time.Now()
-	if err := n.stop(); !errors.Is(err, context.Canceled) {
-		t.Errorf("stop: %v", err)
-	}
+	n.stop(t)
 	if d := time.Since(began); d > 5*time.Second {
 		t.Errorf("stop took %s", d)
 	}
@@ -199,13 +105,46 @@ func TestMember(t *testing.T) {
 		}
 	}
 
-	again := start(t, ca, dir)
-	again.until(t, converged)
-	if r, err := again.as(t, "etcd-client-kube-apiserver").Get(ctx, "/registry/a"); err != nil || len(r.Kvs) != 1 {
+	n.start(t)
+	n.until(t, converged)
+	if r, err := n.as(t, "etcd-client-kube-apiserver").Get(ctx, "/registry/a"); err != nil || len(r.Kvs) != 1 {
 		t.Errorf("after a restart: %v, %v, want the key", r, err)
 	}
-	if err := again.stop(); !errors.Is(err, context.Canceled) {
-		t.Errorf("stop: %v", err)
+}
+
+// care: defragmentation, alarms, and what one alone cannot do.
+func care(ctx context.Context, t *testing.T, n *node) {
+	root := n.as(t, "etcd-root")
+	for i := range 20 {
+		if _, err := root.Put(ctx, "/registry/big", strings.Repeat(strconv.Itoa(i), 256<<10)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r, err := root.Get(ctx, "/registry/big")
+	if err == nil {
+		_, err = root.Compact(ctx, r.Header.Revision, clientv3.WithCompactPhysical())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d, err := n.etcd.Defragment(ctx, &etcdv1.DefragmentRequest{}); err != nil || d.GetAfterBytes() == 0 || d.GetAfterBytes() >= d.GetBeforeBytes() {
+		t.Errorf("defragment: %v, %v, want less than before", d, err)
+	}
+	alarm := &etcdserverpb.AlarmRequest{Action: etcdserverpb.AlarmRequest_ACTIVATE, Alarm: etcdserverpb.AlarmType_NOSPACE, MemberID: r.Header.GetMemberId()}
+	if _, err := etcdserverpb.NewMaintenanceClient(root.ActiveConnection()).Alarm(ctx, alarm); err != nil {
+		t.Fatal(err)
+	}
+	if st := n.status(t); st.GetState() != "error" || !slices.Equal(st.GetAlarms(), []string{"NOSPACE n1"}) {
+		t.Errorf("status with an alarm: %v", st)
+	}
+	if d, err := n.etcd.DisarmAlarms(ctx, &etcdv1.DisarmAlarmsRequest{}); err != nil || !slices.Equal(d.GetDisarmed(), []string{"NOSPACE n1"}) {
+		t.Errorf("disarm: %v, %v", d, err)
+	}
+	if st := n.status(t); st.GetState() != "running" || len(st.GetAlarms()) != 0 {
+		t.Errorf("status after disarming: %v", st)
+	}
+	if f, err := n.etcd.ForfeitLeadership(ctx, &etcdv1.ForfeitLeadershipRequest{}); err != nil || f.GetLeader() != "" {
+		t.Errorf("one alone forfeits: %v, %v, want nothing", f, err)
 	}
 }
 
@@ -282,12 +221,9 @@ func snapshot(ctx context.Context, t *testing.T, c etcdv1.EtcdClient) {
 }
 
 func TestRenewedCertificateIsServed(t *testing.T) {
-	ca, dir := testca.New(t), t.TempDir()
-	if err := os.Mkdir(filepath.Join(dir, "data"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	n := start(t, ca, dir)
-	defer n.stop()
+	n := newNode(t, testca.New(t), "n1", "127.0.0.1")
+	n.volume(t)
+	n.start(t)
 	n.until(t, func(s *controlv1.State) bool { return s.GetConverged() })
 	path := filepath.Join(n.cfg.RunDir, serverFile)
 	block := func() string {
@@ -303,10 +239,10 @@ func TestRenewedCertificateIsServed(t *testing.T) {
 	if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.control.SetSpec(t.Context(), &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: 2, Documents: []byte(document)}}); err != nil {
+	if _, err := n.control.SetSpec(t.Context(), &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: n.generation + 1, Documents: []byte(n.document())}}); err != nil {
 		t.Fatal(err)
 	}
-	n.until(t, func(s *controlv1.State) bool { return s.GetConverged() && s.GetGeneration() == 2 })
+	n.until(t, func(s *controlv1.State) bool { return s.GetConverged() && s.GetGeneration() == n.generation+1 })
 	if after := block(); after != before {
 		t.Error("the certificate's file was not restored")
 	}

@@ -3,16 +3,16 @@ package etcdd
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
-	"net/url"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -21,22 +21,22 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/grpc"
 
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 )
 
 // Settings for machines that are slow or busy: an election within a second is lost under software emulation.
 const (
-	tickMs     = 200
-	electionMs = 2000
-	quota      = 2 << 30 // bytes; beyond it etcd takes only deletes
+	tickMs = 200     // and ten times as much for an election
+	quota  = 2 << 30 // bytes; beyond it etcd takes only deletes
 	// Entries between two of raft's own snapshots. Less means a shorter log in memory.
 	snapshotCount = 5000
 	catchUp       = 2500
 	callTime      = 10 * time.Second
 	volumeLook    = 250 * time.Millisecond // between two looks for the volume, while there is none
+	addressLook   = 5 * time.Second        // between two looks at the node's addresses
 )
 
 // member is the part of the world that etcdd reads and changes: an etcd server in this process, and a few files.
@@ -46,31 +46,45 @@ type member struct {
 	leaves map[string]*leaf.Leaf // by profile
 
 	mu      sync.Mutex
-	etcd    *embed.Etcd      // guarded by mu; nil until started
-	client  *clientv3.Client // guarded by mu; root, over TLS like every other client; nil until started
+	etcd    *embed.Etcd      // guarded by mu; nil until started, and after it left
+	client  *clientv3.Client // guarded by mu; root, over TLS like every other client; nil like etcd
+	own     *clientv3.Client // guarded by mu; user bulkhead, for the store and the registry; nil like etcd
 	hangUp  func()           // guarded by mu; ends all streams
+	ended   chan struct{}    // guarded by mu; closed when this etcd has left and its files are closed
 	trouble error            // guarded by mu; why the member did not answer last, nil if it did
-	started chan struct{}    // closed when etcd is set
+	addr    netip.Addr       // guarded by mu; that the certificate for members must have; invalid: none
+
+	started chan *embed.Etcd // the one that runs now, for awaitEnd
+	changes chan struct{}    // one slot, for who changes the membership
 	level   zap.AtomicLevel  // of etcd's log
 	wait    time.Duration    // for an answer of the member; tests that break it have less patience
+	tick    uint             // milliseconds between two heartbeats; the same
 }
 
 func newMember(cfg Config) *member {
 	m := &member{cfg: cfg, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log), leaves: map[string]*leaf.Leaf{},
-		started: make(chan struct{}), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime}
+		started: make(chan *embed.Etcd, 1), changes: make(chan struct{}, 1), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime, tick: tickMs}
 	for _, f := range files {
 		if f.profile != "" {
 			m.leaves[f.profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: f.profile, Trust: m.trust, Log: cfg.Env.Log, Request: m.request})
 		}
 	}
-	m.leaves[rootClient] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: rootClient, Trust: m.trust, Log: cfg.Env.Log})
+	for _, profile := range clients {
+		m.leaves[profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: profile, Trust: m.trust, Log: cfg.Env.Log})
+	}
 	return m
 }
 
-// request asks for the addresses that are listened on.
+// request asks for the addresses that are listened on, and the one that is advertised.
 func (m *member) request() x509.CertificateRequest {
 	r := x509.CertificateRequest{DNSNames: []string{"localhost"}}
-	seen := map[string]bool{}
+	seen := map[string]bool{"::": true, "0.0.0.0": true}
+	m.mu.Lock()
+	if m.addr.IsValid() {
+		seen[m.addr.String()] = true
+		r.IPAddresses = append(r.IPAddresses, m.addr.AsSlice())
+	}
+	m.mu.Unlock()
 	for _, a := range []string{m.cfg.Client, m.cfg.Peer, m.cfg.HTTP} {
 		host, _, err := net.SplitHostPort(a)
 		if ip := net.ParseIP(host); err == nil && ip != nil && !seen[host] {
@@ -92,6 +106,7 @@ func (m *member) Watch(ctx context.Context, wake func()) error {
 	g.Go(func() error { return follow(ctx, wake, func() <-chan struct{} { _, c := m.trust.Roots(); return c }) })
 	g.Go(func() error { return m.awaitVolume(ctx, wake) })
 	g.Go(func() error { return m.awaitEnd(ctx, wake) })
+	g.Go(func() error { return m.awaitAddress(ctx, wake) })
 	g.Go(func() error { return m.compact(ctx) })
 	return g.Wait()
 }
@@ -123,41 +138,13 @@ func (m *member) awaitVolume(ctx context.Context, wake func()) error {
 	return nil
 }
 
-// awaitEnd returns an error when etcd ends by itself: PID 1 then starts the daemon anew.
-func (m *member) awaitEnd(ctx context.Context, wake func()) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-m.started:
-	}
-	m.mu.Lock()
-	e := m.etcd
-	m.mu.Unlock()
-	for ready := e.Server.ReadyNotify(); ; {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-ready:
-			wake()
-			ready = nil
-		case err := <-e.Err():
-			return fmt.Errorf("etcd member: %w", err)
-		case <-e.Server.StopNotify():
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			return errors.New("etcd member: stopped by itself")
-		}
-	}
-}
-
 // Read reads everything anew.
 func (m *member) Read(ctx context.Context) (State, error) {
 	roots, _ := m.trust.Roots()
 	s := State{
 		Bootstrapped: roots.State.GetBootstrapped() && roots.State.GetEtcdCa() != "",
 		Volume:       isDir(m.cfg.DataDir),
-		Want:         map[string]string{}, Have: map[string]string{},
+		Want:         map[string]string{}, Have: map[string]string{}, Nodes: map[string]place{}, Port: m.port(),
 	}
 	for _, f := range files {
 		want, err := m.content(f.name)
@@ -171,33 +158,121 @@ func (m *member) Read(ctx context.Context) (State, error) {
 		}
 		s.Have[f.name] = digest(have)
 	}
-	if p, _ := m.leaves[rootClient].Pair(); p != nil {
-		s.Want[rootClient] = digest(p.Certificate)
+	for _, profile := range clients {
+		if p, _ := m.leaves[profile].Pair(); p != nil {
+			s.Want[profile] = digest(p.Certificate)
+		}
 	}
+	if err := m.readPlace(&s, roots.State); err != nil {
+		return s, err
+	}
+	return s, m.readMember(ctx, &s)
+}
+
+// readMember adds what the member says of itself.
+func (m *member) readMember(ctx context.Context, s *State) error {
 	e, client := m.running()
 	if e == nil {
-		return s, nil
+		return nil
 	}
-	s.Running = true
+	s.Running, s.ID = true, hexID(uint64(e.Server.MemberID()))
+	own := e.Server.Cluster().Member(e.Server.MemberID())
+	if own != nil {
+		s.Listed, s.Learner = own.PeerURLs, own.IsLearner
+	}
 	select {
 	case <-e.Server.ReadyNotify():
 	default:
-		return s, nil
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.wait)
 	defer cancel()
 	// A member that does not answer is a finding and no failure to read: the cause may be a file that the plan repairs.
-	have, err := readAuth(ctx, client)
-	if err == nil {
-		s.Member, err = readFigures(ctx, client, e)
+	var err error
+	if !s.Learner {
+		s.Auth, err = readAuth(ctx, client)
+		s.Ready = err == nil
 	}
 	if err == nil {
-		s.Auth, s.Ready = have, true
+		s.Member, err = readFigures(ctx, client, e)
+		s.Ready = s.Ready && err == nil
+	}
+	if !s.Ready {
+		s.Auth = auth{}
 	}
 	m.mu.Lock()
 	m.trouble = err
 	m.mu.Unlock()
-	return s, nil
+	return nil
+}
+
+// readPlace adds what is known of this node and of others.
+func (m *member) readPlace(s *State, trust *trustv1.TrustState) error {
+	for _, n := range trust.GetNodes() {
+		s.Nodes[n.GetName()] = place{ControlPlane: n.GetRole() == "controlplane", Seen: parseAddrs(n.GetAddresses())}
+	}
+	if p, _ := m.leaves[peerProfile].Pair(); p != nil {
+		for _, ip := range p.TLS.Leaf.IPAddresses {
+			if a, ok := netip.AddrFromSlice(ip); ok {
+				s.Certified = append(s.Certified, a.Unmap())
+			}
+		}
+	}
+	var err error
+	if s.Own, err = m.cfg.Addresses(); err != nil {
+		return fmt.Errorf("addresses of the node: %w", err)
+	}
+	if !s.Volume {
+		return nil
+	}
+	if s.Phase, err = readPhase(m.cfg.DataDir); err != nil {
+		return err
+	}
+	s.Data, err = hasData(m.cfg.DataDir)
+	return err
+}
+
+// awaitAddress wakes when the node's addresses change.
+func (m *member) awaitAddress(ctx context.Context, wake func()) error {
+	t := time.NewTicker(addressLook)
+	defer t.Stop()
+	var was []netip.Prefix
+	for {
+		now, err := m.cfg.Addresses()
+		if err == nil && !slices.Equal(was, now) {
+			was = now
+			wake()
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		}
+	}
+}
+
+// store returns the client of the store and the registry.
+func (m *member) store() (*clientv3.Client, error) {
+	m.mu.Lock()
+	e, c := m.etcd, m.own
+	m.mu.Unlock()
+	if e == nil {
+		return nil, errs.New(errs.Unavailable, "store: this node has no etcd member that runs")
+	}
+	select {
+	case <-e.Server.ReadyNotify():
+	default:
+		return nil, errs.New(errs.Unavailable, "store: the etcd member is starting")
+	}
+	if isLearner(e) {
+		return nil, errs.New(errs.Unavailable, "store: the etcd member of this node is only joining")
+	}
+	return c, nil
+}
+
+func isLearner(e *embed.Etcd) bool {
+	own := e.Server.Cluster().Member(e.Server.MemberID())
+	return own != nil && own.IsLearner
 }
 
 // content returns what a file should hold; nothing if it is not known yet.
@@ -239,12 +314,24 @@ func (m *member) Do(ctx context.Context, s Step) error {
 			return err
 		}
 		return writeFile(filepath.Join(m.cfg.RunDir, s.Name), data)
-	case "member start":
-		return m.start(s.Name)
+	case "certify":
+		return m.certify(s.Name)
+	case "member start", "member found", "member join":
+		return m.bring(ctx, s)
+	case "member promote":
+		return m.promote(ctx, s.Name)
+	case "member forget":
+		return m.forget()
 	}
 	_, client := m.running()
 	if client == nil {
 		return errs.New(errs.Unavailable, "the member does not run")
+	}
+	switch s.Op {
+	case "member leave":
+		return m.goOnLeaving(ctx)
+	case "member update":
+		return m.update(ctx, client, s.Name)
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.wait)
 	defer cancel()
@@ -263,91 +350,14 @@ func waiting(what string, trouble error) error {
 		hint = "the cluster has no authorities yet; run: bhctl bootstrap"
 	case "volume VAR":
 		hint = "storaged has not mounted it yet"
+	case "address":
+		hint = "the node has no address at which other control planes have seen it"
+	case "order to rejoin, since it left":
+		hint = "this node's member left the cluster by order; to let it come back, run: bhctl etcd rejoin"
+	case "order to rejoin, since it was removed":
+		hint = "this node's member was removed from the cluster by order at another one; its data are void. To let it come back with empty data, run: bhctl etcd rejoin"
 	}
 	return errs.New(errs.Unavailable, "%s", hint)
-}
-
-// start starts the member; it does not wait for a leader.
-func (m *member) start(name string) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.etcd != nil {
-		return nil
-	}
-	streams, hangUp := context.WithCancel(context.Background())
-	log := m.newZap()
-	cfg := m.embedConfig(name, streams, log)
-	roots, _ := m.trust.Roots()
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints: []string{"https://" + m.cfg.Client}, DialTimeout: callTime, Logger: log,
-		TLS: &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: roots.Etcd, GetClientCertificate: m.leaves[rootClient].GetClientCertificate},
-	})
-	if err != nil {
-		hangUp()
-		return err
-	}
-	e, err := embed.StartEtcd(cfg)
-	if err != nil {
-		hangUp()
-		return errors.Join(err, client.Close())
-	}
-	m.etcd, m.client, m.hangUp = e, client, hangUp
-	close(m.started)
-	return nil
-}
-
-func (m *member) embedConfig(name string, streams context.Context, log *zap.Logger) *embed.Config {
-	client, peer := url.URL{Scheme: "https", Host: m.cfg.Client}, url.URL{Scheme: "https", Host: m.cfg.Peer}
-	cfg := embed.NewConfig()
-	cfg.Name, cfg.Dir = name, m.cfg.DataDir
-	cfg.ListenClientUrls, cfg.AdvertiseClientUrls = []url.URL{client}, []url.URL{client}
-	// On one port HTTP and gRPC would share Go's HTTP/2 server, which starves watches under load.
-	cfg.ListenClientHttpUrls = []url.URL{{Scheme: "https", Host: m.cfg.HTTP}}
-	cfg.ListenPeerUrls, cfg.AdvertisePeerUrls = []url.URL{peer}, []url.URL{peer}
-	cfg.InitialCluster = cfg.InitialClusterFromName(name)
-	cfg.InitialClusterToken = "bulkhead"
-	in := func(f string) string { return filepath.Join(m.cfg.RunDir, f) }
-	cfg.ClientTLSInfo.CertFile, cfg.ClientTLSInfo.KeyFile = in(serverFile), in(serverFile)
-	cfg.ClientTLSInfo.TrustedCAFile, cfg.ClientTLSInfo.ClientCertAuth = in(caFile), true
-	cfg.PeerTLSInfo.CertFile, cfg.PeerTLSInfo.KeyFile = in(peerFile), in(peerFile)
-	cfg.PeerTLSInfo.TrustedCAFile, cfg.PeerTLSInfo.ClientCertAuth = in(caFile), true
-	cfg.PeerTLSInfo.AllowedCNs = []string{"etcd-peer"} // users have certificates of the same authority, and raft asks for no rights
-	cfg.TlsMinVersion = "TLS1.3"
-	cfg.TickMs, cfg.ElectionMs = tickMs, electionMs
-	cfg.QuotaBackendBytes = quota
-	cfg.SnapshotCount, cfg.SnapshotCatchUpEntries = snapshotCount, catchUp
-	cfg.EnableGRPCGateway = false // it would call in the server's name
-	cfg.WarningApplyDuration, cfg.WarningUnaryRequestDuration = time.Second, 2*time.Second
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(log)
-	// Watches last as long as their client; a clean stop must end them itself.
-	cfg.GRPCAdditionalServerOptions = []grpc.ServerOption{grpc.ChainStreamInterceptor(
-		func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) error {
-			ctx, cancel := context.WithCancel(ss.Context())
-			defer cancel()
-			defer context.AfterFunc(streams, cancel)()
-			return h(srv, &stream{ss, ctx})
-		})}
-	return cfg
-}
-
-type stream struct {
-	grpc.ServerStream
-	ctx context.Context
-}
-
-func (s *stream) Context() context.Context { return s.ctx }
-
-// Stop ends the member, if there is one, and returns when its files are closed.
-func (m *member) Stop() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.etcd == nil {
-		return
-	}
-	m.level.SetLevel(zapcore.FatalLevel) // it calls each listener that we close an error
-	m.client.Close()
-	m.hangUp()
-	m.etcd.Close()
 }
 
 // newZap writes etcd's warnings like our own log's lines.

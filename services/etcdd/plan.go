@@ -3,6 +3,8 @@ package etcdd
 import (
 	"fmt"
 	"maps"
+	"net"
+	"net/netip"
 	"slices"
 
 	"github.com/bulkhead-os/bulkhead/config"
@@ -12,6 +14,8 @@ import (
 type spec struct {
 	Name string // of the member, and of the node
 	Role config.Role
+	// Endpoint is the address in the cluster's endpoint; the zero value if that is a name, or none.
+	Endpoint netip.Addr
 }
 
 // State is what was read.
@@ -21,10 +25,28 @@ type State struct {
 	// Want and Have are digests of what the files in the runtime folder should hold, and hold. A Want of "" means
 	// that it is not there yet: trustd has not signed.
 	Want, Have map[string]string
-	Running    bool // the member was started
-	Ready      bool // it answers, and so has a leader
-	Auth       auth // zero unless Ready
-	Member     figures
+
+	Phase phase
+	Data  bool // the folder holds a member, from an earlier start
+	Nodes map[string]place
+	Own   []netip.Prefix // the node's addresses
+	Port  string         // on which members are listened for
+	// Certified are the addresses in the certificate that other members get to see.
+	Certified []netip.Addr
+
+	Running bool // the member was started
+	ID      string
+	Listed  []string // its URLs, as etcd has them; nil while they are not known
+	Learner bool     // it has no vote yet, and answers nobody
+	Ready   bool     // it answers, and so has a leader
+	Auth    auth     // zero unless Ready
+	Member  figures
+}
+
+// place is what the cluster knows of a node.
+type place struct {
+	ControlPlane bool
+	Seen         []netip.Addr // newest first
 }
 
 // auth is who may do what inside etcd.
@@ -69,14 +91,20 @@ const (
 	caFile     = "ca.pem"
 	serverFile = "server.pem" // certificate and key in one file, so that a new pair replaces the old one whole
 	peerFile   = "peer.pem"
-	rootClient = "etcd-root" // profile of the certificate that stays in memory
+
+	peerProfile = "etcd-peer"
+	rootClient  = "etcd-root"            // these two stay in memory
+	ownClient   = "etcd-client-bulkhead" // for the store and the registry: etcd itself keeps them from Kubernetes' keys
 )
+
+// clients are the profiles of certificates that etcdd itself shows to the member.
+var clients = []string{rootClient, ownClient}
 
 // Step is one change.
 type Step struct {
-	Op   string // "wait for", "write", "member start", "role add", "role grant", "role revoke", "user add", "user grant", "user revoke", "auth enable"
-	Name string // file, role, user, or what is waited for
-	Arg  string // key or role
+	Op   string // "wait for", "write", "certify", "member …", "role …", "user …", "auth enable"
+	Name string // file, address, member, its id, role, user, or what is waited for
+	Arg  string // URL, key or role
 }
 
 func (s Step) String() string {
@@ -107,7 +135,50 @@ func plan(want spec, have State) ([]Step, error) {
 	if len(steps) > 0 {
 		return steps, nil
 	}
-	waiting := false
+	if s, gone := planGone(have); gone {
+		return []Step{s}, nil
+	}
+	steps, waiting := planFiles(have)
+	addr := advertise(have.Own, have.Nodes[want.Name].Seen, listed(have), want.Endpoint)
+	if addr.IsValid() && !slices.Contains(have.Certified, addr) {
+		steps = append(steps, Step{Op: "certify", Name: addr.String()})
+		waiting = true
+	}
+	switch {
+	case !have.Running && !waiting:
+		steps = append(steps, planStart(want, have, addr))
+	case !have.Running:
+	case have.Learner && have.Phase == inCluster:
+		steps = append(steps, Step{Op: "member promote", Name: have.ID})
+	case !have.Ready:
+		steps = append(steps, Step{Op: "wait for", Name: "member"})
+	case have.Phase == leaving:
+		steps = append(steps, Step{Op: "member leave"})
+	default:
+		if u := peerURL(addr, have.Port); addr.IsValid() && !waiting && !slices.Equal(have.Listed, []string{u}) {
+			steps = append(steps, Step{Op: "member update", Name: u})
+		}
+		steps = append(steps, planAuth(have.Auth)...)
+	}
+	return steps, nil
+}
+
+// planGone is for a member that is on its way out and does not run.
+func planGone(have State) (Step, bool) {
+	switch {
+	case have.Running:
+	case have.Phase == leaving && !have.Data:
+		return Step{Op: "member forget"}, true
+	case have.Phase == left:
+		return Step{Op: "wait for", Name: "order to rejoin, since it left"}, true
+	case have.Phase == removed:
+		return Step{Op: "wait for", Name: "order to rejoin, since it was removed"}, true
+	}
+	return Step{}, false
+}
+
+// planFiles writes the certificates, and says whether one is missing.
+func planFiles(have State) (steps []Step, waiting bool) {
 	for _, f := range files {
 		switch {
 		case have.Want[f.name] == "":
@@ -117,19 +188,46 @@ func plan(want spec, have State) ([]Step, error) {
 			steps = append(steps, Step{Op: "write", Name: f.name})
 		}
 	}
-	if have.Want[rootClient] == "" {
-		steps = append(steps, Step{Op: "wait for", Name: "certificate " + rootClient})
-		waiting = true
+	for _, c := range clients {
+		if have.Want[c] == "" {
+			steps = append(steps, Step{Op: "wait for", Name: "certificate " + c})
+			waiting = true
+		}
+	}
+	return steps, waiting
+}
+
+// planStart: a folder with a member in it is started as it is, whatever the cluster looks like by now. One without is a new member of the
+// cluster that others have; only a node that knows of no other control plane makes one of its own.
+func planStart(want spec, have State, addr netip.Addr) Step {
+	others := false
+	for name, p := range have.Nodes {
+		others = others || p.ControlPlane && name != want.Name
 	}
 	switch {
-	case !have.Running && !waiting:
-		steps = append(steps, Step{Op: "member start", Name: want.Name})
-	case have.Running && !have.Ready:
-		steps = append(steps, Step{Op: "wait for", Name: "member"})
-	case have.Ready:
-		steps = append(steps, planAuth(have.Auth)...)
+	case have.Data:
+		return Step{Op: "member start", Name: want.Name}
+	case others && !addr.IsValid():
+		return Step{Op: "wait for", Name: "address"}
+	case others:
+		return Step{Op: "member join", Name: want.Name, Arg: peerURL(addr, have.Port)}
+	case addr.IsValid():
+		return Step{Op: "member found", Name: want.Name, Arg: peerURL(addr, have.Port)}
 	}
-	return steps, nil
+	// Nobody could join it; as soon as there is an address it gets that.
+	return Step{Op: "member found", Name: want.Name, Arg: peerURL(netip.AddrFrom4([4]byte{127, 0, 0, 1}), have.Port)}
+}
+
+// listed is the address that etcd has of this member.
+func listed(have State) netip.Addr {
+	if hosts := hostsOf(have.Listed); len(hosts) > 0 {
+		return hosts[0]
+	}
+	return netip.Addr{}
+}
+
+func peerURL(a netip.Addr, port string) string {
+	return "https://" + net.JoinHostPort(a.String(), port)
 }
 
 // planAuth makes the users and roles those of the table, and no others, and turns the checks on last.

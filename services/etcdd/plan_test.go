@@ -19,7 +19,7 @@ var cp = spec{Name: "n1", Role: config.ControlPlane}
 // signed is a state in which everything that others must bring is there.
 func signed() State {
 	return State{Bootstrapped: true, Volume: true,
-		Want: map[string]string{caFile: "a", serverFile: "b", peerFile: "c", rootClient: "d"}, Have: map[string]string{}}
+		Want: map[string]string{caFile: "a", serverFile: "b", peerFile: "c", rootClient: "d", ownClient: "e"}, Port: "2380", Have: map[string]string{}}
 }
 
 func ready(a auth) State {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
 
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
@@ -66,6 +67,9 @@ func (s *server) GetStatus(ctx context.Context, _ *etcdv1.GetStatusRequest) (*et
 	out := &etcdv1.Status{State: "waiting", Detail: loop.GetError()}
 	e, client := s.d.kernel.running()
 	if e == nil {
+		if p, err := readPhase(s.d.kernel.cfg.DataDir); err == nil && p != inCluster {
+			out.State = string(p)
+		}
 		return out, nil
 	}
 	select {
@@ -82,20 +86,22 @@ func (s *server) GetStatus(ctx context.Context, _ *etcdv1.GetStatusRequest) (*et
 		return out, nil
 	}
 	out.State = "running"
+	if isLearner(e) {
+		out.State = "joining"
+	}
 	out.Version, out.MemberId, out.ClusterId, out.Leader = f.Version, f.ID, f.Cluster, f.Leader
 	out.Revision, out.RaftTerm, out.RaftIndex = f.Revision, f.Term, f.Index
 	out.DatabaseBytes, out.DatabaseUsedBytes = f.DatabaseBytes, f.DatabaseUsedByte
+	var list []*etcdserverpb.Member
 	for _, m := range e.Server.Cluster().Members() {
+		list = append(list, &etcdserverpb.Member{ID: uint64(m.ID), Name: m.Name})
 		out.Members = append(out.Members, &etcdv1.Member{
 			Id: hexID(uint64(m.ID)), Name: m.Name, PeerUrls: m.PeerURLs, ClientUrls: m.ClientURLs, Learner: m.IsLearner,
 		})
 	}
-	for _, a := range e.Server.Alarms() {
-		out.Alarms = append(out.Alarms, a.GetAlarm().String())
-	}
-	if len(out.Alarms) > 0 {
+	if out.Alarms = alarmTexts(e.Server.Alarms(), list); len(out.Alarms) > 0 {
 		out.State = "error"
-		out.Detail = "alarm: with NOSPACE etcd takes only deletes until it is compacted, defragmented and disarmed"
+		out.Detail = "alarm: with NOSPACE etcd takes only deletes until it is compacted, defragmented and disarmed; with CORRUPT the member that has it must be removed"
 	}
 	return out, nil
 }

@@ -43,14 +43,19 @@ func (s *machineServer) GetVersion(ctx context.Context, _ *machinev1.GetVersionR
 
 func (s *machineServer) GetHealth(ctx context.Context, _ *machinev1.GetHealthRequest) (*machinev1.GetHealthResponse, error) {
 	s.d.witness(ctx)
-	units, err := s.d.cfg.init.Status()
-	now, _ := s.d.running.Get()
+	return s.d.health(security.Trouble(security.Report(s.d.cfg.facts()))), nil
+}
+
+// health asks everybody now. open is what is wrong with the node's own protection.
+func (d *Daemon) health(open string) *machinev1.GetHealthResponse {
+	units, err := d.cfg.init.Status()
+	now, _ := d.running.Get()
 	reports := map[string]report{}
-	for _, h := range s.d.hands {
+	for _, h := range d.hands {
 		converged, st := h.report(now.Number)
 		reports[h.daemon] = report{converged, st}
 	}
-	return health(now.Number, s.d.answered.Load(), units, err, reports, security.Trouble(security.Report(s.d.cfg.facts()))), nil
+	return health(now.Number, d.answered.Load(), units, err, reports, open)
 }
 
 func (s *machineServer) GetSecurity(context.Context, *machinev1.GetSecurityRequest) (*machinev1.GetSecurityResponse, error) {

@@ -52,7 +52,8 @@ type Config struct {
 	facts func() security.Facts // how the kernel and the machine are hardened
 	links map[string]link       // to every daemon of recipients
 
-	others others // that a reset needs
+	others  others // that a reset needs
+	cluster cluster
 }
 
 // Daemon is machined.
@@ -105,22 +106,24 @@ func Run(ctx context.Context, env daemon.Env) error {
 		host: linux{}, past: &linuxPast{}, init: pid1, links: map[string]link{},
 		facts: func() security.Facts { return security.Read("/") },
 	}
-	far := &distant{}
-	cfg.others = far
+	elsewhere := &distant{}
+	cfg.others = elsewhere
+	conns := map[string]*grpc.ClientConn{}
 	for _, r := range recipients {
 		l, err := dial(r.daemon)
 		if err != nil {
 			return err
 		}
 		defer l.conn.Close()
-		cfg.links[r.daemon] = l
+		cfg.links[r.daemon], conns[r.daemon] = l, l.conn
 		switch r.daemon {
 		case storaged:
-			far.storage = storagev1.NewDisposalClient(l.conn)
+			elsewhere.storage = storagev1.NewDisposalClient(l.conn)
 		case "etcdd":
-			far.etcd = etcdv1.NewEtcdClient(l.conn)
+			elsewhere.etcd = etcdv1.NewEtcdClient(l.conn)
 		}
 	}
+	cfg.cluster = newFar(conns["networkd"], conns["apid"])
 	d, err := New(cfg)
 	if err != nil {
 		return err
@@ -178,6 +181,7 @@ func (d *Daemon) work(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return d.obey(ctx) })
 	g.Go(func() error { return d.heed(ctx) })
 	g.Go(func() error { return d.keepJournal(ctx) })
+	g.Go(func() error { return d.reportSelf(ctx) })
 }
 
 // callers are those besides apid. A method's own entry goes before its service's, so that apid stands there too.

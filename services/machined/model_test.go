@@ -40,11 +40,12 @@ type node struct {
 	facts   security.Facts
 	runtime string
 	others  *modelOthers
+	cluster *modelCluster
 }
 
 func newNode(t *testing.T) *node {
 	n := &node{t: t, links: map[string]*modelLink{}, init: &modelInit{watch: make(chan initctl.Status, 64)}, host: &modelHost{files: map[string][]byte{}}, runtime: t.TempDir(),
-		past: &modelPast{id: "boot-a", folder: t.TempDir()}, facts: hardened(), others: &modelOthers{}}
+		past: &modelPast{id: "boot-a", folder: t.TempDir()}, facts: hardened(), others: &modelOthers{}, cluster: newModelCluster()}
 	for _, r := range recipients {
 		n.links[r.daemon] = newModelLink()
 		n.init.units = append(n.init.units, initctl.Status{Name: r.daemon, State: "up", PID: 10, Since: time.Now()})
@@ -58,7 +59,7 @@ func (n *node) start() (*Daemon, func()) {
 	n.t.Helper()
 	cfg := Config{
 		Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("machined"), Runtime: n.runtime,
-		host: n.host, past: n.past, init: n.init, links: map[string]link{}, facts: func() security.Facts { return n.facts }, others: n.others,
+		host: n.host, past: n.past, init: n.init, links: map[string]link{}, facts: func() security.Facts { return n.facts }, others: n.others, cluster: n.cluster,
 	}
 	for name, l := range n.links {
 		cfg.links[name] = l

@@ -119,7 +119,7 @@ func (r *resetRun) all(ctx context.Context) ([]string, error) {
 	return facts, err
 }
 
-// mayLeave refuses for a node that others count on: it cannot leave them in an orderly way.
+// mayLeave refuses for a node that others count on: to leave them is an order of its own, which can be refused.
 func (r *resetRun) mayLeave(ctx context.Context) error {
 	if r.order.Force {
 		return nil
@@ -131,8 +131,8 @@ func (r *resetRun) mayLeave(ctx context.Context) error {
 	case err != nil:
 		return errs.New(errs.Precondition, "whether this node is one of several is not known, since etcdd does not say: %s; nothing was changed. By force it is reset all the same", errs.Text(err))
 	case n > 1:
-		return errs.New(errs.Precondition, "this node is one of %d members of etcd, and this version cannot take it out of them; nothing was changed. Remove the member and its "+
-			"Node object by hand and then reset it by force: the others lose a vote meanwhile", n)
+		return errs.New(errs.Precondition, "this node is one of %d members of etcd; nothing was changed. Take it out first, with: bhctl etcd leave. By force it is reset all the same, and "+
+			"the others have lost a vote until its member is removed at one of them", n)
 	}
 	return nil
 }

@@ -15,8 +15,8 @@ import (
 // A poison is what is wrong with a version.
 type poison struct {
 	name string
-	// into is the folder of the program that gets the file testdata/poison/<file>: see build.
-	into, file string
+	// file is one of testdata/poison, without its ".go"; its folder is the program that gets it.
+	file string
 	// runtime puts a containerd in the place of the real one that does nothing.
 	runtime bool
 	// signer is another key for the TPM's policy than the node trusts.
@@ -31,23 +31,23 @@ type poison struct {
 
 // poisons are those of a node without Kubernetes; each is tried three times.
 var poisons = []poison{
-	{name: "panic", into: "init", file: "panic.go", why: `the kernel panicked: sysrq triggered crash`},
-	{name: "PID 1 ends", into: "init", file: "pid1-ends.go", why: `the kernel panicked: Attempted to kill init! exitcode=0x00000000`},
+	{name: "panic", file: "init/panic", why: `the kernel panicked: sysrq triggered crash`},
+	{name: "PID 1 ends", file: "init/pid1-ends", why: `the kernel panicked: Attempted to kill init! exitcode=0x00000000`},
 	{name: "verity error", rot: true, quick: true, why: `PID 1 gave up: cannot mount the root: input/output error`},
 	{name: "disk does not unlock", signer: true, why: `STATE does not open: tpm: .*signed`},
-	{name: "a daemon crash-loops", into: "cmd/bulkheadd", file: "storaged-crashes.go", why: `nobody has judged it for 90 s; storaged failed \d+ times in a row: exit 3`},
-	{name: "API dead", into: "cmd/bulkheadd", file: "apid-dead.go", why: `did not prove its health in 1m0s; missing: api: api.answered: no call with credentials has come through apid`},
-	{name: "the network is cut", into: "init", file: "network-cut.go", why: `did not prove its health in 1m0s; missing: api: api.answered: no call with credentials has come through apid`},
-	{name: "wrong clock", into: "init", file: "clock.go", why: `did not prove its health in 1m0s; missing: api: .*; its clock was wrong: it said 20[5-9]\d-`},
-	{name: "initramfs hangs", into: "init", file: "initramfs-hangs.go", why: `it hung before it could write to STATE, and the hardware watchdog reset the machine`},
-	{name: "hard hang", into: "init", file: "hangs.go", why: `(its last try hung|it hung before it could write to STATE), and the hardware watchdog reset the machine`},
-	{name: "the judge crash-loops", into: "cmd/bulkheadd", file: "updated-crashes.go", why: `nobody has judged it for 90 s; updated failed \d+ times in a row: exit 3`},
+	{name: "a daemon crash-loops", file: "bulkheadd/storaged-crashes", why: `nobody has judged it for 90 s; storaged failed \d+ times in a row: exit 3`},
+	{name: "API dead", file: "bulkheadd/apid-dead", why: `did not prove its health in 1m0s; missing: api: api.answered: no call with credentials has come through apid`},
+	{name: "the network is cut", file: "init/network-cut", why: `did not prove its health in 1m0s; missing: api: api.answered: no call with credentials has come through apid`},
+	{name: "wrong clock", file: "init/clock", why: `did not prove its health in 1m0s; missing: api: .*; its clock was wrong: it said 20[5-9]\d-`},
+	{name: "initramfs hangs", file: "init/initramfs-hangs", why: `it hung before it could write to STATE, and the hardware watchdog reset the machine`},
+	{name: "hard hang", file: "init/hangs", why: `(its last try hung|it hung before it could write to STATE), and the hardware watchdog reset the machine`},
+	{name: "the judge crash-loops", file: "bulkheadd/updated-crashes", why: `nobody has judged it for 90 s; updated failed \d+ times in a row: exit 3`},
 }
 
 // clusterPoisons are those of a node with Kubernetes.
 var clusterPoisons = []poison{
 	{name: "kubelet never Ready", runtime: true, why: `did not prove its health in 2m0s; missing: .*kubelet: kubernetes.converged: `},
-	{name: "etcd does not rejoin", into: "cmd/etcdd", file: "etcd-absent.go", why: `did not prove its health in 2m0s; missing: etcd: etcd.converged: `},
+	{name: "etcd does not rejoin", file: "etcdd/etcd-absent", why: `did not prove its health in 2m0s; missing: etcd: etcd.converged: `},
 }
 
 // buildFlags are those of the Makefile.
@@ -57,7 +57,11 @@ var buildFlags = []string{"build", "-tags", "grpcnotrace", "-trimpath", "-buildv
 func (n *node) poisoned(t *testing.T, p poison) string {
 	t.Helper()
 	bin := t.TempDir()
-	spoilt := filepath.Base(p.into)
+	spoilt := filepath.Dir(p.file)
+	source := spoilt // init is a folder of its own, the others are in cmd
+	if spoilt != "init" {
+		source = filepath.Join("cmd", spoilt)
+	}
 	for _, name := range []string{"init", "bulkheadd", "etcdd", "kubeletd"} {
 		if name == spoilt {
 			continue
@@ -68,14 +72,14 @@ func (n *node) poisoned(t *testing.T, p poison) string {
 	}
 	overlay := filepath.Join(t.TempDir(), "overlay.json")
 	text, err := json.Marshal(map[string]map[string]string{"Replace": {
-		filepath.Join(n.root, p.into, "poison.go"): filepath.Join(n.root, "test/machine/testdata/poison", p.file)}})
+		filepath.Join(n.root, source, "poison.go"): filepath.Join(n.root, "test/machine/testdata/poison", p.file+".go")}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(overlay, text, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "go", append(buildFlags, "-overlay", overlay, "-o", filepath.Join(bin, spoilt), "./"+p.into)...)
+	cmd := exec.CommandContext(t.Context(), "go", append(buildFlags, "-overlay", overlay, "-o", filepath.Join(bin, spoilt), "./"+source)...)
 	cmd.Dir, cmd.Env = n.root, append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
@@ -172,7 +176,7 @@ func (n *node) bundleOf(t *testing.T, p poison, version string, cluster bool) st
 	if p.runtime {
 		i.kube = n.idleRuntime(t)
 	}
-	if p.into != "" {
+	if p.file != "" {
 		i.bin = n.poisoned(t, p)
 	}
 	if p.signer {

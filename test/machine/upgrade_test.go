@@ -27,7 +27,7 @@ func TestUpgrade(t *testing.T) {
 	generations := n.run(t, "bhctl", "get", "generations", "-o", "json")
 	n.encrypted(t)
 	good := n.bundleOf(t, poison{}, "9.1.0", false)
-	bad := n.bundleOf(t, poison{into: "init", file: "pid1-ends.go"}, "9.2.0", false)
+	bad := n.bundleOf(t, poison{file: "init/pid1-ends"}, "9.2.0", false)
 
 	t.Run("a good version stays", func(t *testing.T) {
 		start := time.Now()

@@ -34,7 +34,8 @@ const (
 type RegistryClient interface {
 	// ListNodes returns every node that has reported, ordered by name.
 	ListNodes(ctx context.Context, in *ListNodesRequest, opts ...grpc.CallOption) (*ListNodesResponse, error)
-	// WatchNodes sends the whole list now and after each change.
+	// WatchNodes sends the whole list now and after each change, a few times a second at most; a new time of seen alone is none. UNAVAILABLE when
+	// the list cannot be known any more: there is no quorum.
 	WatchNodes(ctx context.Context, in *WatchNodesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListNodesResponse], error)
 	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's.
 	Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error)
@@ -95,7 +96,8 @@ func (c *registryClient) Report(ctx context.Context, in *ReportRequest, opts ...
 type RegistryServer interface {
 	// ListNodes returns every node that has reported, ordered by name.
 	ListNodes(context.Context, *ListNodesRequest) (*ListNodesResponse, error)
-	// WatchNodes sends the whole list now and after each change.
+	// WatchNodes sends the whole list now and after each change, a few times a second at most; a new time of seen alone is none. UNAVAILABLE when
+	// the list cannot be known any more: there is no quorum.
 	WatchNodes(*WatchNodesRequest, grpc.ServerStreamingServer[ListNodesResponse]) error
 	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's.
 	Report(context.Context, *ReportRequest) (*ReportResponse, error)

@@ -63,7 +63,7 @@ func (*GetStatusRequest) Descriptor() ([]byte, []int) {
 
 type Status struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "waiting" (not bootstrapped), "starting", "running", "error".
+	// "waiting" (not bootstrapped, or without a volume or certificates), "starting", "joining" (a learner, without a vote), "running", "left", "removed", "error".
 	State   string `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
 	Detail  string `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
 	Version string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
@@ -77,9 +77,10 @@ type Status struct {
 	DatabaseBytes     uint64    `protobuf:"varint,10,opt,name=database_bytes,json=databaseBytes,proto3" json:"database_bytes,omitempty"`
 	DatabaseUsedBytes uint64    `protobuf:"varint,11,opt,name=database_used_bytes,json=databaseUsedBytes,proto3" json:"database_used_bytes,omitempty"`
 	Members           []*Member `protobuf:"bytes,12,rep,name=members,proto3" json:"members,omitempty"`
-	Alarms            []string  `protobuf:"bytes,13,rep,name=alarms,proto3" json:"alarms,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Of all members: "NOSPACE n2".
+	Alarms        []string `protobuf:"bytes,13,rep,name=alarms,proto3" json:"alarms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Status) Reset() {
@@ -594,6 +595,78 @@ func (*LeaveResponse) Descriptor() ([]byte, []int) {
 	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{10}
 }
 
+type RejoinRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RejoinRequest) Reset() {
+	*x = RejoinRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RejoinRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RejoinRequest) ProtoMessage() {}
+
+func (x *RejoinRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RejoinRequest.ProtoReflect.Descriptor instead.
+func (*RejoinRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{11}
+}
+
+type RejoinResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RejoinResponse) Reset() {
+	*x = RejoinResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RejoinResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RejoinResponse) ProtoMessage() {}
+
+func (x *RejoinResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RejoinResponse.ProtoReflect.Descriptor instead.
+func (*RejoinResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{12}
+}
+
 type DefragmentRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -602,7 +675,7 @@ type DefragmentRequest struct {
 
 func (x *DefragmentRequest) Reset() {
 	*x = DefragmentRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -614,7 +687,7 @@ func (x *DefragmentRequest) String() string {
 func (*DefragmentRequest) ProtoMessage() {}
 
 func (x *DefragmentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -627,7 +700,7 @@ func (x *DefragmentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DefragmentRequest.ProtoReflect.Descriptor instead.
 func (*DefragmentRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{11}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{13}
 }
 
 type DefragmentResponse struct {
@@ -640,7 +713,7 @@ type DefragmentResponse struct {
 
 func (x *DefragmentResponse) Reset() {
 	*x = DefragmentResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -652,7 +725,7 @@ func (x *DefragmentResponse) String() string {
 func (*DefragmentResponse) ProtoMessage() {}
 
 func (x *DefragmentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -665,7 +738,7 @@ func (x *DefragmentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DefragmentResponse.ProtoReflect.Descriptor instead.
 func (*DefragmentResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{12}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DefragmentResponse) GetBeforeBytes() uint64 {
@@ -690,7 +763,7 @@ type DisarmAlarmsRequest struct {
 
 func (x *DisarmAlarmsRequest) Reset() {
 	*x = DisarmAlarmsRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -702,7 +775,7 @@ func (x *DisarmAlarmsRequest) String() string {
 func (*DisarmAlarmsRequest) ProtoMessage() {}
 
 func (x *DisarmAlarmsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -715,7 +788,7 @@ func (x *DisarmAlarmsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisarmAlarmsRequest.ProtoReflect.Descriptor instead.
 func (*DisarmAlarmsRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{13}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{15}
 }
 
 type DisarmAlarmsResponse struct {
@@ -727,7 +800,7 @@ type DisarmAlarmsResponse struct {
 
 func (x *DisarmAlarmsResponse) Reset() {
 	*x = DisarmAlarmsResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +812,7 @@ func (x *DisarmAlarmsResponse) String() string {
 func (*DisarmAlarmsResponse) ProtoMessage() {}
 
 func (x *DisarmAlarmsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +825,7 @@ func (x *DisarmAlarmsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisarmAlarmsResponse.ProtoReflect.Descriptor instead.
 func (*DisarmAlarmsResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{14}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DisarmAlarmsResponse) GetDisarmed() []string {
@@ -772,7 +845,7 @@ type AddMemberRequest struct {
 
 func (x *AddMemberRequest) Reset() {
 	*x = AddMemberRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -784,7 +857,7 @@ func (x *AddMemberRequest) String() string {
 func (*AddMemberRequest) ProtoMessage() {}
 
 func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -797,7 +870,7 @@ func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
 func (*AddMemberRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{15}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *AddMemberRequest) GetPeerUrls() []string {
@@ -819,7 +892,7 @@ type AddMemberResponse struct {
 
 func (x *AddMemberResponse) Reset() {
 	*x = AddMemberResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -831,7 +904,7 @@ func (x *AddMemberResponse) String() string {
 func (*AddMemberResponse) ProtoMessage() {}
 
 func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -844,7 +917,7 @@ func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
 func (*AddMemberResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{16}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *AddMemberResponse) GetMembers() []*Member {
@@ -870,7 +943,7 @@ type PromoteRequest struct {
 
 func (x *PromoteRequest) Reset() {
 	*x = PromoteRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +955,7 @@ func (x *PromoteRequest) String() string {
 func (*PromoteRequest) ProtoMessage() {}
 
 func (x *PromoteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +968,7 @@ func (x *PromoteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteRequest.ProtoReflect.Descriptor instead.
 func (*PromoteRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{17}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PromoteRequest) GetMemberId() string {
@@ -913,7 +986,7 @@ type PromoteResponse struct {
 
 func (x *PromoteResponse) Reset() {
 	*x = PromoteResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -925,7 +998,7 @@ func (x *PromoteResponse) String() string {
 func (*PromoteResponse) ProtoMessage() {}
 
 func (x *PromoteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -938,7 +1011,7 @@ func (x *PromoteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteResponse.ProtoReflect.Descriptor instead.
 func (*PromoteResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{18}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{20}
 }
 
 var File_etcd_v1_etcd_proto protoreflect.FileDescriptor
@@ -981,7 +1054,9 @@ const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
 	"\x14RemoveMemberResponse\"\x0e\n" +
 	"\fLeaveRequest\"\x0f\n" +
-	"\rLeaveResponse\"\x13\n" +
+	"\rLeaveResponse\"\x0f\n" +
+	"\rRejoinRequest\"\x10\n" +
+	"\x0eRejoinResponse\"\x13\n" +
 	"\x11DefragmentRequest\"X\n" +
 	"\x12DefragmentResponse\x12!\n" +
 	"\fbefore_bytes\x18\x01 \x01(\x04R\vbeforeBytes\x12\x1f\n" +
@@ -997,14 +1072,15 @@ const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\"-\n" +
 	"\x0ePromoteRequest\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\"\x11\n" +
-	"\x0fPromoteResponse2\xff\x05\n" +
+	"\x0fPromoteResponse2\xd8\x06\n" +
 	"\x04Etcd\x12Q\n" +
 	"\tGetStatus\x12\x19.etcd.v1.GetStatusRequest\x1a\x0f.etcd.v1.Status\"\x18\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\n" +
 	"\x12\b/v1/etcd\x90\x02\x01\x12f\n" +
 	"\x0eStreamSnapshot\x12\x1e.etcd.v1.StreamSnapshotRequest\x1a\x0e.etcd.v1.Chunk\"\"\xaa\xbb\x18\x02\x05\x06\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/etcd/snapshot\x90\x02\x010\x01\x12\x87\x01\n" +
 	"\x11ForfeitLeadership\x12!.etcd.v1.ForfeitLeadershipRequest\x1a\".etcd.v1.ForfeitLeadershipResponse\"+\xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x1d\"\x1b/v1/etcd:forfeit-leadership\x90\x02\x02\x12t\n" +
 	"\fRemoveMember\x12\x1c.etcd.v1.RemoveMemberRequest\x1a\x1d.etcd.v1.RemoveMemberResponse\"'\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x19*\x17/v1/etcd/members/{name}\x90\x02\x02\x12S\n" +
-	"\x05Leave\x12\x15.etcd.v1.LeaveRequest\x1a\x16.etcd.v1.LeaveResponse\"\x1b\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x10\"\x0e/v1/etcd:leave\x12g\n" +
+	"\x05Leave\x12\x15.etcd.v1.LeaveRequest\x1a\x16.etcd.v1.LeaveResponse\"\x1b\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x10\"\x0e/v1/etcd:leave\x12W\n" +
+	"\x06Rejoin\x12\x16.etcd.v1.RejoinRequest\x1a\x17.etcd.v1.RejoinResponse\"\x1c\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x11\"\x0f/v1/etcd:rejoin\x12g\n" +
 	"\n" +
 	"Defragment\x12\x1a.etcd.v1.DefragmentRequest\x1a\x1b.etcd.v1.DefragmentResponse\" \xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x15\"\x13/v1/etcd:defragment\x12s\n" +
 	"\fDisarmAlarms\x12\x1c.etcd.v1.DisarmAlarmsRequest\x1a\x1d.etcd.v1.DisarmAlarmsResponse\"&\xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x18\"\x16/v1/etcd:disarm-alarms\x90\x02\x02\x1a\t\xb2\xbb\x18\x05etcdd2\xa8\x01\n" +
@@ -1024,7 +1100,7 @@ func file_etcd_v1_etcd_proto_rawDescGZIP() []byte {
 	return file_etcd_v1_etcd_proto_rawDescData
 }
 
-var file_etcd_v1_etcd_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_etcd_v1_etcd_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_etcd_v1_etcd_proto_goTypes = []any{
 	(*GetStatusRequest)(nil),          // 0: etcd.v1.GetStatusRequest
 	(*Status)(nil),                    // 1: etcd.v1.Status
@@ -1037,14 +1113,16 @@ var file_etcd_v1_etcd_proto_goTypes = []any{
 	(*RemoveMemberResponse)(nil),      // 8: etcd.v1.RemoveMemberResponse
 	(*LeaveRequest)(nil),              // 9: etcd.v1.LeaveRequest
 	(*LeaveResponse)(nil),             // 10: etcd.v1.LeaveResponse
-	(*DefragmentRequest)(nil),         // 11: etcd.v1.DefragmentRequest
-	(*DefragmentResponse)(nil),        // 12: etcd.v1.DefragmentResponse
-	(*DisarmAlarmsRequest)(nil),       // 13: etcd.v1.DisarmAlarmsRequest
-	(*DisarmAlarmsResponse)(nil),      // 14: etcd.v1.DisarmAlarmsResponse
-	(*AddMemberRequest)(nil),          // 15: etcd.v1.AddMemberRequest
-	(*AddMemberResponse)(nil),         // 16: etcd.v1.AddMemberResponse
-	(*PromoteRequest)(nil),            // 17: etcd.v1.PromoteRequest
-	(*PromoteResponse)(nil),           // 18: etcd.v1.PromoteResponse
+	(*RejoinRequest)(nil),             // 11: etcd.v1.RejoinRequest
+	(*RejoinResponse)(nil),            // 12: etcd.v1.RejoinResponse
+	(*DefragmentRequest)(nil),         // 13: etcd.v1.DefragmentRequest
+	(*DefragmentResponse)(nil),        // 14: etcd.v1.DefragmentResponse
+	(*DisarmAlarmsRequest)(nil),       // 15: etcd.v1.DisarmAlarmsRequest
+	(*DisarmAlarmsResponse)(nil),      // 16: etcd.v1.DisarmAlarmsResponse
+	(*AddMemberRequest)(nil),          // 17: etcd.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),         // 18: etcd.v1.AddMemberResponse
+	(*PromoteRequest)(nil),            // 19: etcd.v1.PromoteRequest
+	(*PromoteResponse)(nil),           // 20: etcd.v1.PromoteResponse
 }
 var file_etcd_v1_etcd_proto_depIdxs = []int32{
 	2,  // 0: etcd.v1.Status.members:type_name -> etcd.v1.Member
@@ -1054,21 +1132,23 @@ var file_etcd_v1_etcd_proto_depIdxs = []int32{
 	5,  // 4: etcd.v1.Etcd.ForfeitLeadership:input_type -> etcd.v1.ForfeitLeadershipRequest
 	7,  // 5: etcd.v1.Etcd.RemoveMember:input_type -> etcd.v1.RemoveMemberRequest
 	9,  // 6: etcd.v1.Etcd.Leave:input_type -> etcd.v1.LeaveRequest
-	11, // 7: etcd.v1.Etcd.Defragment:input_type -> etcd.v1.DefragmentRequest
-	13, // 8: etcd.v1.Etcd.DisarmAlarms:input_type -> etcd.v1.DisarmAlarmsRequest
-	15, // 9: etcd.v1.Peers.AddMember:input_type -> etcd.v1.AddMemberRequest
-	17, // 10: etcd.v1.Peers.Promote:input_type -> etcd.v1.PromoteRequest
-	1,  // 11: etcd.v1.Etcd.GetStatus:output_type -> etcd.v1.Status
-	4,  // 12: etcd.v1.Etcd.StreamSnapshot:output_type -> etcd.v1.Chunk
-	6,  // 13: etcd.v1.Etcd.ForfeitLeadership:output_type -> etcd.v1.ForfeitLeadershipResponse
-	8,  // 14: etcd.v1.Etcd.RemoveMember:output_type -> etcd.v1.RemoveMemberResponse
-	10, // 15: etcd.v1.Etcd.Leave:output_type -> etcd.v1.LeaveResponse
-	12, // 16: etcd.v1.Etcd.Defragment:output_type -> etcd.v1.DefragmentResponse
-	14, // 17: etcd.v1.Etcd.DisarmAlarms:output_type -> etcd.v1.DisarmAlarmsResponse
-	16, // 18: etcd.v1.Peers.AddMember:output_type -> etcd.v1.AddMemberResponse
-	18, // 19: etcd.v1.Peers.Promote:output_type -> etcd.v1.PromoteResponse
-	11, // [11:20] is the sub-list for method output_type
-	2,  // [2:11] is the sub-list for method input_type
+	11, // 7: etcd.v1.Etcd.Rejoin:input_type -> etcd.v1.RejoinRequest
+	13, // 8: etcd.v1.Etcd.Defragment:input_type -> etcd.v1.DefragmentRequest
+	15, // 9: etcd.v1.Etcd.DisarmAlarms:input_type -> etcd.v1.DisarmAlarmsRequest
+	17, // 10: etcd.v1.Peers.AddMember:input_type -> etcd.v1.AddMemberRequest
+	19, // 11: etcd.v1.Peers.Promote:input_type -> etcd.v1.PromoteRequest
+	1,  // 12: etcd.v1.Etcd.GetStatus:output_type -> etcd.v1.Status
+	4,  // 13: etcd.v1.Etcd.StreamSnapshot:output_type -> etcd.v1.Chunk
+	6,  // 14: etcd.v1.Etcd.ForfeitLeadership:output_type -> etcd.v1.ForfeitLeadershipResponse
+	8,  // 15: etcd.v1.Etcd.RemoveMember:output_type -> etcd.v1.RemoveMemberResponse
+	10, // 16: etcd.v1.Etcd.Leave:output_type -> etcd.v1.LeaveResponse
+	12, // 17: etcd.v1.Etcd.Rejoin:output_type -> etcd.v1.RejoinResponse
+	14, // 18: etcd.v1.Etcd.Defragment:output_type -> etcd.v1.DefragmentResponse
+	16, // 19: etcd.v1.Etcd.DisarmAlarms:output_type -> etcd.v1.DisarmAlarmsResponse
+	18, // 20: etcd.v1.Peers.AddMember:output_type -> etcd.v1.AddMemberResponse
+	20, // 21: etcd.v1.Peers.Promote:output_type -> etcd.v1.PromoteResponse
+	12, // [12:22] is the sub-list for method output_type
+	2,  // [2:12] is the sub-list for method input_type
 	2,  // [2:2] is the sub-list for extension type_name
 	2,  // [2:2] is the sub-list for extension extendee
 	0,  // [0:2] is the sub-list for field type_name
@@ -1085,7 +1165,7 @@ func file_etcd_v1_etcd_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_etcd_v1_etcd_proto_rawDesc), len(file_etcd_v1_etcd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

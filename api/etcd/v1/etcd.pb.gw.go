@@ -157,6 +157,27 @@ func local_request_Etcd_Leave_0(ctx context.Context, marshaler runtime.Marshaler
 	return msg, metadata, err
 }
 
+func request_Etcd_Rejoin_0(ctx context.Context, marshaler runtime.Marshaler, client EtcdClient, req *http.Request, pathParams map[string]string) (proto.Message, runtime.ServerMetadata, error) {
+	var (
+		protoReq RejoinRequest
+		metadata runtime.ServerMetadata
+	)
+	if req.Body != nil {
+		_, _ = io.Copy(io.Discard, req.Body)
+	}
+	msg, err := client.Rejoin(ctx, &protoReq, grpc.Header(&metadata.HeaderMD), grpc.Trailer(&metadata.TrailerMD))
+	return msg, metadata, err
+}
+
+func local_request_Etcd_Rejoin_0(ctx context.Context, marshaler runtime.Marshaler, server EtcdServer, req *http.Request, pathParams map[string]string) (proto.Message, runtime.ServerMetadata, error) {
+	var (
+		protoReq RejoinRequest
+		metadata runtime.ServerMetadata
+	)
+	msg, err := server.Rejoin(ctx, &protoReq)
+	return msg, metadata, err
+}
+
 func request_Etcd_Defragment_0(ctx context.Context, marshaler runtime.Marshaler, client EtcdClient, req *http.Request, pathParams map[string]string) (proto.Message, runtime.ServerMetadata, error) {
 	var (
 		protoReq DefragmentRequest
@@ -291,6 +312,26 @@ func RegisterEtcdHandlerServer(ctx context.Context, mux *runtime.ServeMux, serve
 			return
 		}
 		forward_Etcd_Leave_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
+	})
+	mux.Handle(http.MethodPost, pattern_Etcd_Rejoin_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
+		ctx, cancel := context.WithCancel(req.Context())
+		defer cancel()
+		var stream runtime.ServerTransportStream
+		ctx = grpc.NewContextWithServerTransportStream(ctx, &stream)
+		inboundMarshaler, outboundMarshaler := runtime.MarshalerForRequest(mux, req)
+		annotatedContext, err := runtime.AnnotateIncomingContext(ctx, mux, req, "/etcd.v1.Etcd/Rejoin", runtime.WithHTTPPathPattern("/v1/etcd:rejoin"))
+		if err != nil {
+			runtime.HTTPError(ctx, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		resp, md, err := local_request_Etcd_Rejoin_0(annotatedContext, inboundMarshaler, server, req, pathParams)
+		md.HeaderMD, md.TrailerMD = metadata.Join(md.HeaderMD, stream.Header()), metadata.Join(md.TrailerMD, stream.Trailer())
+		annotatedContext = runtime.NewServerMetadataContext(annotatedContext, md)
+		if err != nil {
+			runtime.HTTPError(annotatedContext, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		forward_Etcd_Rejoin_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
 	})
 	mux.Handle(http.MethodPost, pattern_Etcd_Defragment_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
 		ctx, cancel := context.WithCancel(req.Context())
@@ -457,6 +498,23 @@ func RegisterEtcdHandlerClient(ctx context.Context, mux *runtime.ServeMux, clien
 		}
 		forward_Etcd_Leave_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
 	})
+	mux.Handle(http.MethodPost, pattern_Etcd_Rejoin_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
+		ctx, cancel := context.WithCancel(req.Context())
+		defer cancel()
+		inboundMarshaler, outboundMarshaler := runtime.MarshalerForRequest(mux, req)
+		annotatedContext, err := runtime.AnnotateContext(ctx, mux, req, "/etcd.v1.Etcd/Rejoin", runtime.WithHTTPPathPattern("/v1/etcd:rejoin"))
+		if err != nil {
+			runtime.HTTPError(ctx, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		resp, md, err := request_Etcd_Rejoin_0(annotatedContext, inboundMarshaler, client, req, pathParams)
+		annotatedContext = runtime.NewServerMetadataContext(annotatedContext, md)
+		if err != nil {
+			runtime.HTTPError(annotatedContext, mux, outboundMarshaler, w, req, err)
+			return
+		}
+		forward_Etcd_Rejoin_0(annotatedContext, mux, outboundMarshaler, w, req, resp, mux.GetForwardResponseOptions()...)
+	})
 	mux.Handle(http.MethodPost, pattern_Etcd_Defragment_0, func(w http.ResponseWriter, req *http.Request, pathParams map[string]string) {
 		ctx, cancel := context.WithCancel(req.Context())
 		defer cancel()
@@ -500,6 +558,7 @@ var (
 	pattern_Etcd_ForfeitLeadership_0 = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "etcd"}, "forfeit-leadership"))
 	pattern_Etcd_RemoveMember_0      = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1, 2, 2, 1, 0, 4, 1, 5, 3}, []string{"v1", "etcd", "members", "name"}, ""))
 	pattern_Etcd_Leave_0             = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "etcd"}, "leave"))
+	pattern_Etcd_Rejoin_0            = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "etcd"}, "rejoin"))
 	pattern_Etcd_Defragment_0        = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "etcd"}, "defragment"))
 	pattern_Etcd_DisarmAlarms_0      = runtime.MustPattern(runtime.NewPattern(1, []int{2, 0, 2, 1}, []string{"v1", "etcd"}, "disarm-alarms"))
 )
@@ -510,6 +569,7 @@ var (
 	forward_Etcd_ForfeitLeadership_0 = runtime.ForwardResponseMessage
 	forward_Etcd_RemoveMember_0      = runtime.ForwardResponseMessage
 	forward_Etcd_Leave_0             = runtime.ForwardResponseMessage
+	forward_Etcd_Rejoin_0            = runtime.ForwardResponseMessage
 	forward_Etcd_Defragment_0        = runtime.ForwardResponseMessage
 	forward_Etcd_DisarmAlarms_0      = runtime.ForwardResponseMessage
 )

@@ -26,6 +26,7 @@ const (
 	Etcd_ForfeitLeadership_FullMethodName = "/etcd.v1.Etcd/ForfeitLeadership"
 	Etcd_RemoveMember_FullMethodName      = "/etcd.v1.Etcd/RemoveMember"
 	Etcd_Leave_FullMethodName             = "/etcd.v1.Etcd/Leave"
+	Etcd_Rejoin_FullMethodName            = "/etcd.v1.Etcd/Rejoin"
 	Etcd_Defragment_FullMethodName        = "/etcd.v1.Etcd/Defragment"
 	Etcd_DisarmAlarms_FullMethodName      = "/etcd.v1.Etcd/DisarmAlarms"
 )
@@ -47,6 +48,8 @@ type EtcdClient interface {
 	// Leave removes this node's member and its data, and keeps it from joining again until the node is reset or told to. FAILED_PRECONDITION if it is the last one, or the
 	// rest would have no quorum.
 	Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.CallOption) (*LeaveResponse, error)
+	// Rejoin lets a member that left, or was removed, join again, with empty data. FAILED_PRECONDITION if it did neither.
+	Rejoin(ctx context.Context, in *RejoinRequest, opts ...grpc.CallOption) (*RejoinResponse, error)
 	// Defragment gives the room that deleted keys took back to the file system. The member does not answer meanwhile. FAILED_PRECONDITION while another member is away.
 	Defragment(ctx context.Context, in *DefragmentRequest, opts ...grpc.CallOption) (*DefragmentResponse, error)
 	// DisarmAlarms puts out the alarms of all members. One whose cause is still there comes back.
@@ -120,6 +123,16 @@ func (c *etcdClient) Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.C
 	return out, nil
 }
 
+func (c *etcdClient) Rejoin(ctx context.Context, in *RejoinRequest, opts ...grpc.CallOption) (*RejoinResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RejoinResponse)
+	err := c.cc.Invoke(ctx, Etcd_Rejoin_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *etcdClient) Defragment(ctx context.Context, in *DefragmentRequest, opts ...grpc.CallOption) (*DefragmentResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DefragmentResponse)
@@ -157,6 +170,8 @@ type EtcdServer interface {
 	// Leave removes this node's member and its data, and keeps it from joining again until the node is reset or told to. FAILED_PRECONDITION if it is the last one, or the
 	// rest would have no quorum.
 	Leave(context.Context, *LeaveRequest) (*LeaveResponse, error)
+	// Rejoin lets a member that left, or was removed, join again, with empty data. FAILED_PRECONDITION if it did neither.
+	Rejoin(context.Context, *RejoinRequest) (*RejoinResponse, error)
 	// Defragment gives the room that deleted keys took back to the file system. The member does not answer meanwhile. FAILED_PRECONDITION while another member is away.
 	Defragment(context.Context, *DefragmentRequest) (*DefragmentResponse, error)
 	// DisarmAlarms puts out the alarms of all members. One whose cause is still there comes back.
@@ -185,6 +200,9 @@ func (UnimplementedEtcdServer) RemoveMember(context.Context, *RemoveMemberReques
 }
 func (UnimplementedEtcdServer) Leave(context.Context, *LeaveRequest) (*LeaveResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Leave not implemented")
+}
+func (UnimplementedEtcdServer) Rejoin(context.Context, *RejoinRequest) (*RejoinResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Rejoin not implemented")
 }
 func (UnimplementedEtcdServer) Defragment(context.Context, *DefragmentRequest) (*DefragmentResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Defragment not implemented")
@@ -296,6 +314,24 @@ func _Etcd_Leave_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Etcd_Rejoin_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RejoinRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EtcdServer).Rejoin(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Etcd_Rejoin_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EtcdServer).Rejoin(ctx, req.(*RejoinRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Etcd_Defragment_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DefragmentRequest)
 	if err := dec(in); err != nil {
@@ -354,6 +390,10 @@ var Etcd_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Leave",
 			Handler:    _Etcd_Leave_Handler,
+		},
+		{
+			MethodName: "Rejoin",
+			Handler:    _Etcd_Rejoin_Handler,
 		},
 		{
 			MethodName: "Defragment",

@@ -1,0 +1,302 @@
+package etcdd
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+)
+
+// Bounds of what is done to a member.
+const (
+	defragTime = 5 * time.Minute
+	leaveTime  = 20 * time.Second // from its removal to its end
+
+	connectedPause = 500 * time.Millisecond // between two tries while etcd has not been connected for long enough
+)
+
+// reconfigure waits for the one slot for changes of the membership that go through this member, and returns its client. The caller calls done.
+func (m *member) reconfigure(ctx context.Context) (done func(), c *clientv3.Client, err error) {
+	if e, _ := m.running(); e != nil && isLearner(e) {
+		return nil, nil, errs.New(errs.Unavailable, "this etcd member is only joining itself")
+	}
+	select {
+	case m.changes <- struct{}{}:
+	case <-ctx.Done():
+		return nil, nil, ctx.Err()
+	}
+	_, c = m.running()
+	if c == nil {
+		<-m.changes
+		return nil, nil, errs.New(errs.Unavailable, "the etcd member does not run")
+	}
+	return func() { <-m.changes }, c, nil
+}
+
+// connected carries out a change of the membership. etcd refuses it until this member has been connected to enough others for five seconds
+// (etcdserver.HealthInterval): right after one came, that is waited for.
+func connected(ctx context.Context, change func(context.Context) error) error {
+	for {
+		err := change(ctx)
+		if !errors.Is(err, rpctypes.ErrUnhealthy) || wait(ctx, connectedPause) != nil {
+			return err
+		}
+	}
+}
+
+// RemoveMember is for another one; this one is removed by Leave, which takes its data too.
+func (s *server) RemoveMember(ctx context.Context, r *etcdv1.RemoveMemberRequest) (*etcdv1.RemoveMemberResponse, error) {
+	m := s.d.kernel
+	done, client, err := m.reconfigure(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	all, err := m.voices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	v, err := find(all, r.GetName())
+	if err != nil {
+		return nil, err
+	}
+	if v.id == m.id() {
+		return nil, errs.New(errs.Precondition, "remove %s: it is this node's own member; run: bhctl -n %s etcd leave", v, v.name)
+	}
+	if err := mayGo(all, v.id); err != nil {
+		return nil, errs.New(errs.Of(err), "remove %s: %w", v, err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	err = connected(ctx, func(ctx context.Context) error { _, err := client.MemberRemove(ctx, v.id); return err })
+	if err != nil {
+		return nil, memberError("remove "+v.String(), err)
+	}
+	s.d.env.Log.Info("member removed", "step", "member remove "+v.String())
+	return &etcdv1.RemoveMemberResponse{}, nil
+}
+
+// Leave writes down what it is about, so that a restart goes on with it, and takes that back if it is refused.
+func (s *server) Leave(ctx context.Context, _ *etcdv1.LeaveRequest) (*etcdv1.LeaveResponse, error) {
+	m := s.d.kernel
+	switch p, err := readPhase(m.cfg.DataDir); {
+	case err != nil:
+		return nil, err
+	case p == left: // done already
+		return &etcdv1.LeaveResponse{}, nil
+	case p == removed: // by others; its data are left to do
+		return &etcdv1.LeaveResponse{}, m.forget()
+	}
+	done, _, err := m.reconfigure(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	if err := m.leave(ctx); err != nil {
+		return nil, err
+	}
+	s.d.loop.Wake()
+	return &etcdv1.LeaveResponse{}, nil
+}
+
+// leave removes this member and waits for its end. Doing it again goes on with it. m.changes is held.
+func (m *member) leave(ctx context.Context) error {
+	e, client := m.running()
+	if e == nil {
+		return errs.New(errs.Unavailable, "leave: the etcd member does not run")
+	}
+	all, err := m.voices(ctx)
+	if err != nil {
+		return err
+	}
+	own := m.id()
+	if err := mayGo(all, own); err != nil {
+		m.stay()
+		return errs.New(errs.Of(err), "leave: %w", err)
+	}
+	// A leader that goes leaves the others without one for an election.
+	if _, err := m.forfeit(ctx, client, all); err != nil {
+		m.stay()
+		return errs.New(errs.Of(err), "leave: %w", err)
+	}
+	m.mu.Lock()
+	ended := m.ended
+	m.mu.Unlock()
+	if err := writePhase(m.cfg.DataDir, leaving); err != nil {
+		return err
+	}
+	call, cancel := context.WithTimeout(ctx, callTime)
+	err = connected(call, func(ctx context.Context) error { _, err := client.MemberRemove(ctx, own); return err })
+	cancel()
+	if errors.Is(err, rpctypes.ErrUnhealthy) {
+		m.stay()
+	}
+	if err != nil {
+		// Unless it was refused, whether it was done is not known: the phase stays, and the loop goes on.
+		return memberError("leave", err)
+	}
+	ctx, cancel = context.WithTimeout(ctx, leaveTime)
+	defer cancel()
+	select {
+	case <-ended:
+		return nil
+	case <-ctx.Done():
+		return errs.New(errs.Unavailable, "leave: the member is removed, and its end was not seen within %s; it goes on", leaveTime)
+	}
+}
+
+// stay takes an order to leave back that was refused.
+func (m *member) stay() {
+	if err := writePhase(m.cfg.DataDir, inCluster); err != nil {
+		m.cfg.Env.Log.Error("order to leave not taken back", "err", err.Error())
+	}
+}
+
+// id is this member's own; 0 while it does not run.
+func (m *member) id() uint64 {
+	e, _ := m.running()
+	if e == nil {
+		return 0
+	}
+	return uint64(e.Server.MemberID())
+}
+
+// Rejoin lets a member that went come back, with empty data.
+func (s *server) Rejoin(context.Context, *etcdv1.RejoinRequest) (*etcdv1.RejoinResponse, error) {
+	dir := s.d.kernel.cfg.DataDir
+	p, err := readPhase(dir)
+	if err != nil {
+		return nil, err
+	}
+	if e, _ := s.d.kernel.running(); e != nil || p != left && p != removed {
+		return nil, errs.New(errs.Precondition, "this node's etcd member neither left nor was removed")
+	}
+	if err := dropData(dir); err != nil {
+		return nil, err
+	}
+	if err := writePhase(dir, inCluster); err != nil {
+		return nil, err
+	}
+	s.d.loop.Wake()
+	return &etcdv1.RejoinResponse{}, nil
+}
+
+func (s *server) ForfeitLeadership(ctx context.Context, _ *etcdv1.ForfeitLeadershipRequest) (*etcdv1.ForfeitLeadershipResponse, error) {
+	m := s.d.kernel
+	done, client, err := m.reconfigure(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	all, err := m.voices(ctx)
+	if err != nil {
+		return nil, err
+	}
+	name, err := m.forfeit(ctx, client, all)
+	return &etcdv1.ForfeitLeadershipResponse{Leader: name}, err
+}
+
+// forfeit hands leadership to a voter that answers, and returns the leader's name; "" if this one leads, being alone.
+func (m *member) forfeit(ctx context.Context, c *clientv3.Client, all []voice) (string, error) {
+	own, others := m.id(), 0
+	for _, v := range all {
+		if v.leads && v.id != own {
+			return v.name, nil
+		}
+		if v.id != own && !v.learner {
+			others++
+		}
+	}
+	if others == 0 {
+		return "", nil
+	}
+	i := slices.IndexFunc(all, func(v voice) bool { return v.id != own && !v.learner && v.answers })
+	if i < 0 {
+		return "", errs.New(errs.Precondition, "leadership cannot be handed over: no other voter answers")
+	}
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	if _, err := c.MoveLeader(ctx, all[i].id); err != nil {
+		return "", memberError("hand leadership to "+all[i].name, err)
+	}
+	m.cfg.Env.Log.Info("leadership handed over", "step", "leader "+all[i].name)
+	return all[i].name, nil
+}
+
+// Defragment stops this member for as long as it takes to write the database anew.
+func (s *server) Defragment(ctx context.Context, _ *etcdv1.DefragmentRequest) (*etcdv1.DefragmentResponse, error) {
+	m := s.d.kernel
+	done, client, err := m.reconfigure(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	all, err := m.voices(ctx)
+	if err == nil {
+		err = allThere(all, "defragment")
+	}
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, defragTime)
+	defer cancel()
+	endpoint := client.Endpoints()[0]
+	before, err := client.Status(ctx, endpoint)
+	if err != nil {
+		return nil, memberError("status", err)
+	}
+	if _, err := client.Defragment(ctx, endpoint); err != nil {
+		return nil, memberError("defragment", err)
+	}
+	after, err := client.Status(ctx, endpoint)
+	if err != nil {
+		return nil, memberError("status", err)
+	}
+	s.d.env.Log.Info("database defragmented", "step", "defragment")
+	return &etcdv1.DefragmentResponse{BeforeBytes: uint64(before.DbSize), AfterBytes: uint64(after.DbSize)}, nil
+}
+
+// DisarmAlarms disarms those of all members, and returns what they were: "NOSPACE n2".
+func (s *server) DisarmAlarms(ctx context.Context, _ *etcdv1.DisarmAlarmsRequest) (*etcdv1.DisarmAlarmsResponse, error) {
+	m := s.d.kernel
+	done, client, err := m.reconfigure(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	list, err := m.list(ctx, client)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.AlarmDisarm(ctx, &clientv3.AlarmMember{}) // the zero value: all
+	if err != nil {
+		return nil, memberError("disarm alarms", err)
+	}
+	return &etcdv1.DisarmAlarmsResponse{Disarmed: alarmTexts(resp.Alarms, list)}, nil
+}
+
+// alarmTexts names each alarm and the member that raised it.
+func alarmTexts(alarms []*etcdserverpb.AlarmMember, list []*etcdserverpb.Member) []string {
+	var out []string
+	for _, a := range alarms {
+		name := hexID(a.GetMemberID())
+		for _, m := range list {
+			if m.GetID() == a.GetMemberID() && m.GetName() != "" {
+				name = m.GetName()
+			}
+		}
+		out = append(out, strings.TrimSpace(a.GetAlarm().String()+" "+name))
+	}
+	slices.Sort(out)
+	return out
+}

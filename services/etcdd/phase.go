@@ -1,0 +1,89 @@
+package etcdd
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// phase is where a member is on its way out. It lies in a file of the data folder, so that a restart at any moment goes on from there; reset
+// destroys it with all else.
+type phase string
+
+const (
+	inCluster phase = ""        // or on its way in, or not yet
+	leaving   phase = "leaving" // Leave was ordered: nothing else is done any more
+	left      phase = "left"    // and is done
+	removed   phase = "removed" // by somebody at another member; the data are still here
+)
+
+const phaseFile = "bulkhead-phase"
+
+// readPhase takes an unreadable file for an error: to join by mistake is worse than to wait.
+func readPhase(dir string) (phase, error) {
+	data, err := os.ReadFile(filepath.Join(dir, phaseFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return inCluster, nil
+	}
+	if err != nil {
+		return "", err
+	}
+	switch p := phase(strings.TrimSpace(string(data))); p {
+	case leaving, left, removed:
+		return p, nil
+	default:
+		return "", fmt.Errorf("%s: %.32q is no phase; known are leaving, left and removed", filepath.Join(dir, phaseFile), p)
+	}
+}
+
+// writePhase returns when it is on the disk.
+func writePhase(dir string, p phase) error {
+	path := filepath.Join(dir, phaseFile)
+	if p == inCluster {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		return syncDir(dir)
+	}
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(string(p) + "\n")
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// hasData reports whether the folder holds a member: its log is what makes it one.
+func hasData(dir string) (bool, error) {
+	logs, err := filepath.Glob(filepath.Join(dir, "member", "wal", "*.wal"))
+	return len(logs) > 0, err
+}
+
+// dropData deletes the member, its log last to be made and first to go: half a member must not look like one.
+func dropData(dir string) error {
+	member := filepath.Join(dir, "member")
+	if err := os.RemoveAll(filepath.Join(member, "wal")); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(member); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}

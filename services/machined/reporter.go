@@ -1,0 +1,133 @@
+package machined
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
+	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/version"
+	"github.com/bulkhead-os/bulkhead/services/machined/security"
+)
+
+// The register of nodes takes a node for lost after 30 s without a report.
+const (
+	reportPause = 10 * time.Second // between two reports that say the same
+	reportLook  = 2 * time.Second  // between two looks at whether there is something else to say
+	reportTime  = 5 * time.Second  // for one report
+	maxDetail   = 1024             // bytes; the register takes no more
+	unanswered  = "api.answered"   // the check that says whether anybody called: a node that nobody needs is none the worse
+)
+
+// A cluster is what the node reports to.
+type cluster interface {
+	// Addresses returns those at which others could reach the node.
+	Addresses(context.Context) ([]string, error)
+	Report(context.Context, *clusterv1.Node) error
+}
+
+// far is the cluster's register, at whichever control plane answers.
+type far struct {
+	network  networkv1.NetworkClient
+	registry clusterv1.RegistryClient
+}
+
+// newFar speaks to networkd and, through apid, to control planes.
+func newFar(networkd, apid *grpc.ClientConn) far {
+	return far{networkv1.NewNetworkClient(networkd), clusterv1.NewRegistryClient(apid)}
+}
+
+func (f far) Addresses(ctx context.Context) ([]string, error) {
+	st, err := f.network.GetStatus(ctx, &networkv1.GetStatusRequest{})
+	return addresses(st), err
+}
+
+// addresses are those that the document or a lease gave; pods' bridges and the loopback interface have others.
+func addresses(st *networkv1.Status) []string {
+	var out []string
+	for _, a := range st.GetAddresses() {
+		p, err := netip.ParsePrefix(a.GetAddress())
+		if err == nil && (a.GetOrigin() == "static" || a.GetOrigin() == "dhcp") && p.Addr().IsGlobalUnicast() && len(out) < 32 {
+			out = append(out, p.Addr().String())
+		}
+	}
+	return out
+}
+
+func (f far) Report(ctx context.Context, n *clusterv1.Node) error {
+	_, err := f.registry.Report(metadata.AppendToOutgoingContext(ctx, peer.NodeKey, peer.ControlPlanes), &clusterv1.ReportRequest{Node: n})
+	return err
+}
+
+// reportSelf tells the cluster how the node is: every few seconds, and at once when that changes. A cluster that does not listen is tried again
+// at the next turn: the node does its job without.
+func (d *Daemon) reportSelf(ctx context.Context) error {
+	var told *clusterv1.Node
+	var at time.Time
+	var open, said string
+	t := time.NewTicker(reportLook)
+	defer t.Stop()
+	for {
+		due := time.Since(at) >= reportPause
+		if due {
+			open = security.Trouble(security.Report(d.cfg.facts())) // many files, which seldom change
+		}
+		if n := d.self(open); n != nil && (due || told == nil || n.GetState() != told.GetState() || n.GetDetail() != told.GetDetail()) {
+			call, cancel := context.WithTimeout(ctx, reportTime)
+			err := d.report(call, n)
+			cancel()
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			told, at = n, time.Now()
+			// A node without a cluster, or whose control planes are away, says so elsewhere.
+			if text := errs.Text(err); text != said && err != nil && !errs.Is(err, errs.Unavailable) {
+				d.cfg.Log.Warn("node not reported to the cluster", "err", text)
+			}
+			said = errs.Text(err)
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		}
+	}
+}
+
+func (d *Daemon) report(ctx context.Context, n *clusterv1.Node) error {
+	var err error
+	if n.Addresses, err = d.cfg.cluster.Addresses(ctx); err != nil {
+		d.cfg.Log.Debug("addresses not known", "err", errs.Text(err)) // the control planes see one anyway
+	}
+	return d.cfg.cluster.Report(ctx, n)
+}
+
+// self is the node as it would report itself; nil while it has no configuration and so no name.
+func (d *Daemon) self(open string) *clusterv1.Node {
+	now, _ := d.running.Get()
+	if now.Number == 0 || now.set.Machine.Hostname == "" {
+		return nil
+	}
+	n := &clusterv1.Node{Name: now.set.Machine.Hostname, Role: string(now.set.Machine.Role), Version: version.Version, BootId: d.cfg.past.ID()}
+	n.State, n.Detail = verdict(d.health(open).GetChecks())
+	return n
+}
+
+// verdict is ready unless a check fails; then it names the first.
+func verdict(checks []*machinev1.Check) (state, detail string) {
+	for _, c := range checks {
+		if c.GetOk() || c.GetName() == unanswered {
+			continue
+		}
+		detail = c.GetName() + ": " + c.GetDetail()
+		return "not ready", detail[:min(len(detail), maxDetail)]
+	}
+	return "ready", ""
+}

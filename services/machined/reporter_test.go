@@ -1,0 +1,140 @@
+package machined
+
+import (
+	"context"
+	"reflect"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/initctl"
+)
+
+// modelCluster takes reports.
+type modelCluster struct {
+	mu      sync.Mutex
+	reports chan *clusterv1.Node
+	refuse  error         // guarded by mu
+	refused chan struct{} // gets something at each refusal
+}
+
+func newModelCluster() *modelCluster {
+	return &modelCluster{reports: make(chan *clusterv1.Node, 256), refused: make(chan struct{}, 256)}
+}
+
+func (m *modelCluster) Addresses(context.Context) ([]string, error) {
+	return []string{"10.5.0.11"}, nil
+}
+
+func (m *modelCluster) Report(_ context.Context, n *clusterv1.Node) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.refuse != nil {
+		m.refused <- struct{}{}
+		return m.refuse
+	}
+	select {
+	case m.reports <- n:
+	default: // nobody looks
+	}
+	return nil
+}
+
+// until waits for a report.
+func (m *modelCluster) until(t *testing.T, ok func(*clusterv1.Node) bool) *clusterv1.Node {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for {
+		select {
+		case n := <-m.reports:
+			if ok(n) {
+				return n
+			}
+			t.Log(n)
+		case <-ctx.Done():
+			t.Fatal("no such report")
+		}
+	}
+}
+
+func TestReportSelf(t *testing.T) { synctest.Test(t, reportSelf) }
+
+func reportSelf(t *testing.T) {
+	n := newNode(t)
+	n.host.mounted = true
+	d, stop := n.start()
+	defer stop()
+	if _, err := apply(d, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\nrole: worker\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://10.5.0.11:6443\n"); err != nil {
+		t.Fatal(err)
+	}
+	// Nobody called it through apid, and it is ready all the same.
+	r := n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetState() == "ready" })
+	if r.GetName() != "n1" || r.GetRole() != "worker" || r.GetBootId() != "boot-a" || r.GetVersion() == "" || r.GetDetail() != "" || !reflect.DeepEqual(r.GetAddresses(), []string{"10.5.0.11"}) {
+		t.Errorf("report: %v", r)
+	}
+	// What changes is told long before the next turn.
+	n.init.mu.Lock()
+	i := len(n.init.units) - 1
+	n.init.units[i] = initctl.Status{Name: "kubelet", State: "waiting", LastExit: "signal 9"}
+	n.init.mu.Unlock()
+	began := time.Now() // synctest's
+	r = n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetState() == "not ready" })
+	if !strings.Contains(r.GetDetail(), "kubelet.up: waiting") {
+		t.Errorf("detail is %q, want the unit that is not up", r.GetDetail())
+	}
+	if wait := time.Since(began); wait >= reportPause {
+		t.Errorf("told after %s, want less than %s", wait, reportPause)
+	}
+	// A cluster that refuses changes nothing for the node, and hears of it later.
+	n.cluster.mu.Lock()
+	n.cluster.refuse = errs.New(errs.Denied, "no")
+	n.cluster.mu.Unlock()
+	n.init.mu.Lock()
+	n.init.units[i] = initctl.Status{Name: "kubelet", State: "up", PID: 1}
+	n.init.mu.Unlock()
+	<-n.cluster.refused
+	n.cluster.mu.Lock()
+	n.cluster.refuse = nil
+	n.cluster.mu.Unlock()
+	n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetState() == "ready" })
+	// The register hears of a node that stays as it is, too.
+	began = time.Now()
+	n.cluster.until(t, func(*clusterv1.Node) bool { return true })
+	if wait := time.Since(began); wait > reportPause+reportLook {
+		t.Errorf("reported again after %s, want at most %s", wait, reportPause)
+	}
+}
+
+func TestVerdict(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		checks        []*machinev1.Check
+		state, detail string
+	}{
+		{"nothing", nil, "ready", ""},
+		{"nobody called", []*machinev1.Check{{Name: "api.answered"}}, "ready", ""},
+		{"two fail", []*machinev1.Check{{Name: "a", Ok: true}, {Name: "b", Detail: "x"}, {Name: "c", Detail: "y"}}, "not ready", "b: x"},
+		{"long", []*machinev1.Check{{Name: "b", Detail: strings.Repeat("x", 2000)}}, "not ready", "b: " + strings.Repeat("x", maxDetail-3)},
+	} {
+		if state, detail := verdict(c.checks); state != c.state || detail != c.detail {
+			t.Errorf("%s: %q %q, want %q %q", c.name, state, detail, c.state, c.detail)
+		}
+	}
+}
+
+func TestAddresses(t *testing.T) {
+	st := &networkv1.Status{Addresses: []*networkv1.Address{
+		{Link: "cni0", Address: "10.244.0.1/24", Origin: "other"}, {Link: "eth0", Address: "10.5.0.11/24", Origin: "static"},
+		{Link: "eth0", Address: "fe80::1/64", Origin: "dhcp"}, {Link: "eth1", Address: "10.0.2.15/24", Origin: "dhcp"}, {Link: "eth1", Address: "nonsense", Origin: "dhcp"},
+	}}
+	if got, want := addresses(st), []string{"10.5.0.11", "10.0.2.15"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
