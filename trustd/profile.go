@@ -207,8 +207,8 @@ func forWorkers() []string {
 
 // issue fills a profile in. It is pure.
 func (p profile) issue(name string, r *x509.CertificateRequest, life time.Duration, s *spec) (leaf, error) {
-	if p.member && s.member == "" {
-		return leaf{}, errs.New(errs.Precondition, "profile %q: the node is in no cluster yet", name)
+	if p.member && s.key == "" { // the first node gets its own key when etcd has answered
+		return leaf{}, errs.New(errs.Precondition, "profile %q: the node has no place in a cluster yet", name)
 	}
 	if s.hostname == "" && (strings.Contains(p.cn, "%s") || p.exact) {
 		return leaf{}, errs.New(errs.Precondition, "profile %q: the node has no name yet; apply a configuration", name)

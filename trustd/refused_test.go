@@ -466,9 +466,12 @@ func TestNodeRolesAreNotMinted(t *testing.T) {
 		t.Errorf("certificate with a node's name: %v", err)
 	}
 	for name, p := range profiles {
-		for _, s := range []*spec{{hostname: "n1", role: config.ControlPlane, member: roster.ControlPlane}, {hostname: "n1", member: roster.Worker}} {
+		for _, s := range []*spec{{hostname: "n1", role: config.ControlPlane, member: roster.ControlPlane, key: "k"}, {hostname: "n1", member: roster.Worker, key: "k"}} {
 			r := &x509.CertificateRequest{}
 			l, err := p.issue(name, r, 0, s)
+			if name == "apid-node" && err != nil {
+				t.Error(err)
+			}
 			if err == nil && strings.Contains(l.subject.String(), "bulkhead:node") != (name == "apid-node") {
 				t.Errorf("%s gives %s", name, l.subject)
 			}

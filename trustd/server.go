@@ -255,7 +255,9 @@ func (s signerServer) SignCertificate(ctx context.Context, r *trustv1.SignCertif
 		return nil, err
 	}
 	l, err := decide(r.GetProfile(), who, csr, time.Duration(r.GetTtlSeconds())*time.Second, sp)
-	if err != nil {
+	if errs.Is(err, errs.Precondition) { // too early is no offence
+		return nil, err
+	} else if err != nil {
 		s.d.count.refused.Add(1)
 		s.d.log.Warn("certificate refused", "user", who.Name(), "err", err.Error())
 		return nil, err
