@@ -37,6 +37,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -111,7 +112,11 @@ func (f *fakeTrustd) SignCertificate(_ context.Context, r *trustv1.SignCertifica
 		}
 		subject, usage = nodeSubject(s.GetNodeName(), s.GetNodeRole()), x509.ExtKeyUsageClientAuth
 	}
-	cert := f.ca.sign(f.t, csr.PublicKey, subject, usage, time.Now().Add(-time.Minute), time.Now().Add(time.Hour), s.GetNodeName())
+	names := []string{s.GetNodeName()}
+	if s.GetNodeRole() != "worker" {
+		names = append(names, join.ServerName)
+	}
+	cert := f.ca.sign(f.t, csr.PublicKey, subject, usage, time.Now().Add(-time.Minute), time.Now().Add(time.Hour), names...)
 	return &trustv1.SignCertificateResponse{Certificate: text(cert), Ca: text(f.ca.cert)}, nil
 }
 
@@ -120,7 +125,7 @@ func nodeSubject(name, role string) pkix.Name {
 	if role != "worker" {
 		role = "controlplane"
 	}
-	return pkix.Name{CommonName: "node:" + name, Organization: []string{"bulkhead:node", "bulkhead:node-" + role}}
+	return pkix.Name{CommonName: "node:" + name, SerialNumber: name, Organization: []string{"bulkhead:node", "bulkhead:node-" + role}}
 }
 
 // mint returns a token.
