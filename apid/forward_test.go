@@ -393,4 +393,7 @@ func TestFanOut(t *testing.T) {
 	if want := "[cp1=cp1: ann adminOK cp2=cp2: ann adminOK w1=: Unavailable w2=w2: ann adminOK w9=: NotFound]"; fmt.Sprint(got) != want {
 		t.Errorf("got %v\nwant %s", got, want)
 	}
+	if n := c.dialled("10.5.0.13"); n != 1 {
+		t.Errorf("the node that is away was called %d times: it was waited for more than once", n)
+	}
 }

@@ -98,7 +98,7 @@ func (d *Daemon) pass(ctx context.Context, in grpc.ServerStream, c *call, cancel
 	case c.aim.node != nil:
 		r, err := d.reach(ctx, c.aim.node)
 		if err != nil {
-			return err
+			return tried(ctx, err)
 		}
 		defer d.pool.give(r)
 		out, err := d.openAt(ctx, c, r)

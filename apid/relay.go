@@ -39,6 +39,14 @@ func (d *Daemon) reach(ctx context.Context, node *trustv1.ClusterNode) (*remote,
 	return r, nil
 }
 
+// tried tells the client's grpc not to repeat a call for a node that does not answer: that has been waited for here. A client may of course call again.
+func tried(ctx context.Context, err error) error {
+	if status.Code(err) == codes.Unavailable {
+		_ = grpc.SetTrailer(ctx, metadata.Pairs("grpc-retry-pushback-ms", "-1")) // it fails if the client is gone
+	}
+	return err
+}
+
 // openAt starts the call at another node's apid: with this node's certificate, in the name of the caller, and never to be passed on again.
 func (d *Daemon) openAt(ctx context.Context, c *call, r *remote) (grpc.ClientStream, error) {
 	return r.conn.NewStream(outgoing(ctx, c, r), &c.route.stream, c.route.name(), grpc.ForceCodecV2(newRaw()))
@@ -74,9 +82,11 @@ func (r *remote) blame(err error) error {
 
 // relay makes at another node a call that has been decoded, since apid serves its method itself (health).
 func (d *Daemon) relay(ctx context.Context, c *call, req any) (any, error) {
+	ctx, cancel := context.WithTimeout(ctx, unaryTime)
+	defer cancel()
 	r, err := d.reach(ctx, c.aim.node)
 	if err != nil {
-		return nil, err
+		return nil, tried(ctx, err)
 	}
 	defer d.pool.give(r)
 	m, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(c.route.service + "." + c.route.method))
@@ -117,17 +127,10 @@ func (d *Daemon) forwardAny(ctx context.Context, in grpc.ServerStream, c *call) 
 			return err
 		}
 	}
-	if len(nodes) == 1 {
-		return errs.New(errs.Unavailable, "%s", all[0])
+	if len(nodes) == 0 {
+		all = []string{"none is known yet"}
 	}
-	return errs.New(errs.Unavailable, "no control plane can answer: %s", strings.Join(append(all, controlPlanesIf(len(nodes) == 0)...), "; "))
-}
-
-func controlPlanesIf(none bool) []string {
-	if none {
-		return []string{"none is known yet"}
-	}
-	return nil
+	return tried(ctx, errs.New(errs.Unavailable, "no control plane can answer: %s", strings.Join(all, "; ")))
 }
 
 // cannot reports whether another control plane may be able to do what one refused: that one is away, or has not heard of this node.
