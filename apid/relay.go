@@ -175,7 +175,12 @@ func (d *Daemon) attempt(ctx context.Context, in grpc.ServerStream, c *call, n *
 	}
 	var out grpc.ClientStream
 	if n.GetName() == c.roots.State.GetNodeName() {
-		out, err = d.open(ctx, c, grpc.WaitForReady(only))
+		slot, e := d.conns[c.route.daemon].take()
+		if e != nil {
+			return false, e
+		}
+		defer d.conns[c.route.daemon].give(slot)
+		out, err = open(ctx, c, slot, grpc.WaitForReady(only))
 	} else {
 		r, e := d.reach(ctx, n)
 		if e != nil {

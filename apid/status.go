@@ -80,7 +80,7 @@ func (s healthServer) Check(ctx context.Context, r *healthv1.HealthCheckRequest)
 		}
 		ctx, cancel := context.WithTimeout(ctx, probeTime)
 		defer cancel()
-		resp, err := healthv1.NewHealthClient(s.d.conns[route.daemon]).Check(ctx, &healthv1.HealthCheckRequest{})
+		resp, err := healthv1.NewHealthClient(s.d.conns[route.daemon].first()).Check(ctx, &healthv1.HealthCheckRequest{})
 		if err != nil {
 			return &healthv1.HealthCheckResponse{Status: healthv1.HealthCheckResponse_NOT_SERVING}, nil
 		}
