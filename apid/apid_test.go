@@ -379,10 +379,10 @@ func (alwaysServing) Check(context.Context, *healthv1.HealthCheckRequest) (*heal
 }
 
 // as connects to apid's Unix socket as a user of the node.
-func (n *node) as(id uid.ID) *grpc.ClientConn {
+func (n *node) as(id uid.ID, opts ...grpc.DialOption) *grpc.ClientConn {
 	n.t.Helper()
 	n.local.Store(uint32(id))
-	conn, err := peer.Dial(n.socket("apid"))
+	conn, err := peer.Dial(n.socket("apid"), opts...)
 	n.must(err)
 	n.t.Cleanup(func() { conn.Close() })
 	conn.Connect() // the user is read when the connection is made
