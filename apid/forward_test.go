@@ -364,6 +364,20 @@ func TestPeerNeverAnswers(t *testing.T) {
 	}
 }
 
+// A node whose clock is wrong by years takes nobody's certificate: the caller learns that it is not about theirs.
+func TestPeerClock(t *testing.T) {
+	c := newCluster(t, "cp1", "w1")
+	c.machines()
+	n := c.nodes["cp1"]
+	conn := c.admin("cp1", grpc.WithDisableRetry())
+	for _, years := range []time.Duration{10, -10} {
+		c.nodes["w1"].ahead.Store(int64(years * 365 * 24 * time.Hour))
+		says(t, "call", getVersion(on(n.ctx(), "w1"), conn), codes.Unavailable, `node "w1" (10.5.0.12) does not accept this node's certificate: its clock may be wrong`)
+	}
+	c.nodes["w1"].ahead.Store(0)
+	n.must(getVersion(on(n.ctx(), "w1"), conn))
+}
+
 // A node with an address that does not answer is reached at the next one, and from then on there at once.
 func TestSecondAddress(t *testing.T) {
 	c := newCluster(t, "cp1", "w1")

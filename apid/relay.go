@@ -74,6 +74,8 @@ func (r *remote) blame(err error) error {
 		return errs.New(errs.Unavailable, "%s is not in the cluster any more", where)
 	case s.Code() == codes.Unavailable:
 		return errs.New(errs.Unavailable, "%s: %s", where, s.Message())
+	case s.Code() == codes.Unauthenticated: // the caller's credentials are good: this is about ours
+		return errs.New(errs.Unavailable, "%s does not accept this node's certificate: its clock may be wrong, or it does not know this node yet; it says: %s", where, s.Message())
 	case s.Code() == codes.DeadlineExceeded:
 		return status.Error(codes.DeadlineExceeded, where+": "+s.Message())
 	}
