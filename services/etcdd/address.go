@@ -5,16 +5,17 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
-	"os"
 	"slices"
 )
 
 // peerListen is where members are listened for: on all addresses, since the one that others use may come later than the member, or change.
 // Who gets in is a matter of certificates.
 func peerListen() string {
-	if _, err := os.Stat("/proc/net/if_inet6"); err != nil {
+	l, err := net.Listen("tcp6", "[::1]:0")
+	if err != nil {
 		return "0.0.0.0:2380" // a kernel without IPv6
 	}
+	l.Close()
 	return "[::]:2380"
 }
 

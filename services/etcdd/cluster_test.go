@@ -24,7 +24,6 @@ import (
 type writer struct {
 	mu    sync.Mutex
 	acked []string // guarded by mu
-	more  chan struct{}
 }
 
 func (w *writer) run(ctx context.Context, c storev1.StoreClient) {
@@ -95,6 +94,7 @@ func pendingHas(text string) func(*controlv1.State) bool {
 }
 
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	nodes := trio(t)
 	n1, n2, n3 := nodes[0], nodes[1], nodes[2]
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)

@@ -29,6 +29,7 @@ import (
 const (
 	peersTime    = 15 * time.Second
 	promotePause = 250 * time.Millisecond
+	leaderLook   = time.Second // between two looks at whether there is a leader
 )
 
 // bring starts the member, in one of three ways: as it is on the disk, as the first of a new cluster, or as a learner in one that others have.
@@ -197,38 +198,62 @@ func (m *member) dial(profile string, log *zap.Logger) (*clientv3.Client, error)
 // awaitEnd returns an error when etcd ends by itself: PID 1 then starts the daemon anew. One that left, or was removed, is put away instead.
 func (m *member) awaitEnd(ctx context.Context, wake func()) error {
 	for {
-		var e *embed.Etcd
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case e = <-m.started:
-		}
-		for ready, gone := e.Server.ReadyNotify(), false; !gone; {
-			select {
-			case <-ctx.Done():
-				return ctx.Err()
-			case <-ready:
-				wake()
-				ready = nil
-			case err := <-e.Err():
-				select {
-				case <-e.Server.StoppingNotify(): // those who serve only say that it stops
-					gone = true
-				default:
-					return fmt.Errorf("etcd member: %w", err)
-				}
-			case <-e.Server.StopNotify():
-				if ctx.Err() != nil {
-					return ctx.Err()
-				}
-				gone = true
+		case e := <-m.started:
+			if err := m.accompany(ctx, e, wake); err != nil {
+				return err
 			}
+			if m.wasHalted(e) {
+				continue
+			}
+			if err := m.retire(); err != nil {
+				return fmt.Errorf("etcd member: %w", err)
+			}
+			wake()
 		}
-		if err := m.retire(); err != nil {
-			return fmt.Errorf("etcd member: %w", err)
-		}
-		wake()
 	}
+}
+
+// accompany returns nil when a member stopped by itself, or by order. It wakes when the member is ready, and when it loses or finds its leader: the
+// node's health is to say so at once.
+func (m *member) accompany(ctx context.Context, e *embed.Etcd, wake func()) error {
+	t := time.NewTicker(leaderLook) // etcd tells of new leaders, not of there being none
+	defer t.Stop()
+	led := false
+	for ready := e.Server.ReadyNotify(); ; {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-ready:
+			wake()
+			ready = nil
+		case <-t.C:
+			if now := e.Server.Leader() != 0; now != led {
+				led = now
+				wake()
+			}
+		case err := <-e.Err():
+			select {
+			case <-e.Server.StoppingNotify(): // those who serve only say that it stops
+				return nil
+			default:
+			}
+			if m.wasHalted(e) {
+				return nil
+			}
+			return fmt.Errorf("etcd member: %w", err)
+		case <-e.Server.StopNotify():
+			return ctx.Err()
+		}
+	}
+}
+
+func (m *member) wasHalted(e *embed.Etcd) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.halted == e
 }
 
 // retire puts a member away that stopped by itself. etcd's server does that for one reason only: it applied its own removal, or others told it
@@ -250,6 +275,20 @@ func (m *member) retire() error {
 	return err
 }
 
+// halt stops the member by order; awaitEnd takes no notice.
+func (m *member) halt() error {
+	m.mu.Lock()
+	e, ended := m.etcd, m.ended
+	m.halted = e
+	m.mu.Unlock()
+	if e == nil {
+		return nil
+	}
+	m.Stop()
+	close(ended)
+	return nil
+}
+
 // Stop ends the member, if there is one, and returns when its files are closed.
 func (m *member) Stop() {
 	m.mu.Lock()
@@ -265,6 +304,12 @@ func (m *member) Stop() {
 	client.Close()
 	own.Close()
 	hangUp()
+	select {
+	case <-e.Server.ReadyNotify():
+	default:
+		// Close would wait for servers that wait for a member without quorum to become ready.
+		e.Server.HardStop()
+	}
 	e.Close()
 }
 

@@ -1,9 +1,7 @@
 package etcdd
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/pem"
 	"errors"
 	"io"
@@ -37,6 +35,7 @@ func (n *node) as(t *testing.T, profile string) *clientv3.Client {
 }
 
 func TestMember(t *testing.T) {
+	t.Parallel()
 	ca := testca.New(t)
 	n := newNode(t, ca, "n1", "127.0.0.1")
 	n.start(t)
@@ -91,7 +90,7 @@ func TestMember(t *testing.T) {
 		}
 	})
 	t.Run("care", func(t *testing.T) { care(ctx, t, n) })
-	t.Run("snapshot", func(t *testing.T) { snapshot(ctx, t, n.etcd) })
+	t.Run("snapshot", func(t *testing.T) { takeSnapshot(ctx, t, n) })
 	watch := kube.Watch(ctx, "/registry/", clientv3.WithPrefix()) // a clean stop must not wait for it
 	began := time.Now()
 	n.stop(t)
@@ -192,35 +191,8 @@ func rights(ctx context.Context, t *testing.T, kube, own, stranger *clientv3.Cli
 	}
 }
 
-func snapshot(ctx context.Context, t *testing.T, c etcdv1.EtcdClient) {
-	s, err := c.StreamSnapshot(ctx, &etcdv1.StreamSnapshotRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var all []byte
-	for {
-		m, err := s.Recv()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(m.GetData()) > chunk {
-			t.Fatalf("chunk of %d bytes, want at most %d", len(m.GetData()), chunk)
-		}
-		all = append(all, m.GetData()...)
-	}
-	if len(all) < 4096+sha256.Size {
-		t.Fatalf("snapshot has %d bytes", len(all))
-	}
-	body, sum := all[:len(all)-sha256.Size], all[len(all)-sha256.Size:]
-	if got := sha256.Sum256(body); !bytes.Equal(got[:], sum) {
-		t.Error("the snapshot's checksum is wrong")
-	}
-}
-
 func TestRenewedCertificateIsServed(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, testca.New(t), "n1", "127.0.0.1")
 	n.volume(t)
 	n.start(t)

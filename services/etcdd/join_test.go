@@ -14,10 +14,7 @@ import (
 )
 
 // A world is a State that steps change: the model of etcd and of the node.
-type world struct {
-	State
-	addr string // "" if the node has none
-}
+type world struct{ State }
 
 // bools calls f with every combination of n truths.
 func bools(n int, f func([]bool)) {
@@ -49,7 +46,11 @@ func (w *world) do(s Step) {
 	case "member leave": // ends in retire
 		w.Running, w.Ready, w.Data, w.Phase, w.Listed = false, false, false, left, nil
 	case "member forget":
-		w.Data, w.Phase = false, left
+		w.Data, w.Learner, w.Phase = false, false, left
+	case "member stop":
+		w.Running, w.Ready = false, false
+	case "member restore":
+		w.Data, w.Learner, w.Phase, w.Listed = true, false, inCluster, []string{s.Arg}
 	default:
 		if w.Auth.Users == nil {
 			w.Auth = auth{Users: map[string][]string{}, Roles: map[string][]grant{}}
@@ -65,7 +66,7 @@ func (w *world) crash() {
 
 // worlds are all small ones from which a node can begin.
 func worlds(f func(name string, w *world)) {
-	for _, p := range []phase{inCluster, leaving, left, removed} {
+	for _, p := range []phase{inCluster, leaving, abandoning, left, removed, restoring} {
 		bools(5, func(b []bool) {
 			data, others, addr, signed, learner := b[0], b[1], b[2], b[3], b[4]
 			if learner && !data {
@@ -160,12 +161,20 @@ func safe(t *testing.T, name string, have State, steps []Step) {
 				bad = "joined over data, or against an order"
 			}
 		case "member start":
-			if !have.Data || have.Phase == left || have.Phase == removed {
+			if !have.Data || have.Phase != inCluster && have.Phase != leaving {
 				bad = "started what is no member"
 			}
-		case "member leave", "member forget":
+		case "member leave":
 			if have.Phase != leaving {
 				bad = "left without an order"
+			}
+		case "member forget":
+			if have.Phase != leaving && have.Phase != abandoning || have.Running {
+				bad = "data deleted without an order"
+			}
+		case "member stop", "member restore":
+			if have.Phase != restoring && have.Phase != abandoning || have.Running != (s.Op == "member stop") {
+				bad = "replaced without an order, or while it runs"
 			}
 		case "member update":
 			if !have.Ready || have.Phase != inCluster {
@@ -287,7 +296,7 @@ func TestMayGo(t *testing.T) {
 
 func TestPhase(t *testing.T) {
 	dir := t.TempDir()
-	for _, p := range []phase{inCluster, leaving, left, inCluster, removed, left, inCluster, inCluster} {
+	for _, p := range []phase{inCluster, leaving, left, inCluster, removed, abandoning, left, restoring, inCluster, inCluster} {
 		if err := writePhase(dir, p); err != nil {
 			t.Fatal(err)
 		}

@@ -13,7 +13,9 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -51,9 +53,12 @@ type member struct {
 	own     *clientv3.Client // guarded by mu; user bulkhead, for the store and the registry; nil like etcd
 	hangUp  func()           // guarded by mu; ends all streams
 	ended   chan struct{}    // guarded by mu; closed when this etcd has left and its files are closed
+	halted  *embed.Etcd      // guarded by mu; the one that was stopped by order
 	trouble error            // guarded by mu; why the member did not answer last, nil if it did
 	addr    netip.Addr       // guarded by mu; that the certificate for members must have; invalid: none
 
+	moved   chan struct{}    // gets something at each step of the member
+	swept   atomic.Bool      // the volume is there, without the rest of an interrupted restore
 	started chan *embed.Etcd // the one that runs now, for awaitEnd
 	changes chan struct{}    // one slot, for who changes the membership
 	level   zap.AtomicLevel  // of etcd's log
@@ -63,7 +68,7 @@ type member struct {
 
 func newMember(cfg Config) *member {
 	m := &member{cfg: cfg, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log), leaves: map[string]*leaf.Leaf{},
-		started: make(chan *embed.Etcd, 1), changes: make(chan struct{}, 1), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime, tick: tickMs}
+		started: make(chan *embed.Etcd, 1), changes: make(chan struct{}, 1), moved: make(chan struct{}, 1), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime, tick: tickMs}
 	for _, f := range files {
 		if f.profile != "" {
 			m.leaves[f.profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: f.profile, Trust: m.trust, Log: cfg.Env.Log, Request: m.request})
@@ -107,6 +112,16 @@ func (m *member) Watch(ctx context.Context, wake func()) error {
 	g.Go(func() error { return m.awaitVolume(ctx, wake) })
 	g.Go(func() error { return m.awaitEnd(ctx, wake) })
 	g.Go(func() error { return m.awaitAddress(ctx, wake) })
+	g.Go(func() error {
+		for {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-m.moved:
+				wake()
+			}
+		}
+	})
 	g.Go(func() error { return m.compact(ctx) })
 	return g.Wait()
 }
@@ -134,6 +149,10 @@ func (m *member) awaitVolume(ctx context.Context, wake func()) error {
 		case <-t.C:
 		}
 	}
+	if err := sweep(m.cfg.DataDir); err != nil {
+		m.cfg.Env.Log.Warn("rest of a restore not deleted", "err", err.Error())
+	}
+	m.swept.Store(true)
 	wake()
 	return nil
 }
@@ -301,8 +320,19 @@ func (m *member) running() (*embed.Etcd, *clientv3.Client) {
 	return m.etcd, m.client
 }
 
-// Do carries out one step.
+// Do carries out one step. Steps of the member follow one another: each has the loop look again, before its pause is over.
 func (m *member) Do(ctx context.Context, s Step) error {
+	err := m.do(ctx, s)
+	if err == nil && strings.HasPrefix(s.Op, "member ") {
+		select {
+		case m.moved <- struct{}{}:
+		default:
+		}
+	}
+	return err
+}
+
+func (m *member) do(ctx context.Context, s Step) error {
 	switch s.Op {
 	case "wait for":
 		m.mu.Lock()
@@ -322,6 +352,10 @@ func (m *member) Do(ctx context.Context, s Step) error {
 		return m.promote(ctx, s.Name)
 	case "member forget":
 		return m.forget()
+	case "member stop":
+		return m.halt()
+	case "member restore":
+		return m.restore(s.Name, s.Arg)
 	}
 	_, client := m.running()
 	if client == nil {

@@ -20,6 +20,7 @@ const (
 	defragTime = 5 * time.Minute
 	leaveTime  = 20 * time.Second // from its removal to its end
 
+	connectedTime  = 7 * time.Second        // for a change of the membership; etcd wants five
 	connectedPause = 500 * time.Millisecond // between two tries while etcd has not been connected for long enough
 )
 
@@ -44,6 +45,8 @@ func (m *member) reconfigure(ctx context.Context) (done func(), c *clientv3.Clie
 // connected carries out a change of the membership. etcd refuses it until this member has been connected to enough others for five seconds
 // (etcdserver.HealthInterval): right after one came, that is waited for.
 func connected(ctx context.Context, change func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, connectedTime)
+	defer cancel()
 	for {
 		err := change(ctx)
 		if !errors.Is(err, rpctypes.ErrUnhealthy) || wait(ctx, connectedPause) != nil {
@@ -85,8 +88,11 @@ func (s *server) RemoveMember(ctx context.Context, r *etcdv1.RemoveMemberRequest
 }
 
 // Leave writes down what it is about, so that a restart goes on with it, and takes that back if it is refused.
-func (s *server) Leave(ctx context.Context, _ *etcdv1.LeaveRequest) (*etcdv1.LeaveResponse, error) {
+func (s *server) Leave(ctx context.Context, r *etcdv1.LeaveRequest) (*etcdv1.LeaveResponse, error) {
 	m := s.d.kernel
+	if r.GetForce() {
+		return &etcdv1.LeaveResponse{}, s.abandon()
+	}
 	switch p, err := readPhase(m.cfg.DataDir); {
 	case err != nil:
 		return nil, err
@@ -105,6 +111,20 @@ func (s *server) Leave(ctx context.Context, _ *etcdv1.LeaveRequest) (*etcdv1.Lea
 	}
 	s.d.loop.Wake()
 	return &etcdv1.LeaveResponse{}, nil
+}
+
+// abandon deletes the member without a word to others. The loop does the rest.
+func (s *server) abandon() error {
+	m := s.d.kernel
+	if !isDir(m.cfg.DataDir) {
+		return errs.New(errs.Unavailable, "leave: volume VAR is not there yet")
+	}
+	if err := writePhase(m.cfg.DataDir, abandoning); err != nil {
+		return err
+	}
+	s.d.env.Log.Warn("member abandoned by order: others may count on its vote still", "step", "member leave")
+	s.d.loop.Wake()
+	return nil
 }
 
 // leave removes this member and waits for its end. Doing it again goes on with it. m.changes is held.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
@@ -23,6 +24,9 @@ type peersServer struct {
 	etcdv1.UnimplementedPeersServer
 	d *Daemon
 }
+
+// peerTime is the longest that a call of another member takes. Its apid gives a control plane five seconds before it asks the next one.
+const peerTime = 4500 * time.Millisecond
 
 // admission is what is to be done for a node that wants a member.
 type admission struct {
@@ -91,7 +95,7 @@ func (s *peersServer) AddMember(ctx context.Context, r *etcdv1.AddMemberRequest)
 		return nil, err
 	}
 	defer done()
-	ctx, cancel := context.WithTimeout(ctx, callTime)
+	ctx, cancel := context.WithTimeout(ctx, peerTime)
 	defer cancel()
 	list, err := s.d.kernel.list(ctx, client)
 	if err != nil {
@@ -172,7 +176,7 @@ func (s *peersServer) Promote(ctx context.Context, r *etcdv1.PromoteRequest) (*e
 		return nil, err
 	}
 	defer done()
-	ctx, cancel := context.WithTimeout(ctx, callTime)
+	ctx, cancel := context.WithTimeout(ctx, peerTime)
 	defer cancel()
 	list, err := s.d.kernel.list(ctx, client)
 	if err != nil {

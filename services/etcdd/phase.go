@@ -9,15 +9,17 @@ import (
 	"strings"
 )
 
-// phase is where a member is on its way out. It lies in a file of the data folder, so that a restart at any moment goes on from there; reset
+// phase is where a member is on its way out, or to another beginning. It lies in a file of the data folder, so that a restart at any moment goes on from there; reset
 // destroys it with all else.
 type phase string
 
 const (
-	inCluster phase = ""        // or on its way in, or not yet
-	leaving   phase = "leaving" // Leave was ordered: nothing else is done any more
-	left      phase = "left"    // and is done
-	removed   phase = "removed" // by somebody at another member; the data are still here
+	inCluster  phase = ""           // or on its way in, or not yet
+	leaving    phase = "leaving"    // Leave was ordered: nothing else is done any more
+	abandoning phase = "abandoning" // the same by force: no other member is asked
+	left       phase = "left"       // and is done
+	removed    phase = "removed"    // by somebody at another member; the data are still here
+	restoring  phase = "restoring"  // a snapshot lies ready to take the member's place
 )
 
 const phaseFile = "bulkhead-phase"
@@ -32,10 +34,10 @@ func readPhase(dir string) (phase, error) {
 		return "", err
 	}
 	switch p := phase(strings.TrimSpace(string(data))); p {
-	case leaving, left, removed:
+	case leaving, abandoning, left, removed, restoring:
 		return p, nil
 	default:
-		return "", fmt.Errorf("%s: %.32q is no phase; known are leaving, left and removed", filepath.Join(dir, phaseFile), p)
+		return "", fmt.Errorf("%s: %.32q is no phase; known are leaving, abandoning, left, removed and restoring", filepath.Join(dir, phaseFile), p)
 	}
 }
 

@@ -135,7 +135,7 @@ func plan(want spec, have State) ([]Step, error) {
 	if len(steps) > 0 {
 		return steps, nil
 	}
-	if s, gone := planGone(have); gone {
+	if s, gone := planGone(want, have); gone {
 		return []Step{s}, nil
 	}
 	steps, waiting := planFiles(have)
@@ -163,9 +163,16 @@ func plan(want spec, have State) ([]Step, error) {
 	return steps, nil
 }
 
-// planGone is for a member that is on its way out and does not run.
-func planGone(have State) (Step, bool) {
+// planGone is for a member that is on its way out and does not run, or that a snapshot replaces.
+func planGone(want spec, have State) (Step, bool) {
 	switch {
+	case have.Running && (have.Phase == restoring || have.Phase == abandoning):
+		return Step{Op: "member stop"}, true
+	case have.Phase == abandoning:
+		return Step{Op: "member forget"}, true
+	case have.Phase == restoring:
+		// Its address is none of the snapshot's. On loopback nobody else finds it before it says where it is.
+		return Step{Op: "member restore", Name: want.Name, Arg: peerURL(loopback, have.Port)}, true
 	case have.Running:
 	case have.Phase == leaving && !have.Data:
 		return Step{Op: "member forget"}, true
@@ -215,8 +222,10 @@ func planStart(want spec, have State, addr netip.Addr) Step {
 		return Step{Op: "member found", Name: want.Name, Arg: peerURL(addr, have.Port)}
 	}
 	// Nobody could join it; as soon as there is an address it gets that.
-	return Step{Op: "member found", Name: want.Name, Arg: peerURL(netip.AddrFrom4([4]byte{127, 0, 0, 1}), have.Port)}
+	return Step{Op: "member found", Name: want.Name, Arg: peerURL(loopback, have.Port)}
 }
+
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
 // listed is the address that etcd has of this member.
 func listed(have State) netip.Addr {

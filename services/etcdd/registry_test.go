@@ -30,6 +30,7 @@ func nodesText(r *clusterv1.ListNodesResponse) string {
 }
 
 func TestRegistry(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, testca.New(t), "n1", "127.0.0.1")
 	var skew atomic.Int64 // added to the clock
 	n.clock = func() time.Time { return time.Now().Add(time.Duration(skew.Load())) }

@@ -63,6 +63,10 @@ func (s *server) StreamSnapshot(_ *etcdv1.StreamSnapshotRequest, out grpc.Server
 
 // GetStatus asks the member now, so that what it says is not older than the question.
 func (s *server) GetStatus(ctx context.Context, _ *etcdv1.GetStatusRequest) (*etcdv1.Status, error) {
+	return s.status(ctx), nil
+}
+
+func (s *server) status(ctx context.Context) *etcdv1.Status {
 	loop := s.d.loop.State()
 	out := &etcdv1.Status{State: "waiting", Detail: loop.GetError()}
 	e, client := s.d.kernel.running()
@@ -70,24 +74,27 @@ func (s *server) GetStatus(ctx context.Context, _ *etcdv1.GetStatusRequest) (*et
 		if p, err := readPhase(s.d.kernel.cfg.DataDir); err == nil && p != inCluster {
 			out.State = string(p)
 		}
-		return out, nil
+		return out
 	}
 	select {
 	case <-e.Server.ReadyNotify():
 	default:
 		out.State = "starting"
-		return out, nil
+		return out
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
 	f, err := readFigures(ctx, client, e)
 	if err != nil {
 		out.State, out.Detail = "error", errs.Text(err)
-		return out, nil
+		return out
 	}
 	out.State = "running"
-	if isLearner(e) {
+	switch {
+	case isLearner(e):
 		out.State = "joining"
+	case e.Server.Leader() == 0:
+		out.State, out.Detail = "error", "no leader: more than half of the voters must answer each other, or an election is under way"
 	}
 	out.Version, out.MemberId, out.ClusterId, out.Leader = f.Version, f.ID, f.Cluster, f.Leader
 	out.Revision, out.RaftTerm, out.RaftIndex = f.Revision, f.Term, f.Index
@@ -103,5 +110,5 @@ func (s *server) GetStatus(ctx context.Context, _ *etcdv1.GetStatusRequest) (*et
 		out.State = "error"
 		out.Detail = "alarm: with NOSPACE etcd takes only deletes until it is compacted, defragmented and disarmed; with CORRUPT the member that has it must be removed"
 	}
-	return out, nil
+	return out
 }

@@ -26,6 +26,7 @@ func put(key, value string, ttl uint64, conditions ...*storev1.Condition) *store
 }
 
 func TestStore(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, testca.New(t), "n1", "127.0.0.1")
 	n.start(t)
 	c := n.store(t)

@@ -63,7 +63,7 @@ func (*GetStatusRequest) Descriptor() ([]byte, []int) {
 
 type Status struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "waiting" (not bootstrapped, or without a volume or certificates), "starting", "joining" (a learner, without a vote), "running", "left", "removed", "error".
+	// "waiting" (not bootstrapped, or without a volume or certificates), "starting", "joining" (a learner, without a vote), "running", "restoring", "left", "removed", "error".
 	State   string `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
 	Detail  string `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
 	Version string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
@@ -524,7 +524,9 @@ func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
 }
 
 type LeaveRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Ask nobody, and only delete this node's member: for one whose cluster is no more, or has gone on without it.
+	Force         bool `protobuf:"varint,1,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -557,6 +559,13 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
 	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *LeaveRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 type LeaveResponse struct {
@@ -667,6 +676,104 @@ func (*RejoinResponse) Descriptor() ([]byte, []int) {
 	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{12}
 }
 
+type RestoreRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the first message: also if etcd answers. All that was written since the snapshot is lost.
+	Force bool `protobuf:"varint,1,opt,name=force,proto3" json:"force,omitempty"`
+	// As StreamSnapshot sends it, in pieces of at most 1 MiB.
+	Data          []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreRequest) Reset() {
+	*x = RestoreRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreRequest) ProtoMessage() {}
+
+func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
+func (*RestoreRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *RestoreRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *RestoreRequest) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+type RestoreResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bytes         uint64                 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreResponse) Reset() {
+	*x = RestoreResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreResponse) ProtoMessage() {}
+
+func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
+func (*RestoreResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RestoreResponse) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 type DefragmentRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -675,7 +782,7 @@ type DefragmentRequest struct {
 
 func (x *DefragmentRequest) Reset() {
 	*x = DefragmentRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -687,7 +794,7 @@ func (x *DefragmentRequest) String() string {
 func (*DefragmentRequest) ProtoMessage() {}
 
 func (x *DefragmentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -700,7 +807,7 @@ func (x *DefragmentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DefragmentRequest.ProtoReflect.Descriptor instead.
 func (*DefragmentRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{13}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{15}
 }
 
 type DefragmentResponse struct {
@@ -713,7 +820,7 @@ type DefragmentResponse struct {
 
 func (x *DefragmentResponse) Reset() {
 	*x = DefragmentResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -725,7 +832,7 @@ func (x *DefragmentResponse) String() string {
 func (*DefragmentResponse) ProtoMessage() {}
 
 func (x *DefragmentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -738,7 +845,7 @@ func (x *DefragmentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DefragmentResponse.ProtoReflect.Descriptor instead.
 func (*DefragmentResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{14}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DefragmentResponse) GetBeforeBytes() uint64 {
@@ -763,7 +870,7 @@ type DisarmAlarmsRequest struct {
 
 func (x *DisarmAlarmsRequest) Reset() {
 	*x = DisarmAlarmsRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -775,7 +882,7 @@ func (x *DisarmAlarmsRequest) String() string {
 func (*DisarmAlarmsRequest) ProtoMessage() {}
 
 func (x *DisarmAlarmsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -788,7 +895,7 @@ func (x *DisarmAlarmsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisarmAlarmsRequest.ProtoReflect.Descriptor instead.
 func (*DisarmAlarmsRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{15}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{17}
 }
 
 type DisarmAlarmsResponse struct {
@@ -800,7 +907,7 @@ type DisarmAlarmsResponse struct {
 
 func (x *DisarmAlarmsResponse) Reset() {
 	*x = DisarmAlarmsResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +919,7 @@ func (x *DisarmAlarmsResponse) String() string {
 func (*DisarmAlarmsResponse) ProtoMessage() {}
 
 func (x *DisarmAlarmsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +932,7 @@ func (x *DisarmAlarmsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisarmAlarmsResponse.ProtoReflect.Descriptor instead.
 func (*DisarmAlarmsResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{16}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DisarmAlarmsResponse) GetDisarmed() []string {
@@ -845,7 +952,7 @@ type AddMemberRequest struct {
 
 func (x *AddMemberRequest) Reset() {
 	*x = AddMemberRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +964,7 @@ func (x *AddMemberRequest) String() string {
 func (*AddMemberRequest) ProtoMessage() {}
 
 func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +977,7 @@ func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
 func (*AddMemberRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{17}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *AddMemberRequest) GetPeerUrls() []string {
@@ -892,7 +999,7 @@ type AddMemberResponse struct {
 
 func (x *AddMemberResponse) Reset() {
 	*x = AddMemberResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -904,7 +1011,7 @@ func (x *AddMemberResponse) String() string {
 func (*AddMemberResponse) ProtoMessage() {}
 
 func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -917,7 +1024,7 @@ func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
 func (*AddMemberResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{18}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AddMemberResponse) GetMembers() []*Member {
@@ -943,7 +1050,7 @@ type PromoteRequest struct {
 
 func (x *PromoteRequest) Reset() {
 	*x = PromoteRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -955,7 +1062,7 @@ func (x *PromoteRequest) String() string {
 func (*PromoteRequest) ProtoMessage() {}
 
 func (x *PromoteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -968,7 +1075,7 @@ func (x *PromoteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteRequest.ProtoReflect.Descriptor instead.
 func (*PromoteRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{19}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PromoteRequest) GetMemberId() string {
@@ -986,7 +1093,7 @@ type PromoteResponse struct {
 
 func (x *PromoteResponse) Reset() {
 	*x = PromoteResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -998,7 +1105,7 @@ func (x *PromoteResponse) String() string {
 func (*PromoteResponse) ProtoMessage() {}
 
 func (x *PromoteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1011,7 +1118,7 @@ func (x *PromoteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteResponse.ProtoReflect.Descriptor instead.
 func (*PromoteResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{20}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{22}
 }
 
 var File_etcd_v1_etcd_proto protoreflect.FileDescriptor
@@ -1052,11 +1159,17 @@ const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\x06leader\x18\x01 \x01(\tR\x06leader\")\n" +
 	"\x13RemoveMemberRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
-	"\x14RemoveMemberResponse\"\x0e\n" +
-	"\fLeaveRequest\"\x0f\n" +
+	"\x14RemoveMemberResponse\"$\n" +
+	"\fLeaveRequest\x12\x14\n" +
+	"\x05force\x18\x01 \x01(\bR\x05force\"\x0f\n" +
 	"\rLeaveResponse\"\x0f\n" +
 	"\rRejoinRequest\"\x10\n" +
-	"\x0eRejoinResponse\"\x13\n" +
+	"\x0eRejoinResponse\":\n" +
+	"\x0eRestoreRequest\x12\x14\n" +
+	"\x05force\x18\x01 \x01(\bR\x05force\x12\x12\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\"'\n" +
+	"\x0fRestoreResponse\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\"\x13\n" +
 	"\x11DefragmentRequest\"X\n" +
 	"\x12DefragmentResponse\x12!\n" +
 	"\fbefore_bytes\x18\x01 \x01(\x04R\vbeforeBytes\x12\x1f\n" +
@@ -1072,7 +1185,7 @@ const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\"-\n" +
 	"\x0ePromoteRequest\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\"\x11\n" +
-	"\x0fPromoteResponse2\xd8\x06\n" +
+	"\x0fPromoteResponse2\x9f\a\n" +
 	"\x04Etcd\x12Q\n" +
 	"\tGetStatus\x12\x19.etcd.v1.GetStatusRequest\x1a\x0f.etcd.v1.Status\"\x18\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\n" +
 	"\x12\b/v1/etcd\x90\x02\x01\x12f\n" +
@@ -1080,7 +1193,8 @@ const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\x11ForfeitLeadership\x12!.etcd.v1.ForfeitLeadershipRequest\x1a\".etcd.v1.ForfeitLeadershipResponse\"+\xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x1d\"\x1b/v1/etcd:forfeit-leadership\x90\x02\x02\x12t\n" +
 	"\fRemoveMember\x12\x1c.etcd.v1.RemoveMemberRequest\x1a\x1d.etcd.v1.RemoveMemberResponse\"'\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x19*\x17/v1/etcd/members/{name}\x90\x02\x02\x12S\n" +
 	"\x05Leave\x12\x15.etcd.v1.LeaveRequest\x1a\x16.etcd.v1.LeaveResponse\"\x1b\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x10\"\x0e/v1/etcd:leave\x12W\n" +
-	"\x06Rejoin\x12\x16.etcd.v1.RejoinRequest\x1a\x17.etcd.v1.RejoinResponse\"\x1c\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x11\"\x0f/v1/etcd:rejoin\x12g\n" +
+	"\x06Rejoin\x12\x16.etcd.v1.RejoinRequest\x1a\x17.etcd.v1.RejoinResponse\"\x1c\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x11\"\x0f/v1/etcd:rejoin\x12E\n" +
+	"\aRestore\x12\x17.etcd.v1.RestoreRequest\x1a\x18.etcd.v1.RestoreResponse\"\x05\xaa\xbb\x18\x01\x06(\x01\x12g\n" +
 	"\n" +
 	"Defragment\x12\x1a.etcd.v1.DefragmentRequest\x1a\x1b.etcd.v1.DefragmentResponse\" \xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x15\"\x13/v1/etcd:defragment\x12s\n" +
 	"\fDisarmAlarms\x12\x1c.etcd.v1.DisarmAlarmsRequest\x1a\x1d.etcd.v1.DisarmAlarmsResponse\"&\xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x18\"\x16/v1/etcd:disarm-alarms\x90\x02\x02\x1a\t\xb2\xbb\x18\x05etcdd2\xa8\x01\n" +
@@ -1100,7 +1214,7 @@ func file_etcd_v1_etcd_proto_rawDescGZIP() []byte {
 	return file_etcd_v1_etcd_proto_rawDescData
 }
 
-var file_etcd_v1_etcd_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_etcd_v1_etcd_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_etcd_v1_etcd_proto_goTypes = []any{
 	(*GetStatusRequest)(nil),          // 0: etcd.v1.GetStatusRequest
 	(*Status)(nil),                    // 1: etcd.v1.Status
@@ -1115,14 +1229,16 @@ var file_etcd_v1_etcd_proto_goTypes = []any{
 	(*LeaveResponse)(nil),             // 10: etcd.v1.LeaveResponse
 	(*RejoinRequest)(nil),             // 11: etcd.v1.RejoinRequest
 	(*RejoinResponse)(nil),            // 12: etcd.v1.RejoinResponse
-	(*DefragmentRequest)(nil),         // 13: etcd.v1.DefragmentRequest
-	(*DefragmentResponse)(nil),        // 14: etcd.v1.DefragmentResponse
-	(*DisarmAlarmsRequest)(nil),       // 15: etcd.v1.DisarmAlarmsRequest
-	(*DisarmAlarmsResponse)(nil),      // 16: etcd.v1.DisarmAlarmsResponse
-	(*AddMemberRequest)(nil),          // 17: etcd.v1.AddMemberRequest
-	(*AddMemberResponse)(nil),         // 18: etcd.v1.AddMemberResponse
-	(*PromoteRequest)(nil),            // 19: etcd.v1.PromoteRequest
-	(*PromoteResponse)(nil),           // 20: etcd.v1.PromoteResponse
+	(*RestoreRequest)(nil),            // 13: etcd.v1.RestoreRequest
+	(*RestoreResponse)(nil),           // 14: etcd.v1.RestoreResponse
+	(*DefragmentRequest)(nil),         // 15: etcd.v1.DefragmentRequest
+	(*DefragmentResponse)(nil),        // 16: etcd.v1.DefragmentResponse
+	(*DisarmAlarmsRequest)(nil),       // 17: etcd.v1.DisarmAlarmsRequest
+	(*DisarmAlarmsResponse)(nil),      // 18: etcd.v1.DisarmAlarmsResponse
+	(*AddMemberRequest)(nil),          // 19: etcd.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),         // 20: etcd.v1.AddMemberResponse
+	(*PromoteRequest)(nil),            // 21: etcd.v1.PromoteRequest
+	(*PromoteResponse)(nil),           // 22: etcd.v1.PromoteResponse
 }
 var file_etcd_v1_etcd_proto_depIdxs = []int32{
 	2,  // 0: etcd.v1.Status.members:type_name -> etcd.v1.Member
@@ -1133,22 +1249,24 @@ var file_etcd_v1_etcd_proto_depIdxs = []int32{
 	7,  // 5: etcd.v1.Etcd.RemoveMember:input_type -> etcd.v1.RemoveMemberRequest
 	9,  // 6: etcd.v1.Etcd.Leave:input_type -> etcd.v1.LeaveRequest
 	11, // 7: etcd.v1.Etcd.Rejoin:input_type -> etcd.v1.RejoinRequest
-	13, // 8: etcd.v1.Etcd.Defragment:input_type -> etcd.v1.DefragmentRequest
-	15, // 9: etcd.v1.Etcd.DisarmAlarms:input_type -> etcd.v1.DisarmAlarmsRequest
-	17, // 10: etcd.v1.Peers.AddMember:input_type -> etcd.v1.AddMemberRequest
-	19, // 11: etcd.v1.Peers.Promote:input_type -> etcd.v1.PromoteRequest
-	1,  // 12: etcd.v1.Etcd.GetStatus:output_type -> etcd.v1.Status
-	4,  // 13: etcd.v1.Etcd.StreamSnapshot:output_type -> etcd.v1.Chunk
-	6,  // 14: etcd.v1.Etcd.ForfeitLeadership:output_type -> etcd.v1.ForfeitLeadershipResponse
-	8,  // 15: etcd.v1.Etcd.RemoveMember:output_type -> etcd.v1.RemoveMemberResponse
-	10, // 16: etcd.v1.Etcd.Leave:output_type -> etcd.v1.LeaveResponse
-	12, // 17: etcd.v1.Etcd.Rejoin:output_type -> etcd.v1.RejoinResponse
-	14, // 18: etcd.v1.Etcd.Defragment:output_type -> etcd.v1.DefragmentResponse
-	16, // 19: etcd.v1.Etcd.DisarmAlarms:output_type -> etcd.v1.DisarmAlarmsResponse
-	18, // 20: etcd.v1.Peers.AddMember:output_type -> etcd.v1.AddMemberResponse
-	20, // 21: etcd.v1.Peers.Promote:output_type -> etcd.v1.PromoteResponse
-	12, // [12:22] is the sub-list for method output_type
-	2,  // [2:12] is the sub-list for method input_type
+	13, // 8: etcd.v1.Etcd.Restore:input_type -> etcd.v1.RestoreRequest
+	15, // 9: etcd.v1.Etcd.Defragment:input_type -> etcd.v1.DefragmentRequest
+	17, // 10: etcd.v1.Etcd.DisarmAlarms:input_type -> etcd.v1.DisarmAlarmsRequest
+	19, // 11: etcd.v1.Peers.AddMember:input_type -> etcd.v1.AddMemberRequest
+	21, // 12: etcd.v1.Peers.Promote:input_type -> etcd.v1.PromoteRequest
+	1,  // 13: etcd.v1.Etcd.GetStatus:output_type -> etcd.v1.Status
+	4,  // 14: etcd.v1.Etcd.StreamSnapshot:output_type -> etcd.v1.Chunk
+	6,  // 15: etcd.v1.Etcd.ForfeitLeadership:output_type -> etcd.v1.ForfeitLeadershipResponse
+	8,  // 16: etcd.v1.Etcd.RemoveMember:output_type -> etcd.v1.RemoveMemberResponse
+	10, // 17: etcd.v1.Etcd.Leave:output_type -> etcd.v1.LeaveResponse
+	12, // 18: etcd.v1.Etcd.Rejoin:output_type -> etcd.v1.RejoinResponse
+	14, // 19: etcd.v1.Etcd.Restore:output_type -> etcd.v1.RestoreResponse
+	16, // 20: etcd.v1.Etcd.Defragment:output_type -> etcd.v1.DefragmentResponse
+	18, // 21: etcd.v1.Etcd.DisarmAlarms:output_type -> etcd.v1.DisarmAlarmsResponse
+	20, // 22: etcd.v1.Peers.AddMember:output_type -> etcd.v1.AddMemberResponse
+	22, // 23: etcd.v1.Peers.Promote:output_type -> etcd.v1.PromoteResponse
+	13, // [13:24] is the sub-list for method output_type
+	2,  // [2:13] is the sub-list for method input_type
 	2,  // [2:2] is the sub-list for extension type_name
 	2,  // [2:2] is the sub-list for extension extendee
 	0,  // [0:2] is the sub-list for field type_name
@@ -1165,7 +1283,7 @@ func file_etcd_v1_etcd_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_etcd_v1_etcd_proto_rawDesc), len(file_etcd_v1_etcd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -27,6 +27,7 @@ const (
 	Etcd_RemoveMember_FullMethodName      = "/etcd.v1.Etcd/RemoveMember"
 	Etcd_Leave_FullMethodName             = "/etcd.v1.Etcd/Leave"
 	Etcd_Rejoin_FullMethodName            = "/etcd.v1.Etcd/Rejoin"
+	Etcd_Restore_FullMethodName           = "/etcd.v1.Etcd/Restore"
 	Etcd_Defragment_FullMethodName        = "/etcd.v1.Etcd/Defragment"
 	Etcd_DisarmAlarms_FullMethodName      = "/etcd.v1.Etcd/DisarmAlarms"
 )
@@ -50,6 +51,10 @@ type EtcdClient interface {
 	Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.CallOption) (*LeaveResponse, error)
 	// Rejoin lets a member that left, or was removed, join again, with empty data. FAILED_PRECONDITION if it did neither.
 	Rejoin(ctx context.Context, in *RejoinRequest, opts ...grpc.CallOption) (*RejoinResponse, error)
+	// Restore makes this node's member the only one of a new cluster, with the content of a snapshot. It is for when quorum is lost for good: what was written since the snapshot is lost,
+	// and members on other nodes are not part of it; they come in by Leave with force, and Rejoin. Nothing is changed before the whole snapshot was received and its sum is right.
+	// FAILED_PRECONDITION while etcd answers here, unless force is set.
+	Restore(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[RestoreRequest, RestoreResponse], error)
 	// Defragment gives the room that deleted keys took back to the file system. The member does not answer meanwhile. FAILED_PRECONDITION while another member is away.
 	Defragment(ctx context.Context, in *DefragmentRequest, opts ...grpc.CallOption) (*DefragmentResponse, error)
 	// DisarmAlarms puts out the alarms of all members. One whose cause is still there comes back.
@@ -133,6 +138,19 @@ func (c *etcdClient) Rejoin(ctx context.Context, in *RejoinRequest, opts ...grpc
 	return out, nil
 }
 
+func (c *etcdClient) Restore(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[RestoreRequest, RestoreResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Etcd_ServiceDesc.Streams[1], Etcd_Restore_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[RestoreRequest, RestoreResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Etcd_RestoreClient = grpc.ClientStreamingClient[RestoreRequest, RestoreResponse]
+
 func (c *etcdClient) Defragment(ctx context.Context, in *DefragmentRequest, opts ...grpc.CallOption) (*DefragmentResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DefragmentResponse)
@@ -172,6 +190,10 @@ type EtcdServer interface {
 	Leave(context.Context, *LeaveRequest) (*LeaveResponse, error)
 	// Rejoin lets a member that left, or was removed, join again, with empty data. FAILED_PRECONDITION if it did neither.
 	Rejoin(context.Context, *RejoinRequest) (*RejoinResponse, error)
+	// Restore makes this node's member the only one of a new cluster, with the content of a snapshot. It is for when quorum is lost for good: what was written since the snapshot is lost,
+	// and members on other nodes are not part of it; they come in by Leave with force, and Rejoin. Nothing is changed before the whole snapshot was received and its sum is right.
+	// FAILED_PRECONDITION while etcd answers here, unless force is set.
+	Restore(grpc.ClientStreamingServer[RestoreRequest, RestoreResponse]) error
 	// Defragment gives the room that deleted keys took back to the file system. The member does not answer meanwhile. FAILED_PRECONDITION while another member is away.
 	Defragment(context.Context, *DefragmentRequest) (*DefragmentResponse, error)
 	// DisarmAlarms puts out the alarms of all members. One whose cause is still there comes back.
@@ -203,6 +225,9 @@ func (UnimplementedEtcdServer) Leave(context.Context, *LeaveRequest) (*LeaveResp
 }
 func (UnimplementedEtcdServer) Rejoin(context.Context, *RejoinRequest) (*RejoinResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Rejoin not implemented")
+}
+func (UnimplementedEtcdServer) Restore(grpc.ClientStreamingServer[RestoreRequest, RestoreResponse]) error {
+	return status.Error(codes.Unimplemented, "method Restore not implemented")
 }
 func (UnimplementedEtcdServer) Defragment(context.Context, *DefragmentRequest) (*DefragmentResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Defragment not implemented")
@@ -332,6 +357,13 @@ func _Etcd_Rejoin_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Etcd_Restore_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(EtcdServer).Restore(&grpc.GenericServerStream[RestoreRequest, RestoreResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Etcd_RestoreServer = grpc.ClientStreamingServer[RestoreRequest, RestoreResponse]
+
 func _Etcd_Defragment_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DefragmentRequest)
 	if err := dec(in); err != nil {
@@ -409,6 +441,11 @@ var Etcd_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "StreamSnapshot",
 			Handler:       _Etcd_StreamSnapshot_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "Restore",
+			Handler:       _Etcd_Restore_Handler,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "etcd/v1/etcd.proto",
