@@ -26,6 +26,7 @@ type identity struct {
 	expires time.Time // of the credentials
 	id      string    // serial of the certificate, or id of the token
 	node    string    // the node that it is; "" for people and programs
+	key     string    // digest of that node's own key, so that another node that gets its name later is not taken for it
 	control bool      // that node is a control plane
 }
 
@@ -139,7 +140,7 @@ func fromCertificate(chain []*x509.Certificate, roots *x509.CertPool, now time.T
 		}
 		return identity{}, errStranger
 	}
-	id := identity{name: chain[0].Subject.CommonName, expires: chain[0].NotAfter, id: chain[0].SerialNumber.Text(16)}
+	id := identity{name: chain[0].Subject.CommonName, key: chain[0].Subject.SerialNumber, expires: chain[0].NotAfter, id: chain[0].SerialNumber.Text(16)}
 	var roles []string
 	for _, o := range chain[0].Subject.Organization {
 		if role, ok := strings.CutPrefix(o, rolePrefix); ok {
@@ -184,7 +185,7 @@ func admit(id identity, trust *trustv1.TrustState) error {
 		return nil
 	}
 	for _, n := range trust.GetNodes() {
-		if n.GetName() == id.node && (n.GetRole() == controlPlane) == id.control {
+		if n.GetName() == id.node && n.GetKey() == id.key && (n.GetRole() == controlPlane) == id.control {
 			return nil
 		}
 	}

@@ -43,8 +43,8 @@ type Config struct {
 type Daemon struct {
 	cfg    Config
 	log    *slog.Logger
-	routes map[string]*route           // by full method, "/service/Method"
-	conns  map[string]*grpc.ClientConn // by daemon
+	routes map[string]*route   // by full method, "/service/Method"
+	conns  map[string]*backend // by daemon
 	trust  *leaf.Trust
 	leaf   *leaf.Leaf
 	tls    *identityCard
@@ -88,26 +88,25 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Routes == nil {
 		cfg.Routes = linkedRoutes()
 	}
-	d := &Daemon{cfg: cfg, log: cfg.Env.Log, routes: cfg.Routes, conns: map[string]*grpc.ClientConn{}, claims: make(chan struct{}, maxClaims), watch: make(chan struct{}, maxWatches)}
+	d := &Daemon{cfg: cfg, log: cfg.Env.Log, routes: cfg.Routes, conns: map[string]*backend{}, claims: make(chan struct{}, maxClaims), watch: make(chan struct{}, maxWatches)}
 	d.count = newFigures(cfg.Env.Metrics)
+	daemons := []string{trustd}
 	for _, r := range d.routes {
-		if r.daemon == "" || d.conns[r.daemon] != nil {
+		if r.daemon != "" {
+			daemons = append(daemons, r.daemon)
+		}
+	}
+	for _, name := range daemons {
+		if d.conns[name] != nil {
 			continue
 		}
-		conn, err := peer.Dial(cfg.Socket(r.daemon), backendOptions()...)
+		b, err := newBackend(cfg.Socket(name))
 		if err != nil {
 			return nil, err
 		}
-		d.conns[r.daemon] = conn
+		d.conns[name] = b
 	}
-	if d.conns[trustd] == nil {
-		conn, err := peer.Dial(cfg.Socket(trustd), backendOptions()...)
-		if err != nil {
-			return nil, err
-		}
-		d.conns[trustd] = conn
-	}
-	signer := trustv1.NewSignerClient(d.conns[trustd])
+	signer := trustv1.NewSignerClient(d.conns[trustd].first())
 	d.trust = leaf.NewTrust(signer, d.log)
 	d.leaf = leaf.New(leaf.Config{Signer: signer, Profile: "apid-server", Trust: d.trust, Log: d.log})
 	d.far = leaf.New(leaf.Config{Signer: signer, Profile: "apid-node", Trust: d.trust, Log: d.log})
@@ -125,10 +124,8 @@ const trustd = "trustd"
 func (d *Daemon) Run(ctx context.Context) error {
 	defer d.pool.close()
 	defer func() {
-		for _, c := range d.conns {
-			if err := c.Close(); err != nil {
-				d.log.Debug("connection not closed", "err", err.Error())
-			}
+		for _, b := range d.conns {
+			b.close()
 		}
 	}()
 	g, ctx := errgroup.WithContext(ctx)

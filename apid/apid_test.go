@@ -37,6 +37,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -111,7 +112,11 @@ func (f *fakeTrustd) SignCertificate(_ context.Context, r *trustv1.SignCertifica
 		}
 		subject, usage = nodeSubject(s.GetNodeName(), s.GetNodeRole()), x509.ExtKeyUsageClientAuth
 	}
-	cert := f.ca.sign(f.t, csr.PublicKey, subject, usage, time.Now().Add(-time.Minute), time.Now().Add(time.Hour), s.GetNodeName())
+	names := []string{s.GetNodeName()}
+	if s.GetNodeRole() != "worker" {
+		names = append(names, join.ServerName)
+	}
+	cert := f.ca.sign(f.t, csr.PublicKey, subject, usage, time.Now().Add(-time.Minute), time.Now().Add(time.Hour), names...)
 	return &trustv1.SignCertificateResponse{Certificate: text(cert), Ca: text(f.ca.cert)}, nil
 }
 
@@ -120,7 +125,7 @@ func nodeSubject(name, role string) pkix.Name {
 	if role != "worker" {
 		role = "controlplane"
 	}
-	return pkix.Name{CommonName: "node:" + name, Organization: []string{"bulkhead:node", "bulkhead:node-" + role}}
+	return pkix.Name{CommonName: "node:" + name, SerialNumber: name, Organization: []string{"bulkhead:node", "bulkhead:node-" + role}}
 }
 
 // mint returns a token.
@@ -244,11 +249,11 @@ func (n *node) inherit(l *net.UnixListener) net.Listener {
 }
 
 // serve starts a fake daemon whose only caller is apid; the returned function kills it.
-func (n *node) serve(l *net.UnixListener, register func(*grpc.Server)) (kill func()) {
+func (n *node) serve(l *net.UnixListener, register func(*grpc.Server), opts ...grpc.ServerOption) (kill func()) {
 	n.t.Helper()
 	own := n.inherit(l)
 	list := peer.List{trustv1.Signer_ServiceDesc.ServiceName: {uid.Apid}, "test.Echo": {uid.Apid}}
-	s := grpc.NewServer(peer.ServerOptions(list, func(net.Conn) (uid.ID, error) { return uid.Apid, nil })...)
+	s := grpc.NewServer(append(peer.ServerOptions(list, func(net.Conn) (uid.ID, error) { return uid.Apid, nil }), opts...)...)
 	register(s)
 	peer.Public(s, list)
 	done := make(chan struct{})
@@ -379,10 +384,10 @@ func (alwaysServing) Check(context.Context, *healthv1.HealthCheckRequest) (*heal
 }
 
 // as connects to apid's Unix socket as a user of the node.
-func (n *node) as(id uid.ID) *grpc.ClientConn {
+func (n *node) as(id uid.ID, opts ...grpc.DialOption) *grpc.ClientConn {
 	n.t.Helper()
 	n.local.Store(uint32(id))
-	conn, err := peer.Dial(n.socket("apid"))
+	conn, err := peer.Dial(n.socket("apid"), opts...)
 	n.must(err)
 	n.t.Cleanup(func() { conn.Close() })
 	conn.Connect() // the user is read when the connection is made

@@ -63,7 +63,12 @@ func (d *Daemon) forwardBound(ctx context.Context, in grpc.ServerStream, c *call
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.route.name(), err)
 	}
-	b := bound{ctx: ctx, in: in, conn: d.conns[c.route.daemon], binding: binding, remote: addressOf(c.peer)}
+	slot, err := d.conns[c.route.daemon].take()
+	if err != nil {
+		return err
+	}
+	defer d.conns[c.route.daemon].give(slot)
+	b := bound{ctx: ctx, in: in, conn: slot.conn, binding: binding, remote: addressOf(c.peer)}
 	if c.route.name() == trustv1.Nodes_WatchCluster_FullMethodName {
 		err = b.watch(func() error { // it lasts, and must not keep those out who only join
 			select {

@@ -40,7 +40,7 @@ func TestFarNodes(t *testing.T) {
 	}
 	f.own()
 	state, _ := f.state.Get()
-	state.Nodes = []*trustv1.ClusterNode{{Name: "cp1", Role: controlPlane}}
+	state.Nodes = []*trustv1.ClusterNode{{Name: "cp1", Role: controlPlane, Key: "cp1"}}
 	for i := range many {
 		own := &fakeTrustd{t: t, ca: f.ca, token: f.token}
 		own.state.Set(&trustv1.TrustState{Claimed: true, OsCa: state.GetOsCa(), TokenKeys: state.GetTokenKeys(), Nodes: state.GetNodes(), NodeName: farName(i), NodeRole: "worker"})

@@ -10,6 +10,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -363,6 +364,20 @@ func TestPeerNeverAnswers(t *testing.T) {
 	}
 }
 
+// A node whose clock is wrong by years takes nobody's certificate: the caller learns that it is not about theirs.
+func TestPeerClock(t *testing.T) {
+	c := newCluster(t, "cp1", "w1")
+	c.machines()
+	n := c.nodes["cp1"]
+	conn := c.admin("cp1", grpc.WithDisableRetry())
+	for _, years := range []time.Duration{10, -10} {
+		c.nodes["w1"].ahead.Store(int64(years * 365 * 24 * time.Hour))
+		says(t, "call", getVersion(on(n.ctx(), "w1"), conn), codes.Unavailable, `node "w1" (10.5.0.12) does not accept this node's certificate: its clock may be wrong`)
+	}
+	c.nodes["w1"].ahead.Store(0)
+	n.must(getVersion(on(n.ctx(), "w1"), conn))
+}
+
 // A node with an address that does not answer is reached at the next one, and from then on there at once.
 func TestSecondAddress(t *testing.T) {
 	c := newCluster(t, "cp1", "w1")
@@ -392,5 +407,70 @@ func TestFanOut(t *testing.T) {
 	slices.Sort(got)
 	if want := "[cp1=cp1: ann adminOK cp2=cp2: ann adminOK w1=: Unavailable w2=w2: ann adminOK w9=: NotFound]"; fmt.Sprint(got) != want {
 		t.Errorf("got %v\nwant %s", got, want)
+	}
+	if n := c.dialled("10.5.0.13"); n != 1 {
+		t.Errorf("the node that is away was called %d times: it was waited for more than once", n)
+	}
+}
+
+// freezable is a connection to a node that can freeze: nothing comes any more, and what is sent goes nowhere, as if its link were cut.
+type freezable struct {
+	net.Conn
+	frozen *atomic.Bool
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (f *freezable) Read(p []byte) (int, error) {
+	n, err := f.Conn.Read(p)
+	if f.frozen.Load() {
+		<-f.closed
+		return 0, net.ErrClosed
+	}
+	return n, err
+}
+
+func (f *freezable) Write(p []byte) (int, error) {
+	if f.frozen.Load() {
+		return len(p), nil
+	}
+	return f.Conn.Write(p)
+}
+
+func (f *freezable) Close() error {
+	f.once.Do(func() { close(f.closed) })
+	return f.Conn.Close()
+}
+
+// A node that freezes in the middle of a call, or while its connection waits for the next: the call ends in bounded time, without a deadline of its own.
+func TestPeerFreezes(t *testing.T) {
+	t.Parallel() // it waits for time-outs
+	c := newCluster(t, "cp1", "w1")
+	var frozen atomic.Bool
+	c.answer("10.5.0.12", func(ctx context.Context) (net.Conn, error) {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", c.nodes["w1"].address)
+		return &freezable{Conn: conn, frozen: &frozen, closed: make(chan struct{})}, err
+	})
+	reached := make(chan struct{})
+	c.nodes["w1"].machined(&fakeMachined{reboot: func(ctx context.Context) error {
+		close(reached)
+		<-ctx.Done()
+		return ctx.Err()
+	}})
+	ctx := on(t.Context(), "w1")
+	conn := c.admin("cp1", grpc.WithDisableRetry())
+	begin := time.Now()
+	during, between := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := machinev1.NewMachineClient(conn).Reboot(ctx, &machinev1.RebootRequest{})
+		during <- err
+	}()
+	<-reached
+	frozen.Store(true)
+	go func() { between <- getVersion(ctx, conn) }()
+	says(t, "during the call", <-during, codes.Unavailable, `node "w1" (10.5.0.12)`)
+	says(t, "before the call", <-between, codes.Unavailable, `node "w1" (10.5.0.12)`, "no answer within 5.4s")
+	if took, most := time.Since(begin), 2*(farAlive+farSilent)+dialTime; took > most {
+		t.Errorf("it took %s, more than %s", took, most)
 	}
 }

@@ -22,6 +22,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/join"
 )
 
 const (
@@ -122,6 +123,7 @@ func exchangeTLS(o *outboundv1.Open) (*tls.Config, error) {
 		cfg.InsecureSkipVerify = true // the token's secret proves who it is, on this very connection
 		return cfg, nil
 	}
+	cfg.ServerName = join.ServerName // a worker, however broken into, is not believed
 	cfg.RootCAs = x509.NewCertPool()
 	if !cfg.RootCAs.AppendCertsFromPEM([]byte(o.GetRoots())) {
 		return nil, errs.New(errs.Invalid, "exchange: roots: no PEM certificate in it")

@@ -201,6 +201,10 @@ func TestExchangeRefuses(t *testing.T) {
 	} {
 		says(t, name, sign(c.change), c.code, c.text)
 	}
+	// A worker's certificate has not the name that is asked for.
+	if cfg, err := exchangeTLS(&outboundv1.Open{Method: trustv1.Nodes_WatchCluster_FullMethodName, Endpoints: []string{far.address}, Roots: text(far.trustd.ca.cert), BindingLabel: nodeLabel}); err != nil || cfg.ServerName != "bulkhead-controlplane" {
+		t.Errorf("anybody of the cluster is believed: %v", err)
+	}
 	for _, id := range []uid.ID{uid.Machined, uid.Etcdd, uid.Gateway, uid.Networkd} {
 		short, cancel := context.WithTimeout(ctx, time.Second)
 		s, err := outboundv1.NewOutboundClient(near.as(id)).Exchange(short, grpc.WaitForReady(false))

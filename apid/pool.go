@@ -224,6 +224,7 @@ func (r *remote) ready(ctx context.Context) error {
 		return nil
 	}
 	_, failed := r.why.Get()
+	r.conn.ResetConnectBackoff() // after a failure grpc waits before it tries again
 	ctx, cancel := context.WithTimeout(ctx, dialTime)
 	defer cancel()
 	changes := make(chan struct{})
@@ -249,17 +250,12 @@ func (r *remote) ready(ctx context.Context) error {
 	return r.unavailable(fmt.Sprintf("no connection within %s to %s, port %s", dialTime, strings.Join(r.node.GetAddresses(), ", "), client.Port))
 }
 
-// advance reports whether a connection in a state is on its way, and sees that it is. After a failure grpc stays in that state until there is a connection, but tries again.
+// advance reports whether a connection in a state is on its way, and sees that it is. After a failure grpc stays in that state until there is a connection.
 func (r *remote) advance(state connectivity.State) bool {
-	switch state {
-	case connectivity.Ready, connectivity.Shutdown:
-		return false
-	case connectivity.Idle:
+	if state == connectivity.Idle {
 		r.conn.Connect()
-	case connectivity.TransientFailure:
-		r.conn.ResetConnectBackoff()
 	}
-	return true
+	return state != connectivity.Ready && state != connectivity.Shutdown
 }
 
 func (r *remote) unavailable(why string) error {

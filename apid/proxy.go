@@ -98,7 +98,7 @@ func (d *Daemon) pass(ctx context.Context, in grpc.ServerStream, c *call, cancel
 	case c.aim.node != nil:
 		r, err := d.reach(ctx, c.aim.node)
 		if err != nil {
-			return err
+			return tried(ctx, err)
 		}
 		defer d.pool.give(r)
 		out, err := d.openAt(ctx, c, r)
@@ -107,7 +107,12 @@ func (d *Daemon) pass(ctx context.Context, in grpc.ServerStream, c *call, cancel
 		}
 		return r.blame(err)
 	}
-	out, err := d.open(ctx, c)
+	slot, err := d.conns[c.route.daemon].take()
+	if err != nil {
+		return err
+	}
+	defer d.conns[c.route.daemon].give(slot)
+	out, err := open(ctx, c, slot)
 	if err != nil {
 		return err
 	}
@@ -129,10 +134,10 @@ func converse(in grpc.ServerStream, out grpc.ClientStream, c *call, cancel conte
 }
 
 // open starts the call to the daemon, in the name of the caller. Nothing else of the client's metadata is passed on.
-func (d *Daemon) open(ctx context.Context, c *call, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+func open(ctx context.Context, c *call, s *slot, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	md := metadata.MD{peer.CallerKey: {c.who.name}}
 	md.Append(peer.RolesKey, c.who.roles...)
-	return d.conns[c.route.daemon].NewStream(metadata.NewOutgoingContext(ctx, md), &c.route.stream, c.route.name(), append(opts, grpc.ForceCodecV2(newRaw()))...)
+	return s.conn.NewStream(metadata.NewOutgoingContext(ctx, md), &c.route.stream, c.route.name(), append(opts, grpc.ForceCodecV2(newRaw()))...)
 }
 
 type receiver interface{ RecvMsg(any) error }

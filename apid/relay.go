@@ -39,6 +39,14 @@ func (d *Daemon) reach(ctx context.Context, node *trustv1.ClusterNode) (*remote,
 	return r, nil
 }
 
+// tried tells the client's grpc not to repeat a call for a node that does not answer: that has been waited for here. A client may of course call again.
+func tried(ctx context.Context, err error) error {
+	if status.Code(err) == codes.Unavailable {
+		_ = grpc.SetTrailer(ctx, metadata.Pairs("grpc-retry-pushback-ms", "-1")) // it fails if the client is gone
+	}
+	return err
+}
+
 // openAt starts the call at another node's apid: with this node's certificate, in the name of the caller, and never to be passed on again.
 func (d *Daemon) openAt(ctx context.Context, c *call, r *remote) (grpc.ClientStream, error) {
 	return r.conn.NewStream(outgoing(ctx, c, r), &c.route.stream, c.route.name(), grpc.ForceCodecV2(newRaw()))
@@ -66,6 +74,8 @@ func (r *remote) blame(err error) error {
 		return errs.New(errs.Unavailable, "%s is not in the cluster any more", where)
 	case s.Code() == codes.Unavailable:
 		return errs.New(errs.Unavailable, "%s: %s", where, s.Message())
+	case s.Code() == codes.Unauthenticated: // the caller's credentials are good: this is about ours
+		return errs.New(errs.Unavailable, "%s does not accept this node's certificate: its clock may be wrong, or it does not know this node yet; it says: %s", where, s.Message())
 	case s.Code() == codes.DeadlineExceeded:
 		return status.Error(codes.DeadlineExceeded, where+": "+s.Message())
 	}
@@ -74,9 +84,11 @@ func (r *remote) blame(err error) error {
 
 // relay makes at another node a call that has been decoded, since apid serves its method itself (health).
 func (d *Daemon) relay(ctx context.Context, c *call, req any) (any, error) {
+	ctx, cancel := context.WithTimeout(ctx, unaryTime)
+	defer cancel()
 	r, err := d.reach(ctx, c.aim.node)
 	if err != nil {
-		return nil, err
+		return nil, tried(ctx, err)
 	}
 	defer d.pool.give(r)
 	m, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(c.route.service + "." + c.route.method))
@@ -117,17 +129,10 @@ func (d *Daemon) forwardAny(ctx context.Context, in grpc.ServerStream, c *call) 
 			return err
 		}
 	}
-	if len(nodes) == 1 {
-		return errs.New(errs.Unavailable, "%s", all[0])
+	if len(nodes) == 0 {
+		all = []string{"none is known yet"}
 	}
-	return errs.New(errs.Unavailable, "no control plane can answer: %s", strings.Join(append(all, controlPlanesIf(len(nodes) == 0)...), "; "))
-}
-
-func controlPlanesIf(none bool) []string {
-	if none {
-		return []string{"none is known yet"}
-	}
-	return nil
+	return tried(ctx, errs.New(errs.Unavailable, "no control plane can answer: %s", strings.Join(all, "; ")))
 }
 
 // cannot reports whether another control plane may be able to do what one refused: that one is away, or has not heard of this node.
@@ -172,7 +177,12 @@ func (d *Daemon) attempt(ctx context.Context, in grpc.ServerStream, c *call, n *
 	}
 	var out grpc.ClientStream
 	if n.GetName() == c.roots.State.GetNodeName() {
-		out, err = d.open(ctx, c, grpc.WaitForReady(only))
+		slot, e := d.conns[c.route.daemon].take()
+		if e != nil {
+			return false, e
+		}
+		defer d.conns[c.route.daemon].give(slot)
+		out, err = open(ctx, c, slot, grpc.WaitForReady(only))
 	} else {
 		r, e := d.reach(ctx, n)
 		if e != nil {

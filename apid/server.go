@@ -107,7 +107,8 @@ func (d *Daemon) server(stop context.Context, opts ...grpc.ServerOption) *grpc.S
 		grpc.ForceServerCodecV2(newRaw()),
 		grpc.UnknownServiceHandler(func(_ any, in grpc.ServerStream) error { return d.forward(stop, in) }),
 		grpc.MaxRecvMsgSize(daemon.MaxMessage), grpc.MaxConcurrentStreams(maxStreams), grpc.MaxHeaderListSize(maxHeaders),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
+		// Half of what our own clients use: on their way signs of life may come closer together.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: farAlive / 2, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, si *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
 			err = d.guard(ctx, si.FullMethod, func(ctx context.Context) (err error) {
 				if c := callFrom(ctx); c != nil && !c.aim.here() {

@@ -25,7 +25,7 @@ type spec struct {
 // figures are apid's metrics.
 type figures struct {
 	desired, observed, converged *metrics.Vec
-	calls, exchanges             *metrics.Vec
+	calls, forwarded, exchanges  *metrics.Vec
 	auditDropped                 *metrics.Vec
 	gate                         gate.Figures
 }
@@ -36,6 +36,7 @@ func newFigures(s *metrics.Set) figures {
 		observed:     s.Gauge("bulkhead_apid_generation_observed", "Generation that is in use."),
 		converged:    s.Gauge("bulkhead_apid_converged", "Whether the newest specification is in use."),
 		calls:        s.Counter("bulkhead_apid_calls_total", "Calls since the start, by service and outcome.", "service", "code"),
+		forwarded:    s.Counter("bulkhead_apid_forwarded_total", "Calls passed on to other nodes since the start, by outcome.", "code"),
 		exchanges:    s.Counter("bulkhead_apid_exchanges_total", "Calls to other nodes for trustd since the start, by method and outcome.", "method", "code"),
 		gate:         gate.NewFigures(s, "bulkhead_apid"),
 		auditDropped: s.Counter("bulkhead_apid_audit_refused_dropped_total", "Lines about refused calls that were not written, since the start."),
@@ -51,6 +52,9 @@ func (f figures) call(c *call, err error) {
 		service = c.route.service
 	}
 	f.calls.Add(1, service, codeOf(err).String())
+	if !c.aim.here() {
+		f.forwarded.Add(1, codeOf(err).String())
+	}
 }
 
 // healthServer answers for all services: "" is apid itself, a service is asked of the daemon that serves it.
@@ -76,7 +80,7 @@ func (s healthServer) Check(ctx context.Context, r *healthv1.HealthCheckRequest)
 		}
 		ctx, cancel := context.WithTimeout(ctx, probeTime)
 		defer cancel()
-		resp, err := healthv1.NewHealthClient(s.d.conns[route.daemon]).Check(ctx, &healthv1.HealthCheckRequest{})
+		resp, err := healthv1.NewHealthClient(s.d.conns[route.daemon].first()).Check(ctx, &healthv1.HealthCheckRequest{})
 		if err != nil {
 			return &healthv1.HealthCheckResponse{Status: healthv1.HealthCheckResponse_NOT_SERVING}, nil
 		}

@@ -106,15 +106,19 @@ func (*tlsConn) AuthType() string { return "tls" }
 // checked is the verdict about the connection's certificate under one state of trust.
 type checked struct {
 	roots *leaf.Roots
+	at    time.Time
 	who   identity
 	err   error
 }
 
+// again is how long a certificate that was refused is not looked at again. Then it is: the clock may have been set.
+const again = time.Second
+
 // who returns the identity in the connection's certificate. The signature is checked once, the time always.
 func (t *tlsConn) who(roots *leaf.Roots, now time.Time) (identity, error) {
 	c := t.seen.Load()
-	if c == nil || c.roots != roots || c.err == nil && now.After(c.who.expires) {
-		c = &checked{roots: roots}
+	if c == nil || c.roots != roots || c.err == nil && now.After(c.who.expires) || c.err != nil && now.Sub(c.at).Abs() >= again {
+		c = &checked{roots: roots, at: now}
 		if c.who, c.err = fromCertificate(t.state.PeerCertificates, roots.OS, now); c.err == nil {
 			c.err = admit(c.who, roots.State)
 		}

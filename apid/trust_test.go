@@ -62,7 +62,7 @@ func TestTake(t *testing.T) {
 
 // A node is what TrustState lists, with the role it lists.
 func TestAdmit(t *testing.T) {
-	trust := &trustv1.TrustState{Revoked: []string{"bad", "t1"}, Nodes: []*trustv1.ClusterNode{{Name: "cp1", Role: "controlplane"}, {Name: "w1", Role: "worker"}}}
+	trust := &trustv1.TrustState{Revoked: []string{"bad", "t1"}, Nodes: []*trustv1.ClusterNode{{Name: "cp1", Role: "controlplane", Key: "k"}, {Name: "w1", Role: "worker", Key: "k"}}}
 	for _, c := range []struct {
 		id   identity
 		text string
@@ -70,10 +70,12 @@ func TestAdmit(t *testing.T) {
 		{identity{name: "ann", id: "ok"}, ""},
 		{identity{name: "ann", id: "bad"}, "your credentials (bad) were revoked"},
 		{identity{name: "ci", id: "t1"}, "were revoked"},
-		{identity{node: "w1", id: "1"}, ""},
-		{identity{node: "cp1", control: true, id: "1"}, ""},
-		{identity{node: "w1", control: true, id: "1"}, `"w1" is no node of this cluster with the role`},
-		{identity{node: "cp1", id: "1"}, "no node of this cluster"},
+		{identity{node: "w1", id: "1", key: "k"}, ""},
+		{identity{node: "w1", id: "1", key: "removed"}, "no node of this cluster"},
+		{identity{node: "w1", id: "1"}, "no node of this cluster"},
+		{identity{node: "cp1", control: true, id: "1", key: "k"}, ""},
+		{identity{node: "w1", control: true, id: "1", key: "k"}, `"w1" is no node of this cluster with the role`},
+		{identity{node: "cp1", id: "1", key: "k"}, "no node of this cluster"},
 		{identity{node: "w2", id: "1"}, "no node of this cluster"},
 		{identity{node: "w1", id: "bad"}, "were revoked"},
 	} {

@@ -78,6 +78,15 @@ func TestJoin(t *testing.T) {
 	if _, err := trustv1.NewTrustClient(n3.conn[uid.Apid]).MintToken(n3.admin(), &trustv1.MintTokenRequest{Name: "x", Roles: []string{"reader"}}); !errs.Is(err, errs.Precondition) || !strings.Contains(errs.Text(err), "ask a control plane") {
 		t.Errorf("a worker mints: %v", err)
 	}
+	list, err := trustv1.NewTrustClient(n3.conn[uid.Apid]).ListCertificates(n3.admin(), &trustv1.ListCertificatesRequest{})
+	n3.must(err)
+	var profiles []string
+	for _, c := range list.GetCertificates() {
+		profiles = append(profiles, c.GetProfile())
+	}
+	if got := strings.Join(profiles, " "); got != "os-ca etcd-ca kubernetes-ca front-proxy-ca apid-server apid-node" {
+		t.Errorf("the worker lists %s", got)
+	}
 	for _, b := range []*box{n1, n2, n3} {
 		b.untilState("")
 	}

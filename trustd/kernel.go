@@ -33,7 +33,7 @@ const (
 	joiningFile  = "joining.json"  // keys of a node that tries to join; runtime folder only
 	codeFile     = "claim-code"    // runtime folder only
 	stateLabel   = "STATE"         // the partition's name, as the kernel shows it in uevent
-	maxFile      = 1 << 20
+	maxFile      = 4 << 20         // bytes; the largest has a list of nodes in it
 
 	// stateWait is how long a STATE partition may take to be mounted. Other systems have partitions of that name too;
 	// if it is ours after all, its keys win when it comes.
@@ -129,7 +129,11 @@ func (d *Daemon) load(dir string, where place) error {
 	} else if err := d.offer(); err != nil {
 		return err
 	}
-	d.where, d.known = where, d.remembered(dir, k)
+	known := d.remembered(dir, k)
+	if d.where == volatile && k.owned() && d.known != nil && strings.Contains(d.known.GetOsCa(), k.osPEM()) {
+		known = d.known // the same node moves: it has heard more than it was told when it joined
+	}
+	d.where, d.known = where, known
 	d.keys.Set(k)
 	d.publish()
 	d.report()

@@ -68,7 +68,7 @@ func TestSignForNode(t *testing.T) {
 		{name: "another kubelet", profile: "kubelet-client", tmpl: other, err: `must be "CN=system:node:n3`, kind: errs.Denied},
 		{name: "another's DNS name", profile: "gateway-server", tmpl: x509.CertificateRequest{DNSNames: []string{"n1"}}, err: `DNS name "n1"`, kind: errs.Denied},
 		{name: "the cluster's name", profile: "gateway-server", tmpl: x509.CertificateRequest{DNSNames: []string{"api.example"}}, err: `"api.example"`, kind: errs.Denied},
-		{name: "control planes' name", profile: "apid-server", tmpl: x509.CertificateRequest{DNSNames: []string{controlPlaneName}}, err: controlPlaneName, kind: errs.Denied},
+		{name: "control planes' name", profile: "apid-server", tmpl: x509.CertificateRequest{DNSNames: []string{join.ServerName}}, err: join.ServerName, kind: errs.Denied},
 		{name: "front proxy", profile: "front-proxy-client", err: "is a worker of the cluster and may not have it; allowed are apid-node, apid-server,", kind: errs.Denied},
 		{name: "etcd", profile: "etcd-peer", err: "may not have it", kind: errs.Denied},
 		{name: "etcd's root", profile: "etcd-root", err: "may not have it", kind: errs.Denied},
@@ -260,7 +260,7 @@ func TestWorkerAsControlPlane(t *testing.T) {
 	n3.knows("n1", "n2", "n3")
 	k, _ := n3.d.keys.Get()
 	err := n3.d.call(t.Context(), trustv1.Nodes_SignForNode_FullMethodName, n2.endpoint(), n3.d.osRoots(k), join.NodeLabel, nil, nil)
-	if !errs.Is(err, errs.Unavailable) || !strings.Contains(errs.Text(err), "not "+controlPlaneName) {
+	if !errs.Is(err, errs.Unavailable) || !strings.Contains(errs.Text(err), "not "+join.ServerName) {
 		t.Errorf("called a worker as control plane: %v", err)
 	}
 	foreign := newLab(t).box("f1", "1").found()

@@ -217,7 +217,7 @@ func (d *Daemon) checkFree(k *keyring, name string) error {
 	sp, _ := d.spec.Get()
 	own := *k.spec(sp)
 	own.hostname = "" // that one is on the list of nodes
-	if slices.Contains(own.allNames(), name) || name == "bulkhead" || name == "kubernetes" || strings.HasPrefix(name, "kubernetes.") || strings.HasPrefix(name, "bulkhead-control") {
+	if slices.Contains(own.allNames(), name) || name == "bulkhead" || name == "kubernetes" || strings.HasPrefix(name, "kubernetes.") || name == join.ServerName {
 		return errs.New(errs.Invalid, "name: %q is one of the cluster's own names, so no node can be called so", name)
 	}
 	return nil

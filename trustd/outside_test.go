@@ -158,7 +158,7 @@ func (f fakeOutbound) Exchange(s grpc.BidiStreamingServer[outboundv1.ExchangeReq
 		case <-ctx.Done():
 		}
 	}()
-	cfg := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, ServerName: controlPlaneName, InsecureSkipVerify: o.GetRoots() == ""}
+	cfg := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, ServerName: join.ServerName, InsecureSkipVerify: o.GetRoots() == ""}
 	if o.GetRoots() != "" {
 		cfg.RootCAs = x509.NewCertPool()
 		cfg.RootCAs.AppendCertsFromPEM([]byte(o.GetRoots()))

@@ -13,6 +13,7 @@ import (
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/trustd/roster"
@@ -111,13 +112,10 @@ func hostNames(s *spec) []string { return []string{s.hostname, "localhost", "127
 func nodeNames(s *spec) []string {
 	names := []string{"bulkhead"}
 	if s.member == roster.ControlPlane {
-		names = append(names, controlPlaneName)
+		names = append(names, join.ServerName)
 	}
 	return slices.Concat(names, gatewayNames(s))
 }
-
-// controlPlaneName is in the certificates of control planes' apid only: a node that asks its cluster whom to trust does not believe a worker.
-const controlPlaneName = "bulkhead-controlplane"
 
 // gatewayNames are those that HTTP clients use. Without apid's name: else a gateway that somebody broke into could pass for apid.
 func gatewayNames(s *spec) []string { return slices.Concat(hostNames(s), s.names) }
@@ -209,8 +207,8 @@ func forWorkers() []string {
 
 // issue fills a profile in. It is pure.
 func (p profile) issue(name string, r *x509.CertificateRequest, life time.Duration, s *spec) (leaf, error) {
-	if p.member && s.member == "" {
-		return leaf{}, errs.New(errs.Precondition, "profile %q: the node is in no cluster yet", name)
+	if p.member && s.key == "" { // the first node gets its own key when etcd has answered
+		return leaf{}, errs.New(errs.Precondition, "profile %q: the node has no place in a cluster yet", name)
 	}
 	if s.hostname == "" && (strings.Contains(p.cn, "%s") || p.exact) {
 		return leaf{}, errs.New(errs.Precondition, "profile %q: the node has no name yet; apply a configuration", name)

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
+	"encoding/pem"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -185,8 +186,33 @@ func (s trustServer) ListCertificates(context.Context, *trustv1.ListCertificates
 		c.Pem = string(a.pem)
 		out.Certificates = append(out.Certificates, c)
 	}
+	if k.worker() {
+		t, _ := s.d.trust.Get()
+		out.Certificates = append(out.Certificates, trusted(t)...)
+	}
 	out.Certificates = append(out.Certificates, s.d.past.list()...)
 	return out, nil
+}
+
+// trusted are the authorities of a node that has none of its own. What makes no sense is left out.
+func trusted(t *trustv1.TrustState) []*trustv1.Certificate {
+	var out []*trustv1.Certificate
+	for _, a := range []struct{ name, pem string }{{"os-ca", t.GetOsCa()}, {"etcd-ca", t.GetEtcdCa()}, {"kubernetes-ca", t.GetKubernetesCa()}, {"front-proxy-ca", t.GetFrontProxyCa()}} {
+		for rest := []byte(a.pem); ; {
+			var block *pem.Block
+			if block, rest = pem.Decode(rest); block == nil {
+				break
+			}
+			cert, err := x509.ParseCertificate(block.Bytes)
+			if err != nil {
+				continue
+			}
+			c := describe(a.name, cert)
+			c.Pem = string(pemCert(cert.Raw))
+			out = append(out, c)
+		}
+	}
+	return out
 }
 
 func (k *keyring) authorities() []*authority {
@@ -229,7 +255,9 @@ func (s signerServer) SignCertificate(ctx context.Context, r *trustv1.SignCertif
 		return nil, err
 	}
 	l, err := decide(r.GetProfile(), who, csr, time.Duration(r.GetTtlSeconds())*time.Second, sp)
-	if err != nil {
+	if errs.Is(err, errs.Precondition) { // too early is no offence
+		return nil, err
+	} else if err != nil {
 		s.d.count.refused.Add(1)
 		s.d.log.Warn("certificate refused", "user", who.Name(), "err", err.Error())
 		return nil, err

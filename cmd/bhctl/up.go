@@ -141,9 +141,12 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, as, endpoint stri
 				return nil
 			}
 		}
-		if m.Status().State == qemu.Running {
-			// QEMU accepts for a guest that is not there yet, and such a connection never becomes a good one: try often.
-			try, cancel := context.WithTimeout(ctx, 2*time.Second)
+		if m.Status().State != qemu.Running {
+			return errors.New("the machine ended while it booted")
+		}
+		if there, _ := answers(ctx, endpoint, ""); there {
+			// A claim whose answer is lost cannot be made again: it has all the time that it takes.
+			try, cancel := context.WithTimeout(ctx, time.Minute)
 			cred, e := client.Claim(try, endpoint, key, "admin")
 			cancel()
 			if e == nil {
@@ -155,8 +158,8 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, as, endpoint stri
 			if known == nil || !errs.Is(e, errs.Precondition) {
 				err = e
 			}
-		} else {
-			return errors.New("the machine ended while it booted")
+		} else if err == nil {
+			err = errors.New("nobody is there yet")
 		}
 		if errs.Is(err, errs.Precondition) {
 			return fmt.Errorf("somebody owns this machine already, and this user has no credentials for it: bhctl down --name %s removes it", as)

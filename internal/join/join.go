@@ -27,6 +27,9 @@ const (
 	Label = "EXPORTER-bulkhead-join"
 	// NodeLabel is the one for the calls of nodes that have joined.
 	NodeLabel = "EXPORTER-bulkhead-node"
+	// ServerName is in the certificates of control planes' apid, and of no other: a node that asks its cluster for certificates, or whom to trust, takes nobody else for one
+	// (TLS server name, when the far side's authority is known).
+	ServerName = "bulkhead-controlplane"
 	// BindingSize is the exporter's length in bytes.
 	BindingSize = 32
 	// KeySize is the length of a cluster's join key in bytes.

@@ -131,3 +131,26 @@ func TestRenewsAtTwoThirdsAndKeepsOldOneOnFailure(t *testing.T) {
 		}
 	})
 }
+
+// While the cluster's state cannot be read, the nodes are those that were known last; for a node that is somebody else's then they are not.
+func TestNodesStay(t *testing.T) {
+	trust := NewTrust(&signer{}, slog.New(slog.DiscardHandler))
+	for i, c := range []struct {
+		state *trustv1.TrustState
+		want  int
+	}{
+		{&trustv1.TrustState{Claimed: true, NodeName: "a", Nodes: []*trustv1.ClusterNode{{Name: "a"}, {Name: "b"}}}, 2},
+		{&trustv1.TrustState{Claimed: true, NodeName: "a"}, 2},
+		{&trustv1.TrustState{Claimed: true, NodeName: "a", Nodes: []*trustv1.ClusterNode{{Name: "a"}}}, 1},
+		{&trustv1.TrustState{Claimed: true, NodeName: "c"}, 0},
+		{&trustv1.TrustState{Claimed: true, NodeName: "c", Nodes: []*trustv1.ClusterNode{{Name: "c"}}}, 1},
+		{&trustv1.TrustState{}, 0},
+	} {
+		if err := trust.set(c.state); err != nil {
+			t.Fatal(err)
+		}
+		if r, _ := trust.Roots(); len(r.State.GetNodes()) != c.want {
+			t.Errorf("state %d: %d nodes, want %d", i, len(r.State.GetNodes()), c.want)
+		}
+	}
+}

@@ -72,6 +72,10 @@ func (t *Trust) follow(ctx context.Context) error {
 }
 
 func (t *Trust) set(s *trustv1.TrustState) error {
+	// An empty list says that the cluster's state cannot be read just now, for a node is in its own list: what was known last still holds.
+	if last, _ := t.cell.Get(); len(s.GetNodes()) == 0 && s.GetClaimed() && s.GetNodeName() == last.State.GetNodeName() {
+		s.Nodes = last.State.GetNodes()
+	}
 	r := &Roots{State: s, Known: true}
 	for _, a := range []struct {
 		name, pem string

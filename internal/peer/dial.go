@@ -38,15 +38,15 @@ func Dial(path string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 
 // Patient are the options that make a client wait for a server that restarts, and repeat calls that may be repeated.
 func Patient() []grpc.DialOption {
-	return append(steady(20*time.Second), grpc.WithDefaultServiceConfig(serviceConfig(true)), grpc.WithIdleTimeout(0))
+	return append(steady(20*time.Second, 50*time.Millisecond, 2*time.Second), grpc.WithDefaultServiceConfig(serviceConfig(true)), grpc.WithIdleTimeout(0))
 }
 
-// steady are the options of all clients; connect bounds a try to connect, the server's first word included.
-func steady(connect time.Duration) []grpc.DialOption {
+// steady are the options of all clients; connect bounds a try to connect, the server's first word included; pauses between tries grow from first to most.
+func steady(connect, first, most time.Duration) []grpc.DialOption {
 	return []grpc.DialOption{
 		grpc.WithMaxCallAttempts(attempts),
 		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+			Backoff:           backoff.Config{BaseDelay: first, Multiplier: 1.6, Jitter: 0.2, MaxDelay: most},
 			MinConnectTimeout: connect,
 		}),
 	}
@@ -56,7 +56,7 @@ func steady(connect time.Duration) []grpc.DialOption {
 const briskConnect = 6 * time.Second
 
 // Brisk makes connections to servers that may be away for long: calls that may be repeated are, but none waits for a server that does not answer.
-// They are many, and share what they need: with a service config of its own each would take a third more memory. The zero value is ready; it is safe for concurrent use.
+// A client that wants to try at once, since somebody calls, calls ResetConnectBackoff. They are many, and share what they need: with a service config of its own each would take a third more memory. The zero value is ready; it is safe for concurrent use.
 type Brisk struct {
 	once   sync.Once
 	config *serviceconfig.ParseResult
@@ -64,7 +64,7 @@ type Brisk struct {
 
 // Dial returns a connection to a server; it is opened when first used. name is what a dialer in opts gets for an address. The caller closes it.
 func (b *Brisk) Dial(name string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
-	return grpc.NewClient(b.Scheme()+":///"+name, append(append(steady(briskConnect), grpc.WithResolvers(b), grpc.WithReadBufferSize(ReadBuffer)), opts...)...)
+	return grpc.NewClient(b.Scheme()+":///"+name, append(append(steady(briskConnect, time.Second, time.Minute), grpc.WithResolvers(b), grpc.WithReadBufferSize(ReadBuffer)), opts...)...)
 }
 
 // Scheme is for grpc: Brisk is a resolver.Builder.

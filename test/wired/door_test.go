@@ -120,6 +120,7 @@ func (n *node) startTrustd() (stop func()) {
 	d, err := trustd.New(trustd.Config{
 		Env: n.env("trustd", n.inherit(n.trust)), Runtime: filepath.Join(n.dir, "runtime"), StateDir: filepath.Join(n.dir, "state"),
 		ClaimKey: filepath.Join(n.dir, "claim-key"), Blocks: filepath.Join(n.dir, "block"), Console: &n.console,
+		Socket: func(name string) string { return filepath.Join(n.dir, name) },
 	})
 	n.must(err)
 	return n.run(d.Run)

@@ -163,7 +163,7 @@ func Address(text string) (string, error) {
 }
 
 // maxFormer is how many runs of a node's trustd are kept.
-const maxFormer = 16
+const maxFormer = 8
 
 // Meet returns the node as it is after a run of its trustd called from an address ("": one that says nothing), and whether that changed it. A run that was
 // there before the present one is another machine with the same key: Denied.

@@ -161,7 +161,7 @@ func (r Roster) AddToken(ctx context.Context, t Token, now time.Time) error {
 }
 
 // maxTokens bounds what administrators can fill etcd with.
-const maxTokens = 10_000
+const maxTokens = 1_000
 
 // RevokeToken makes a token void. A used one stays used.
 func (r Roster) RevokeToken(ctx context.Context, id string, now time.Time) error {

@@ -1,6 +1,7 @@
 package roster
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -178,5 +179,20 @@ func TestParse(t *testing.T) {
 	}
 	if _, gone := s.Removed["K9"]; !gone {
 		t.Error("a removal that cannot be read does not count")
+	}
+}
+
+// A thousand nodes with all the addresses and runs that are kept fit into one answer of the store (3 MiB), twice.
+func TestThousandNodes(t *testing.T) {
+	n := Node{Role: ControlPlane, Key: strings.Repeat("f", 64), PublicKey: make([]byte, 91), Joined: now, Token: "7F3KQM2X9T"}
+	for i := range MaxAddresses + maxFormer {
+		n, _, _ = n.Meet(fmt.Sprintf("%032x", i), fmt.Sprintf("2001:db8:aaaa:bbbb:cccc:dddd:eeee:%04x", 0x1000+i))
+	}
+	data, err := json.Marshal(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(data)*1000*2 > 3<<20 {
+		t.Errorf("a record can have %d bytes", len(data))
 	}
 }
