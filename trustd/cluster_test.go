@@ -5,6 +5,8 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
 	"log/slog"
 	"net"
 	"os"
@@ -311,4 +313,30 @@ func (b *box) sign(who uid.ID, profile string, tmpl x509.CertificateRequest) (*x
 		return nil, err
 	}
 	return parsePEM(b.t, resp.GetCertificate()), nil
+}
+
+func parsePEM(t testing.TB, text string) *x509.Certificate {
+	t.Helper()
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		t.Fatalf("no PEM: %q", text)
+	}
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func parse509(t testing.TB, der []byte) *x509.Certificate {
+	t.Helper()
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func pkixName(cn string, org ...string) pkix.Name {
+	return pkix.Name{CommonName: cn, Organization: org}
 }

@@ -8,7 +8,6 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/pem"
 	"log/slog"
 	"net"
 	"os"
@@ -106,32 +105,6 @@ func request(t testing.TB, tmpl x509.CertificateRequest) (*ecdsa.PrivateKey, []b
 		t.Fatal(err)
 	}
 	return key, csr
-}
-
-func parsePEM(t testing.TB, text string) *x509.Certificate {
-	t.Helper()
-	block, _ := pem.Decode([]byte(text))
-	if block == nil {
-		t.Fatalf("no PEM: %q", text)
-	}
-	c, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-func parse509(t testing.TB, der []byte) *x509.Certificate {
-	t.Helper()
-	c, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
-}
-
-func pkixName(cn string, org ...string) pkix.Name {
-	return pkix.Name{CommonName: cn, Organization: org}
 }
 
 var binding = bytes.Repeat([]byte{7}, claim.BindingSize)
