@@ -149,10 +149,19 @@ func TestDaemonsThroughApid(t *testing.T) {
 			t.Errorf("%s may call through apid", id.Name())
 		}
 	}
+	if _, err := etcdv1.NewPeersClient(n.as(uid.Kubeletd)).AddMember(any, &etcdv1.AddMemberRequest{}); err != nil {
+		t.Error(err)
+	}
 	lines := strings.Join(n.audits(), "\n")
-	for _, want := range []string{"who=node:w1", "peer=kubeletd", "target=@controlplane", "cluster.v1.Registry/Report"} {
+	for _, want := range []string{"who=node:w1", "peer=kubeletd", "target=@controlplane", "etcd.v1.Peers/AddMember", "cluster.v1.Registry/Report"} {
 		if !strings.Contains(lines, want) {
 			t.Errorf("no %q in\n%s", want, lines)
+		}
+	}
+	// Every node reports every ten seconds; of these only those that failed are in the log.
+	for _, l := range n.audits() {
+		if strings.Contains(l, "Registry/Report") && strings.Contains(l, "code=OK") {
+			t.Errorf("a report is audited: %s", l)
 		}
 	}
 	c.tell(func(s *trustv1.TrustState) { s.Nodes = s.Nodes[1:] })

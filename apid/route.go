@@ -11,7 +11,7 @@ import (
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	// Linked for their descriptors: what is not linked has no route. A new package is added here.
-	_ "github.com/bulkhead-os/bulkhead/api/cluster/v1"
+	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/config/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
@@ -42,6 +42,10 @@ func (r *route) audited() bool {
 	}
 	return true
 }
+
+// routine reports whether nodes make such calls all the time: they are written only if they fail, or they would push all else out of the log. What they
+// change, the register of nodes, shows who made the last one.
+func (r *route) routine() bool { return r.name() == clusterv1.Registry_Report_FullMethodName }
 
 // linkedRoutes makes the routes from the protos linked into this program: methods of services with a served_by option, whose need names
 // a role that somebody outside of the node can have. All others have no route.

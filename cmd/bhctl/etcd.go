@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -44,12 +47,13 @@ func (a *app) etcdCmd() *cobra.Command {
 				}
 				return a.say("%s is no member any more\n", args[0])
 			}),
-		a.etcd("leave", "Remove this node's member and its data", "Remove this node's member and its data; name the node with --node. It does not join again by itself. Refused for the last member, and if the others would\nhave no quorum.",
-			cobra.NoArgs, func(ctx context.Context, c etcdv1.EtcdClient, _ []string) error {
-				if _, err := c.Leave(ctx, &etcdv1.LeaveRequest{}); err != nil {
+		a.etcdLeaveCmd(),
+		a.etcd("rejoin", "Let a member come back that left or was removed", "Let the node's member come back, with empty data, after it left or was removed. It gets all data from the others.", cobra.NoArgs,
+			func(ctx context.Context, c etcdv1.EtcdClient, _ []string) error {
+				if _, err := c.Rejoin(ctx, &etcdv1.RejoinRequest{}); err != nil {
 					return err
 				}
-				return a.say("the node's member has left\n")
+				return a.say("the node's member joins again; bhctl etcd status shows how far it is\n")
 			}),
 		a.etcd("defrag", "Give the room of deleted data back", "Give the room of deleted data back to the file system. The node's member does not answer meanwhile.", cobra.NoArgs,
 			func(ctx context.Context, c etcdv1.EtcdClient, _ []string) error {
@@ -63,11 +67,73 @@ func (a *app) etcdCmd() *cobra.Command {
 				return a.say("%s before, %s now\n", bytesText(r.BeforeBytes), bytesText(r.AfterBytes))
 			}),
 		a.etcdAlarmsCmd(),
-		&cobra.Command{Use: "snapshot FILE", Short: "Save the whole database; restore with etcdutl", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
+		&cobra.Command{Use: "snapshot FILE", Short: "Save the whole database, for bhctl etcd restore", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
 			return a.stream(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error { return a.saveSnapshot(ctx, conn, args[0]) })
 		}},
+		a.etcdRestoreCmd(),
 	)
 	return c
+}
+
+func (a *app) etcdLeaveCmd() *cobra.Command {
+	r := &etcdv1.LeaveRequest{}
+	c := a.etcd("leave", "Remove this node's member and its data", "Remove this node's member and its data; name the node with --node. It does not join again by itself: see bhctl etcd rejoin. Refused for the last member,\nand if the others would have no quorum.",
+		cobra.NoArgs, func(ctx context.Context, c etcdv1.EtcdClient, _ []string) error {
+			if _, err := c.Leave(ctx, r); err != nil {
+				return err
+			}
+			return a.say("the node's member has left\n")
+		})
+	c.Flags().BoolVar(&r.Force, "force", false, "ask nobody, and only delete this node's member: for one whose cluster is no more, or has gone on without it")
+	return c
+}
+
+func (a *app) etcdRestoreCmd() *cobra.Command {
+	var force bool
+	c := &cobra.Command{Use: "restore FILE", Short: "Begin anew with a snapshot, when quorum is lost for good", Args: cobra.ExactArgs(1),
+		Long: "Make the node's member the only one of a new cluster, with the content of a snapshot. What was written since the snapshot is lost. Nothing is changed before\n" +
+			"the whole file was received and found right. The members that are left on other nodes come in afterwards, each with bhctl etcd leave --force and\n" +
+			"bhctl etcd rejoin.",
+		Example: "  bhctl etcd restore etcd.snapshot --node n1\n  bhctl etcd leave --force --node n2\n  bhctl etcd rejoin --node n2",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return a.stream(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
+				return a.restoreSnapshot(ctx, conn, args[0], force)
+			})
+		}}
+	c.Flags().BoolVar(&force, "force", false, "also if etcd answers: all that was written since the snapshot is lost")
+	return c
+}
+
+// restorePiece is the size of the pieces in which a snapshot is sent, in bytes.
+const restorePiece = 256 << 10
+
+func (a *app) restoreSnapshot(ctx context.Context, conn *grpc.ClientConn, file string, force bool) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	s, err := etcdv1.NewEtcdClient(conn).Restore(ctx)
+	if err != nil {
+		return err
+	}
+	err = s.Send(&etcdv1.RestoreRequest{Force: force})
+	for buf := make([]byte, restorePiece); err == nil; {
+		var n int
+		if n, err = f.Read(buf); n > 0 {
+			if e := s.Send(&etcdv1.RestoreRequest{Data: buf[:n]}); e != nil {
+				break // the answer says why
+			}
+		}
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	r, err := s.CloseAndRecv()
+	if err != nil {
+		return err
+	}
+	return a.say("%s received; the member begins anew with it: bhctl etcd status shows how far it is\n", bytesText(r.Bytes))
 }
 
 func (a *app) etcdStatus(ctx context.Context, c etcdv1.EtcdClient, _ []string) error {

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"slices"
@@ -229,12 +230,37 @@ func (e fakeEtcd) ForfeitLeadership(context.Context, *etcdv1.ForfeitLeadershipRe
 	return &etcdv1.ForfeitLeadershipResponse{Leader: "n2"}, nil
 }
 
-func (e fakeEtcd) Leave(ctx context.Context, _ *etcdv1.LeaveRequest) (*etcdv1.LeaveResponse, error) {
+func (e fakeEtcd) Leave(ctx context.Context, r *etcdv1.LeaveRequest) (*etcdv1.LeaveResponse, error) {
 	n, err := e.f.at(ctx)
-	if err == nil {
+	if err == nil && !r.Force {
 		err = e.remove(n)
 	}
 	return &etcdv1.LeaveResponse{}, err
+}
+
+func (e fakeEtcd) Rejoin(ctx context.Context, _ *etcdv1.RejoinRequest) (*etcdv1.RejoinResponse, error) {
+	if n, err := e.f.at(ctx); err != nil || n != "n2" {
+		return nil, errors.Join(err, status.Error(codes.FailedPrecondition, "this node's etcd member neither left nor was removed"))
+	}
+	return &etcdv1.RejoinResponse{}, nil
+}
+
+// Restore takes all, and is refused without force.
+func (e fakeEtcd) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, etcdv1.RestoreResponse]) error {
+	r := &etcdv1.RestoreResponse{}
+	for force := false; ; {
+		m, err := in.Recv()
+		switch {
+		case errors.Is(err, io.EOF):
+			return in.SendAndClose(r)
+		case err != nil:
+			return err
+		}
+		if force = force || m.Force; !force {
+			return status.Error(codes.FailedPrecondition, "etcd answers here")
+		}
+		r.Bytes += uint64(len(m.Data))
+	}
 }
 
 func (e fakeEtcd) Defragment(context.Context, *etcdv1.DefragmentRequest) (*etcdv1.DefragmentResponse, error) {

@@ -32,6 +32,7 @@ var scopes = func() map[string]scope {
 		"shutdown":      away,
 		"reset":         {single, ", because what it destroys is gone for ever"},
 		"etcd leave":    away,
+		"etcd restore":  {single, ", because each would begin a cluster of its own"},
 		"etcd defrag":   {single, ", because a member does not answer meanwhile"},
 		"unlock":        {nowhere, "goes to the node itself, which knows nobody while it is locked; leave them out, and give its ENDPOINT"},
 		"claim":         {nowhere, "goes to the node itself, which belongs to nobody; leave them out"},
@@ -43,7 +44,7 @@ var scopes = func() map[string]scope {
 			"completion bash", "completion zsh", "completion fish", "completion powershell", "help"},
 		&cluster: {"bootstrap", "token", "certificate", "kubeconfig", "jointoken create", "jointoken list", "jointoken revoke", "node remove", "revoke",
 			"etcd members", "etcd remove", "etcd alarms", "etcd forfeit-leadership"},
-		&one: {"secureboot enroll", "storage keys add", "storage keys remove", "storage keys rotate", "storage keys recovery"},
+		&one: {"secureboot enroll", "storage keys add", "storage keys remove", "storage keys rotate", "storage keys recovery", "etcd rejoin"},
 		&all: {"version", "health", "services", "service restart", "diff", "get", "why", "mark-good", "storage keys list", "etcd status"},
 	} {
 		for _, n := range names {
