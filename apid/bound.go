@@ -15,31 +15,27 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/unlock"
 )
 
 const (
 	maxClaims  = 64   // calls that need no identity, at once, until somebody has believed their proof
 	maxWatches = 1024 // nodes that follow the cluster, at once
-
-	// Labels of the TLS exporter (RFC 8446 section 7.5) for what nodes prove; the context is empty.
-	joinLabel   = "EXPORTER-bulkhead-join"
-	nodeLabel   = "EXPORTER-bulkhead-node"
-	bindingSize = 32 // bytes
 )
 
-// labels are those of the methods that nodes call at others before they have a certificate.
+// labels are those of the TLS exporter (RFC 8446 section 7.5) for the methods that nodes call at others before they have a certificate.
 var labels = map[string]string{
-	trustv1.Join_Join_FullMethodName:          joinLabel,
-	trustv1.Nodes_SignForNode_FullMethodName:  nodeLabel,
-	trustv1.Nodes_WatchCluster_FullMethodName: nodeLabel,
+	trustv1.Join_Join_FullMethodName:          join.Label,
+	trustv1.Nodes_SignForNode_FullMethodName:  join.NodeLabel,
+	trustv1.Nodes_WatchCluster_FullMethodName: join.NodeLabel,
 }
 
 // bindingOf returns what ties a method's proof to the connection of its caller.
 func bindingOf(r *route, s tls.ConnectionState) ([]byte, error) {
 	switch {
 	case labels[r.name()] != "":
-		return s.ExportKeyingMaterial(labels[r.name()], nil, bindingSize)
+		return join.Binding(s, labels[r.name()])
 	case r.service == trustv1.Claim_ServiceDesc.ServiceName:
 		return claim.Binding(s)
 	}

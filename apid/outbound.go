@@ -70,8 +70,7 @@ func (o *outbound) Exchange(in grpc.BidiStreamingServer[outboundv1.ExchangeReque
 	if err != nil {
 		return err
 	}
-	state := raw.ConnectionState()
-	binding, err := state.ExportKeyingMaterial(open.GetBindingLabel(), nil, bindingSize)
+	binding, err := join.Binding(raw.ConnectionState(), open.GetBindingLabel())
 	if err != nil {
 		return errors.Join(err, raw.Close())
 	}

@@ -17,6 +17,7 @@ import (
 	outboundv1 "github.com/bulkhead-os/bulkhead/api/outbound/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
@@ -121,18 +122,18 @@ func TestExchange(t *testing.T) {
 	a := &authorityOf{next: make(chan *trustv1.TrustState), gone: make(chan struct{}, 1)}
 	far, near := joinable(t, a), newNode(t, false)
 	ctx := near.ctx()
-	join := &outboundv1.Open{Method: trustv1.Join_Join_FullMethodName, Endpoints: []string{"127.0.0.1:1", far.address}, BindingLabel: joinLabel}
-	s, opened, err := near.exchange(ctx, join, &trustv1.JoinRequest{Csr: []byte("csr"), ChannelBinding: []byte("mine"), RemoteAddress: "192.0.2.1"})
+	first := &outboundv1.Open{Method: trustv1.Join_Join_FullMethodName, Endpoints: []string{"127.0.0.1:1", far.address}, BindingLabel: join.Label}
+	s, opened, err := near.exchange(ctx, first, &trustv1.JoinRequest{Csr: []byte("csr"), ChannelBinding: []byte("mine"), RemoteAddress: "192.0.2.1"})
 	near.must(err)
 	var joined trustv1.JoinResponse
 	receive(t, s, &joined)
 	if _, err := s.Recv(); !errors.Is(err, io.EOF) {
 		t.Errorf("at the end: %v", err)
 	}
-	if opened.GetEndpoint() != far.address || len(opened.GetBinding()) != bindingSize || !bytes.Equal(opened.GetBinding(), joined.GetProof()) || joined.GetRole() != "127.0.0.1" || string(joined.GetCertificate()) != "csr" {
+	if opened.GetEndpoint() != far.address || len(opened.GetBinding()) != join.BindingSize || !bytes.Equal(opened.GetBinding(), joined.GetProof()) || joined.GetRole() != "127.0.0.1" || string(joined.GetCertificate()) != "csr" {
 		t.Errorf("opened %v, the far trustd saw %v", opened, &joined)
 	}
-	again, second, err := near.exchange(ctx, join, &trustv1.JoinRequest{TokenId: "wrong"})
+	again, second, err := near.exchange(ctx, first, &trustv1.JoinRequest{TokenId: "wrong"})
 	near.must(err)
 	_, err = again.Recv()
 	says(t, "a wrong token", err, codes.Unauthenticated, "no such token")
@@ -141,7 +142,7 @@ func TestExchange(t *testing.T) {
 	}
 
 	roots := text(far.trustd.ca.cert)
-	s, _, err = near.exchange(ctx, &outboundv1.Open{Method: trustv1.Nodes_SignForNode_FullMethodName, Endpoints: []string{far.address}, Roots: roots, BindingLabel: nodeLabel},
+	s, _, err = near.exchange(ctx, &outboundv1.Open{Method: trustv1.Nodes_SignForNode_FullMethodName, Endpoints: []string{far.address}, Roots: roots, BindingLabel: join.NodeLabel},
 		&trustv1.SignForNodeRequest{Proof: &trustv1.NodeProof{Name: "w1", RemoteAddress: "192.0.2.1"}})
 	near.must(err)
 	var signed trustv1.SignCertificateResponse
@@ -149,7 +150,7 @@ func TestExchange(t *testing.T) {
 	if signed.GetCertificate() != "w1" || signed.GetCa() != "127.0.0.1" {
 		t.Errorf("signed %v", &signed)
 	}
-	watch := &outboundv1.Open{Method: trustv1.Nodes_WatchCluster_FullMethodName, Endpoints: []string{far.address}, Roots: roots, BindingLabel: nodeLabel}
+	watch := &outboundv1.Open{Method: trustv1.Nodes_WatchCluster_FullMethodName, Endpoints: []string{far.address}, Roots: roots, BindingLabel: join.NodeLabel}
 	follow, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s, _, err = near.exchange(follow, watch, &trustv1.WatchClusterRequest{Proof: &trustv1.NodeProof{Name: "w1"}})
@@ -178,7 +179,7 @@ func TestExchangeRefuses(t *testing.T) {
 	defer silent.Close()
 	ctx := near.ctx()
 	sign := func(change func(*outboundv1.Open)) error {
-		o := &outboundv1.Open{Method: trustv1.Nodes_SignForNode_FullMethodName, Endpoints: []string{far.address}, Roots: text(far.trustd.ca.cert), BindingLabel: nodeLabel}
+		o := &outboundv1.Open{Method: trustv1.Nodes_SignForNode_FullMethodName, Endpoints: []string{far.address}, Roots: text(far.trustd.ca.cert), BindingLabel: join.NodeLabel}
 		change(o)
 		_, _, err := near.exchange(ctx, o, &trustv1.SignForNodeRequest{})
 		return err
@@ -190,7 +191,7 @@ func TestExchangeRefuses(t *testing.T) {
 	}{
 		"nothing wrong":    {func(*outboundv1.Open) {}, codes.OK, ""},
 		"another method":   {func(o *outboundv1.Open) { o.Method = "/machine.v1.Machine/Reboot" }, codes.PermissionDenied, "only Join, SignForNode and WatchCluster"},
-		"another label":    {func(o *outboundv1.Open) { o.BindingLabel = "EXPORTER-bulkhead-claim" }, codes.InvalidArgument, nodeLabel},
+		"another label":    {func(o *outboundv1.Open) { o.BindingLabel = "EXPORTER-bulkhead-claim" }, codes.InvalidArgument, join.NodeLabel},
 		"no roots":         {func(o *outboundv1.Open) { o.Roots = "" }, codes.InvalidArgument, "needs roots"},
 		"roots of garbage": {func(o *outboundv1.Open) { o.Roots = "x" }, codes.InvalidArgument, "no PEM"},
 		"no endpoints":     {func(o *outboundv1.Open) { o.Endpoints = nil }, codes.InvalidArgument, "0 endpoints; allowed are 1 to 16"},
@@ -202,7 +203,7 @@ func TestExchangeRefuses(t *testing.T) {
 		says(t, name, sign(c.change), c.code, c.text)
 	}
 	// A worker's certificate has not the name that is asked for.
-	if cfg, err := exchangeTLS(&outboundv1.Open{Method: trustv1.Nodes_WatchCluster_FullMethodName, Endpoints: []string{far.address}, Roots: text(far.trustd.ca.cert), BindingLabel: nodeLabel}); err != nil || cfg.ServerName != "bulkhead-controlplane" {
+	if cfg, err := exchangeTLS(&outboundv1.Open{Method: trustv1.Nodes_WatchCluster_FullMethodName, Endpoints: []string{far.address}, Roots: text(far.trustd.ca.cert), BindingLabel: join.NodeLabel}); err != nil || cfg.ServerName != "bulkhead-controlplane" {
 		t.Errorf("anybody of the cluster is believed: %v", err)
 	}
 	for _, id := range []uid.ID{uid.Machined, uid.Etcdd, uid.Gateway, uid.Networkd} {
@@ -234,7 +235,7 @@ func TestJoin(t *testing.T) {
 	ctx := n.ctx()
 	stranger := n.strangerConn()
 	r, err := trustv1.NewJoinClient(stranger).Join(ctx, &trustv1.JoinRequest{ChannelBinding: []byte("mine"), RemoteAddress: "192.0.2.1"})
-	if err != nil || len(r.GetProof()) != bindingSize || r.GetRole() != "127.0.0.1" {
+	if err != nil || len(r.GetProof()) != join.BindingSize || r.GetRole() != "127.0.0.1" {
 		t.Errorf("%v, %v", r, err)
 	}
 	_, err = trustv1.NewJoinClient(n.as(uid.Gateway)).Join(ctx, &trustv1.JoinRequest{})
@@ -288,7 +289,7 @@ func TestJoinClusterBinding(t *testing.T) {
 	})
 	n.start()
 	r, err := trustv1.NewClaimClient(n.strangerConn()).JoinCluster(n.ctx(), &trustv1.JoinClusterRequest{Name: "w1", ChannelBinding: []byte("mine")})
-	if err != nil || len(r.GetCa()) != bindingSize || r.GetRole() != "w1" {
+	if err != nil || len(r.GetCa()) != join.BindingSize || r.GetRole() != "w1" {
 		t.Errorf("%v, %v", r, err)
 	}
 }

@@ -76,11 +76,44 @@ func (s *store) Watch(r *storev1.WatchRequest, out grpc.ServerStreamingServer[st
 	})
 }
 
-// startDoor starts apid with trustd as the one who calls on its Unix socket.
-func (n *node) startDoor() {
+// doors are the nodes' apids by the addresses that the cluster sees them at, 10.5.0.N: loopback's 127.0.0.N, which means nothing to other nodes.
+type doors map[string]*node
+
+// seen is a listener whose callers come from where the cluster sees them.
+type seen struct{ net.Listener }
+
+type seenConn struct{ net.Conn }
+
+func (l seen) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	return seenConn{c}, err
+}
+
+func (c seenConn) RemoteAddr() net.Addr {
+	a := *c.Conn.RemoteAddr().(*net.TCPAddr)
+	if ip := a.IP.To4(); ip[3] != 1 {
+		a.IP = net.IPv4(10, 5, 0, ip[3])
+	}
+	return &a
+}
+
+// startDoor starts apid with trustd as the one who calls on its Unix socket. It calls others from its node's address.
+func (n *node) startDoor(all doors) {
 	env := n.env("apid", n.inherit(n.local))
-	env.TCP, env.Who = n.inherit(n.tcp), func(net.Conn) (uid.ID, error) { return uid.Trustd, nil }
-	d, err := apid.New(apid.Config{Env: env, Socket: func(name string) string { return filepath.Join(n.dir, name) }})
+	env.TCP, env.Who = seen{n.inherit(n.tcp)}, func(net.Conn) (uid.ID, error) { return uid.Trustd, nil }
+	var from net.Dialer
+	for ip, other := range all {
+		if other == n {
+			from.LocalAddr = &net.TCPAddr{IP: net.ParseIP(strings.Replace(ip, "10.5", "127.0", 1))}
+		}
+	}
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+		if host, port, err := net.SplitHostPort(address); err == nil && port == client.Port && all[host] != nil {
+			address = all[host].address
+		}
+		return from.DialContext(ctx, network, address)
+	}
+	d, err := apid.New(apid.Config{Env: env, Dial: dial, Socket: func(name string) string { return filepath.Join(n.dir, name) }})
 	n.must(err)
 	n.run(d.Run)
 }
@@ -133,11 +166,12 @@ func TestJoinThroughDoors(t *testing.T) {
 	defer cancel()
 	shared := &store{data: map[string]*storev1.Entry{}}
 	n1, n2, n3 := newNode(t), newNode(t), newNode(t)
+	all := doors{"10.5.0.11": n1, "10.5.0.12": n2, "10.5.0.13": n3}
 	for _, n := range []*node{n1, n2, n3} {
 		n.must(os.Mkdir(filepath.Join(n.dir, "state"), 0o700))
 		n.serveStore(shared)
 		n.startTrustd()
-		n.startDoor()
+		n.startDoor(all)
 	}
 	creds, err := client.Claim(ctx, n1.address, n1.console.code(t), "ann")
 	n1.must(err)
@@ -165,6 +199,22 @@ func TestJoinThroughDoors(t *testing.T) {
 	n1.must(err)
 	_, err = n3.join(ctx, "n3", made.GetToken(), n1.address)
 	n3.must(err)
+
+	// The first control plane reaches both for the administrator, and a worker passes nothing on.
+	for name, role := range map[string]string{"n2": "node-worker", "n3": "node-controlplane"} {
+		list, err := trustv1.NewTrustClient(conn).ListCertificates(client.OnNode(ctx, name), &trustv1.ListCertificatesRequest{})
+		n1.must(err)
+		if text := list.String(); !strings.Contains(text, "node:"+name) || !strings.Contains(text, role) {
+			t.Errorf("the certificates of %s: %s", name, text)
+		}
+	}
+	worker, err := client.Dial(n2.address, creds)
+	n1.must(err)
+	defer worker.Close()
+	_, err = trustv1.NewTrustClient(worker).ListCertificates(client.OnNode(ctx, "n3"), &trustv1.ListCertificatesRequest{})
+	if status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), `"n2" is a worker and passes no calls on; ask a control plane: n1`) {
+		t.Errorf("through a worker: %v", err)
+	}
 
 	// The cluster's administrator is known on both, and so is a token, until it is revoked.
 	minted, err := trustv1.NewTrustClient(conn).MintToken(ctx, &trustv1.MintTokenRequest{Name: "x", Roles: []string{"reader"}})
