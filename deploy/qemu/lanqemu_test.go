@@ -13,9 +13,9 @@ import (
 	"time"
 )
 
-// TestLANOfQEMU sends a frame from one real QEMU to another through the switch, and again through one that was started anew. There is no guest in them: a hub inside each joins
+// TestLANInVM sends a frame from one real QEMU to another through the switch, and again through one that was started anew. There is no guest in them: a hub inside each joins
 // the LAN to a datagram socket of this test.
-func TestLANOfQEMU(t *testing.T) {
+func TestLANInVM(t *testing.T) {
 	if os.Getenv("BULKHEAD_VM") == "" {
 		t.Skip("needs QEMU: make test-vm")
 	}

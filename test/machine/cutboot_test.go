@@ -105,6 +105,9 @@ func (r *rebuilding) again(t *testing.T, dir string, second mark) error {
 	if err != nil {
 		return err
 	}
+	if fi.Size() == 0 { // the node wrote nothing: there is nothing that a second cut could change
+		return nil
+	}
 	rec, err := powercut.ReadLog(log, fi.Size())
 	if err != nil {
 		return err
