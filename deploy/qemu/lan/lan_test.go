@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -26,6 +27,7 @@ import (
 
 // machine is the end of a QEMU: a socket that listens, and frames over the one connection that it has.
 type machine struct {
+	n    *network
 	t    *testing.T
 	name string
 	addr mac
@@ -70,7 +72,7 @@ func (n *network) plug(names ...string) []*machine {
 	n.t.Helper()
 	var all []*machine
 	for _, name := range names {
-		m := &machine{t: n.t, name: name, addr: mac{2, 0, 0, 0, 0, name[0]}}
+		m := &machine{t: n.t, n: n, name: name, addr: mac{2, 0, 0, 0, 0, name[0]}}
 		path := filepath.Join(n.dir, name+".sock")
 		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 		if err != nil {
@@ -98,6 +100,18 @@ func (m *machine) accept() {
 	}
 	m.t.Cleanup(func() { c.Close() })
 	m.conn = c
+	for !m.n.has(m.name) { // the switch dials first, and takes frames to the port a moment later
+		if m.t.Context().Err() != nil {
+			m.t.Fatal(m.t.Context().Err())
+		}
+		runtime.Gosched()
+	}
+}
+
+func (n *network) has(name string) bool {
+	n.Switch.mu.Lock()
+	defer n.Switch.mu.Unlock()
+	return n.Switch.ports[name] != nil
 }
 
 func (m *machine) frame(to mac, text string) []byte {
