@@ -20,6 +20,9 @@ import (
 
 var nodeRoles = []string{"controlplane", "worker"}
 
+// removeLimit is how long a node may take to see that a member of etcd is gone.
+const removeLimit = 10 * time.Second
+
 // joinTime is how long a node may take to find a control plane and be admitted.
 const joinTime = 2 * time.Minute
 
@@ -240,10 +243,19 @@ func (a *app) removeNode(ctx context.Context, conn *grpc.ClientConn, name string
 			return err
 		}
 	}
-	if _, err := trustv1.NewMembershipClient(conn).RemoveMember(ctx, &trustv1.RemoveMemberRequest{Name: name}); err != nil {
-		return err
+	for begin := time.Now(); ; {
+		_, err := trustv1.NewMembershipClient(conn).RemoveMember(ctx, &trustv1.RemoveMemberRequest{Name: name})
+		if err == nil {
+			return a.say("%s is no node of the cluster any more\n", name)
+		}
+		// The node that is asked may hear a moment later that etcd has lost a member.
+		if !member || !errs.Is(err, errs.Precondition) || time.Since(begin) > removeLimit {
+			return err
+		}
+		if err := pause(ctx, 300*time.Millisecond); err != nil {
+			return err
+		}
 	}
-	return a.say("%s is no node of the cluster any more\n", name)
 }
 
 // elsewhere returns another control plane to ask if the one that answered is the node that is to go: no member removes itself, and its word would soon count for nothing. "" if

@@ -39,6 +39,7 @@ type fakeCluster struct {
 	mu      sync.Mutex
 	members []string             // guarded by mu
 	etcd    []string             // guarded by mu
+	stale   bool                 // guarded by mu; trustd has not heard yet that etcd lost a member
 	tokens  []*trustv1.JoinToken // guarded by mu
 	alarms  []string             // guarded by mu
 }
@@ -150,7 +151,8 @@ func (f *fakeCluster) ListMembers(context.Context, *trustv1.ListMembersRequest) 
 func (f *fakeCluster) RemoveMember(_ context.Context, r *trustv1.RemoveMemberRequest) (*trustv1.RemoveMemberResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if slices.Contains(f.etcd, r.Name) {
+	if slices.Contains(f.etcd, r.Name) || f.stale {
+		f.stale = false
 		return nil, status.Errorf(codes.FailedPrecondition, "etcd has %s as a member", r.Name)
 	}
 	f.members = slices.DeleteFunc(f.members, func(n string) bool { return n == r.Name })
@@ -222,6 +224,7 @@ func (e fakeEtcd) remove(name string) error {
 		return status.Error(codes.FailedPrecondition, "n2 is one of 2 members that answer; without it 1 of 2 is no quorum")
 	}
 	f.etcd = slices.DeleteFunc(f.etcd, func(n string) bool { return n == name })
+	f.stale = true
 	return nil
 }
 
