@@ -28,7 +28,7 @@ const joinTime = 2 * time.Minute
 
 func clusterResources() map[string]resource {
 	return map[string]resource{
-		"nodes": of("the cluster's nodes and how they are", []string{"NAME", "ROLE", "STATE", "VERSION", "ADDRESSES", "SEEN", "DETAIL"},
+		"nodes": of("the cluster's nodes and how they are", []string{"NAME", "ROLE", "STATE", "VERSION", "ADDRESSES", "DETAIL"},
 			func(ctx context.Context, conn *grpc.ClientConn) (*clusterv1.ListNodesResponse, error) {
 				return clusterv1.NewRegistryClient(conn).ListNodes(ctx, &clusterv1.ListNodesRequest{})
 			},
@@ -38,9 +38,7 @@ func clusterResources() map[string]resource {
 					return err
 				}
 				return receive(s, f)
-			}, (*clusterv1.ListNodesResponse).GetNodes, func(n *clusterv1.Node) []string {
-				return []string{n.Name, n.Role, n.State, n.Version, strings.Join(n.Addresses, ","), n.Seen.AsTime().Local().Format(time.TimeOnly), oneLine(n.Detail)}
-			}),
+			}, (*clusterv1.ListNodesResponse).GetNodes, nodeRow),
 		"members": of("who has joined the cluster, and with which key", []string{"NAME", "ROLE", "ADDRESSES", "JOINED", "TOKEN", "KEY"},
 			func(ctx context.Context, conn *grpc.ClientConn) (*trustv1.ListMembersResponse, error) {
 				return trustv1.NewMembershipClient(conn).ListMembers(ctx, &trustv1.ListMembersRequest{})
@@ -48,6 +46,15 @@ func clusterResources() map[string]resource {
 				return []string{m.Name, m.Role, strings.Join(m.Addresses, ","), m.Joined.AsTime().Local().Format(time.DateTime), orDash(m.TokenId), m.Key}
 			}),
 	}
+}
+
+// nodeRow says when a node was heard of only if it is lost: else each report would be a change, which --watch prints.
+func nodeRow(n *clusterv1.Node) []string {
+	detail := oneLine(n.Detail)
+	if n.State == "lost" && n.Seen != nil {
+		detail = strings.TrimSuffix("last heard of at "+n.Seen.AsTime().Local().Format(time.DateTime)+"; "+detail, "; ")
+	}
+	return []string{n.Name, n.Role, n.State, n.Version, strings.Join(n.Addresses, ","), detail}
 }
 
 func orDash(s string) string {

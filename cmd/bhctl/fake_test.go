@@ -124,14 +124,14 @@ func (f *fakeCluster) StreamLogs(r *machinev1.StreamLogsRequest, s grpc.ServerSt
 func (f *fakeCluster) ListNodes(context.Context, *clusterv1.ListNodesRequest) (*clusterv1.ListNodesResponse, error) {
 	return &clusterv1.ListNodesResponse{Nodes: []*clusterv1.Node{
 		{Name: "n1", Role: "controlplane", State: "ready", Version: "v1", Addresses: []string{"10.5.0.11"}},
-		{Name: "n3", Role: "controlplane", State: "lost", Version: "v1", Addresses: []string{"10.5.0.13"}, Detail: "etcd has\nno leader"},
+		{Name: "n3", Role: "controlplane", State: "lost", Version: "v1", Addresses: []string{"10.5.0.13"}, Detail: "etcd has\nno leader", Seen: timestamppb.New(time.Unix(1e9, 0))},
 	}}, nil
 }
 
-// WatchNodes sends two states and ends.
+// WatchNodes sends two states, the first one twice, and ends.
 func (f *fakeCluster) WatchNodes(_ *clusterv1.WatchNodesRequest, s grpc.ServerStreamingServer[clusterv1.ListNodesResponse]) error {
-	for _, state := range []string{"ready", "not ready"} {
-		if err := s.Send(&clusterv1.ListNodesResponse{Nodes: []*clusterv1.Node{{Name: "n1", State: state}}}); err != nil {
+	for i, state := range []string{"ready", "ready", "not ready"} {
+		if err := s.Send(&clusterv1.ListNodesResponse{Nodes: []*clusterv1.Node{{Name: "n1", State: state, Seen: timestamppb.New(time.Unix(int64(i), 0))}}}); err != nil {
 			return err
 		}
 	}
