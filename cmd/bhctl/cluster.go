@@ -20,12 +20,15 @@ import (
 
 var nodeRoles = []string{"controlplane", "worker"}
 
+// removeLimit is how long a node may take to see that a member of etcd is gone.
+const removeLimit = 10 * time.Second
+
 // joinTime is how long a node may take to find a control plane and be admitted.
 const joinTime = 2 * time.Minute
 
 func clusterResources() map[string]resource {
 	return map[string]resource{
-		"nodes": of("the cluster's nodes and how they are", []string{"NAME", "ROLE", "STATE", "VERSION", "ADDRESSES", "SEEN", "DETAIL"},
+		"nodes": of("the cluster's nodes and how they are", []string{"NAME", "ROLE", "STATE", "VERSION", "ADDRESSES", "DETAIL"},
 			func(ctx context.Context, conn *grpc.ClientConn) (*clusterv1.ListNodesResponse, error) {
 				return clusterv1.NewRegistryClient(conn).ListNodes(ctx, &clusterv1.ListNodesRequest{})
 			},
@@ -35,9 +38,7 @@ func clusterResources() map[string]resource {
 					return err
 				}
 				return receive(s, f)
-			}, (*clusterv1.ListNodesResponse).GetNodes, func(n *clusterv1.Node) []string {
-				return []string{n.Name, n.Role, n.State, n.Version, strings.Join(n.Addresses, ","), n.Seen.AsTime().Local().Format(time.TimeOnly), oneLine(n.Detail)}
-			}),
+			}, (*clusterv1.ListNodesResponse).GetNodes, nodeRow),
 		"members": of("who has joined the cluster, and with which key", []string{"NAME", "ROLE", "ADDRESSES", "JOINED", "TOKEN", "KEY"},
 			func(ctx context.Context, conn *grpc.ClientConn) (*trustv1.ListMembersResponse, error) {
 				return trustv1.NewMembershipClient(conn).ListMembers(ctx, &trustv1.ListMembersRequest{})
@@ -45,6 +46,15 @@ func clusterResources() map[string]resource {
 				return []string{m.Name, m.Role, strings.Join(m.Addresses, ","), m.Joined.AsTime().Local().Format(time.DateTime), orDash(m.TokenId), m.Key}
 			}),
 	}
+}
+
+// nodeRow says when a node was heard of only if it is lost: else each report would be a change, which --watch prints.
+func nodeRow(n *clusterv1.Node) []string {
+	detail := oneLine(n.Detail)
+	if n.State == "lost" && n.Seen != nil {
+		detail = strings.TrimSuffix("last heard of at "+n.Seen.AsTime().Local().Format(time.DateTime)+"; "+detail, "; ")
+	}
+	return []string{n.Name, n.Role, n.State, n.Version, strings.Join(n.Addresses, ","), detail}
 }
 
 func orDash(s string) string {
@@ -240,10 +250,19 @@ func (a *app) removeNode(ctx context.Context, conn *grpc.ClientConn, name string
 			return err
 		}
 	}
-	if _, err := trustv1.NewMembershipClient(conn).RemoveMember(ctx, &trustv1.RemoveMemberRequest{Name: name}); err != nil {
-		return err
+	for begin := time.Now(); ; {
+		_, err := trustv1.NewMembershipClient(conn).RemoveMember(ctx, &trustv1.RemoveMemberRequest{Name: name})
+		if err == nil {
+			return a.say("%s is no node of the cluster any more\n", name)
+		}
+		// The node that is asked may hear a moment later that etcd has lost a member.
+		if !member || !errs.Is(err, errs.Precondition) || time.Since(begin) > removeLimit {
+			return err
+		}
+		if err := pause(ctx, 300*time.Millisecond); err != nil {
+			return err
+		}
 	}
-	return a.say("%s is no node of the cluster any more\n", name)
 }
 
 // elsewhere returns another control plane to ask if the one that answered is the node that is to go: no member removes itself, and its word would soon count for nothing. "" if

@@ -40,6 +40,7 @@ type fakeCluster struct {
 	mu      sync.Mutex
 	members []string             // guarded by mu
 	etcd    []string             // guarded by mu
+	stale   bool                 // guarded by mu; trustd has not heard yet that etcd lost a member
 	tokens  []*trustv1.JoinToken // guarded by mu
 	alarms  []string             // guarded by mu
 }
@@ -124,14 +125,14 @@ func (f *fakeCluster) StreamLogs(r *machinev1.StreamLogsRequest, s grpc.ServerSt
 func (f *fakeCluster) ListNodes(context.Context, *clusterv1.ListNodesRequest) (*clusterv1.ListNodesResponse, error) {
 	return &clusterv1.ListNodesResponse{Nodes: []*clusterv1.Node{
 		{Name: "n1", Role: "controlplane", State: "ready", Version: "v1", Addresses: []string{"10.5.0.11"}},
-		{Name: "n3", Role: "controlplane", State: "lost", Version: "v1", Addresses: []string{"10.5.0.13"}, Detail: "etcd has\nno leader"},
+		{Name: "n3", Role: "controlplane", State: "lost", Version: "v1", Addresses: []string{"10.5.0.13"}, Detail: "etcd has\nno leader", Seen: timestamppb.New(time.Unix(1e9, 0))},
 	}}, nil
 }
 
-// WatchNodes sends two states and ends.
+// WatchNodes sends two states, the first one twice, and ends.
 func (f *fakeCluster) WatchNodes(_ *clusterv1.WatchNodesRequest, s grpc.ServerStreamingServer[clusterv1.ListNodesResponse]) error {
-	for _, state := range []string{"ready", "not ready"} {
-		if err := s.Send(&clusterv1.ListNodesResponse{Nodes: []*clusterv1.Node{{Name: "n1", State: state}}}); err != nil {
+	for i, state := range []string{"ready", "ready", "not ready"} {
+		if err := s.Send(&clusterv1.ListNodesResponse{Nodes: []*clusterv1.Node{{Name: "n1", State: state, Seen: timestamppb.New(time.Unix(int64(i), 0))}}}); err != nil {
 			return err
 		}
 	}
@@ -151,7 +152,8 @@ func (f *fakeCluster) ListMembers(context.Context, *trustv1.ListMembersRequest) 
 func (f *fakeCluster) RemoveMember(_ context.Context, r *trustv1.RemoveMemberRequest) (*trustv1.RemoveMemberResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if slices.Contains(f.etcd, r.Name) {
+	if slices.Contains(f.etcd, r.Name) || f.stale {
+		f.stale = false
 		return nil, status.Errorf(codes.FailedPrecondition, "etcd has %s as a member", r.Name)
 	}
 	f.members = slices.DeleteFunc(f.members, func(n string) bool { return n == r.Name })
@@ -223,6 +225,7 @@ func (e fakeEtcd) remove(name string) error {
 		return status.Error(codes.FailedPrecondition, "n2 is one of 2 members that answer; without it 1 of 2 is no quorum")
 	}
 	f.etcd = slices.DeleteFunc(f.etcd, func(n string) bool { return n == name })
+	f.stale = true
 	return nil
 }
 

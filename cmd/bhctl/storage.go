@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -38,10 +39,14 @@ func (a *app) unlockCmd() *cobra.Command {
 			if len(args) > 0 {
 				endpoint = args[0]
 			}
-			if t, err := a.target(); err == nil && (endpoint == "" || endpoint == t.Endpoint) {
-				endpoint, cred = t.Endpoint, t.credentials()
-			} else if endpoint == "" {
+			t, err := a.target()
+			switch {
+			case err != nil && endpoint == "":
 				return err
+			case err == nil && endpoint == "" && len(t.all()) > 1:
+				return fmt.Errorf("which node? The context has several endpoints: bhctl unlock ENDPOINT, one of %s, or another address of the locked node", strings.Join(t.all(), ", "))
+			case err == nil && (endpoint == "" || slices.Contains(t.all(), endpoint)):
+				endpoint, cred = cmp.Or(endpoint, t.Endpoint), t.credentials()
 			}
 			kind := unlock.Recovery
 			if passphrase {
