@@ -118,7 +118,9 @@ func explain(err error) string {
 	case codes.Unauthenticated:
 		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  or ask an administrator for bhctl token / bhctl certificate."
 	case codes.PermissionDenied:
-		return text + "\n  Ask an administrator for a credential with that role: bhctl token --role ROLE."
+		if strings.Contains(text, "needs role") { // others say themselves what to do
+			return text + "\n  Ask an administrator for a credential with that role: bhctl token --role ROLE."
+		}
 	case codes.Unavailable:
 		if strings.Contains(text, "certificate") {
 			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, was it reset, or is its volume STATE\n  locked? Its console says so; then: bhctl unlock."
