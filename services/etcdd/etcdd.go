@@ -132,7 +132,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 
 // callers are those besides apid. A method's own entry goes before its service's, so that apid stands there too.
 var callers = peer.List{
-	etcdv1.Etcd_GetStatus_FullMethodName:     {uid.Apid, uid.Machined},   // whether the node is one of several, before it is reset
+	// machined asks whether the node is one of several before it is reset, trustd whether one is a member still before it ends its membership.
+	etcdv1.Etcd_GetStatus_FullMethodName:     {uid.Apid, uid.Machined, uid.Trustd},
 	clusterv1.Registry_Report_FullMethodName: {uid.Apid, uid.Machined},   // of this node
 	storev1.Store_ServiceDesc.ServiceName:    {uid.Trustd, uid.Machined}, // see prefixes
 }

@@ -253,7 +253,7 @@ func testREST(t *testing.T, n *node) {
 		if methods["get"] == nil || strings.HasSuffix(path, ":watch") {
 			continue
 		}
-		real := strings.NewReplacer("{name}", "apid", "{boot}", "0").Replace(path)
+		real := strings.NewReplacer("{name}", "apid", "{boot}", "0", "{node}", n.name).Replace(path)
 		if code, body, err := n.get(t, real, ""); err != nil || code != 401 || !strings.Contains(body, `"code":"UNAUTHENTICATED"`) {
 			t.Errorf("GET %s without a token: %d, %v, %.200s", real, code, err, body)
 		}
