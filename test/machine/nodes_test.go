@@ -250,7 +250,7 @@ func (c *cluster) keepsQuorum(t *testing.T) {
 		_, err := c.n.try(t.Context(), 20*time.Second, "bhctl", "jointoken", "create", "--role", "worker")
 		return err
 	})
-	if out, err := c.n.try(t.Context(), time.Minute, "bhctl", "-n", "test-1", "etcd", "remove", "test-3", "--yes"); err == nil || !strings.Contains(err.Error(), "quorum") {
+	if out, err := c.n.try(t.Context(), time.Minute, "bhctl", "-n", "test-1", "etcd", "remove", "test-3"); err == nil || !strings.Contains(err.Error(), "quorum") {
 		t.Errorf("a member is removed while another is away: %v\n%s", err, out)
 	}
 	if v := c.voters(t); !slices.Equal(v, c.nodes[:3]) {
