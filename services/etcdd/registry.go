@@ -40,6 +40,7 @@ const (
 // record is what etcd holds of a node, as JSON.
 type record struct {
 	Role      string    `json:"role"`
+	Key       string    `json:"key,omitempty"` // of the member that reported, as trustd.ClusterNode has it; "": not known
 	Addresses []string  `json:"addresses,omitempty"`
 	Version   string    `json:"version"`
 	State     string    `json:"state"`
@@ -194,6 +195,17 @@ func sameListing(a, b listing) bool {
 	})
 }
 
+// key returns the public key of the member of that name, "" if there is none or it is not known.
+func (r *registry) key(name string) string {
+	roots, _ := r.member.trust.Roots()
+	for _, m := range roots.State.GetNodes() {
+		if m.GetName() == name {
+			return m.GetKey()
+		}
+	}
+	return ""
+}
+
 // list returns all nodes as they are now. The caller must not change them.
 func (r *registry) list() ([]*clusterv1.Node, error) {
 	roots, _ := r.member.trust.Roots()
@@ -205,7 +217,8 @@ func (r *registry) list() ([]*clusterv1.Node, error) {
 	return render(r.nodes, roots.State.GetNodes(), r.now()), nil
 }
 
-// render is pure. members are those of trustd; what it does not have (nil: not known) and was lost has been removed.
+// render is pure. members are those of trustd (nil: not known). What reported and is not among them has been removed; what reported with another
+// key was another machine of that name, and its successor has not reported yet.
 func render(nodes map[string]heard, members []*trustv1.ClusterNode, now time.Time) []*clusterv1.Node {
 	var out []*clusterv1.Node
 	for _, name := range slices.Sorted(maps.Keys(nodes)) {
@@ -216,7 +229,7 @@ func render(nodes map[string]heard, members []*trustv1.ClusterNode, now time.Tim
 			n.Addresses = members[i].GetAddresses() // the cluster has seen them; a node says what it likes
 		}
 		switch silent := now.Sub(h.at); {
-		case silent >= lostAfter && i < 0 && len(members) > 0:
+		case i < 0 && len(members) > 0, i >= 0 && h.Key != "" && members[i].GetKey() != h.Key:
 			continue
 		case silent >= lostAfter:
 			n.State, n.Detail = "lost", "no report since "+h.Seen.UTC().Format(time.RFC3339)
@@ -336,7 +349,9 @@ func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Nod
 		if lease, err = r.lease(ctx, c, n.GetName(), lease); err != nil {
 			return storeError("report: lease", err)
 		}
-		value, err := json.Marshal(merge(old, n, r.now()))
+		next := merge(old, n, r.now())
+		next.Key = r.key(n.GetName())
+		value, err := json.Marshal(next)
 		if err != nil {
 			return err
 		}

@@ -82,11 +82,26 @@ func TestRegistry(t *testing.T) {
 	if d := l.GetNodes()[1].GetDetail(); !strings.Contains(d, "two machines report under this name") {
 		t.Errorf("detail is %q, want that two machines have one name", d)
 	}
-	// Who was removed from the cluster goes from the list once it is silent.
-	state = n.ca.State()
-	state.Nodes = []*trustv1.ClusterNode{{Name: "n1", Role: "controlplane", Addresses: []string{"127.0.0.1"}}}
-	n.trust.Set(state)
-	skew.Add(int64(lostAfter))
+	// Another machine under the same name has another key: what the old one reported is not told of it.
+	members := func(w1 ...*trustv1.ClusterNode) {
+		state := n.ca.State()
+		state.Nodes = append([]*trustv1.ClusterNode{{Name: "n1", Role: "controlplane", Addresses: []string{"127.0.0.1"}}}, w1...)
+		n.trust.Set(state)
+	}
+	skew.Add(int64(2 * clashShown))
+	old := &trustv1.ClusterNode{Name: "w1", Role: "worker", Addresses: []string{"198.51.100.9"}, Key: "old"}
+	members(old)
+	w.until("n1 controlplane lost 127.0.0.1; w1 worker lost 198.51.100.9")
+	if _, err := c.Report(worker, report("w1", "worker", "ready", "a")); err != nil {
+		t.Fatal(err)
+	}
+	w.until("n1 controlplane lost 127.0.0.1; w1 worker ready 198.51.100.9")
+	members(&trustv1.ClusterNode{Name: "w1", Role: "worker", Addresses: []string{"198.51.100.8"}, Key: "new"})
+	w.until("n1 controlplane lost 127.0.0.1")
+	members(old)
+	w.until("n1 controlplane lost 127.0.0.1; w1 worker ready 198.51.100.9")
+	// Who was removed from the cluster goes from the list with its membership, not when it has been silent for long enough.
+	members()
 	w.until("n1 controlplane lost 127.0.0.1")
 
 	if l, err := n.as(t, "etcd-root").Leases(ctx); err != nil || len(l.Leases) != 2 {
