@@ -1,6 +1,7 @@
 package machined
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sort"
@@ -24,8 +25,12 @@ type report struct {
 // area is what a daemon's convergence means to a person, where that is not the daemon's name.
 var area = map[string]string{"kubeletd": "kubernetes", "etcdd": "etcd"}
 
-// health decides whether the node does its job, and if not, why. open is what is wrong with its own protection, "" if nothing is.
-func health(generation uint64, answered bool, units []initctl.Status, unitsErr error, reports map[string]report, open string) *machinev1.GetHealthResponse {
+// clockCheck is the check of the node's clock, and the condition under which daemons tell what they know of it.
+const clockCheck = "clock"
+
+// health decides whether the node does its job, and if not, why. open is what is wrong with its own protection, and clock with its
+// clock; "" if nothing is.
+func health(generation uint64, answered bool, units []initctl.Status, unitsErr error, reports map[string]report, open, clock string) *machinev1.GetHealthResponse {
 	out := &machinev1.GetHealthResponse{Healthy: true}
 	add := func(name string, ok bool, detail string) {
 		out.Checks = append(out.Checks, &machinev1.Check{Name: name, Ok: ok, Detail: detail})
@@ -57,9 +62,14 @@ func health(generation uint64, answered bool, units []initctl.Status, unitsErr e
 		}
 		add(check+".converged", r.converged, remark(generation, r))
 		for _, c := range r.state.GetConditions() {
+			if c.GetName() == clockCheck { // one fact, whoever sees it
+				clock = cmp.Or(clock, c.GetTrouble())
+				continue
+			}
 			add(check+"."+c.GetName(), c.GetTrouble() == "", c.GetTrouble())
 		}
 	}
+	add(clockCheck, clock == "", clock)
 	sort.Slice(out.Checks, func(i, j int) bool { return out.Checks[i].Name < out.Checks[j].Name })
 	return out
 }
