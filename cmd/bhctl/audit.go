@@ -304,3 +304,17 @@ func failed(r auditchain.Report) error {
 	}
 	return nil
 }
+
+// left is how long a certificate is good from now on. It is rough, so that a list that is watched is not another one each minute.
+func left(until, now time.Time) string {
+	switch d := until.Sub(now); {
+	case d <= 0:
+		return "EXPIRED"
+	case d < time.Hour:
+		return "<1h"
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(d.Hours()))
+	default:
+		return fmt.Sprintf("%dd", int(d.Hours()/24))
+	}
+}

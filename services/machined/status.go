@@ -126,7 +126,7 @@ func remark(generation uint64, r report) string {
 
 // figures are machined's own metrics.
 type figures struct {
-	desired, observed, converged, daemonGeneration, daemonConverged, unitUp, unitRestarts, unitMemory, unitCPU, logDropped *metrics.Vec
+	desired, observed, converged, daemonGeneration, daemonConverged, unitUp, unitRestarts, unitMemory, unitCPU, logDropped, auditDropped, auditRecords *metrics.Vec
 }
 
 func newFigures(s *metrics.Set) figures {
@@ -141,6 +141,8 @@ func newFigures(s *metrics.Set) figures {
 		unitMemory:       s.Gauge("bulkhead_machined_unit_memory_bytes", "Memory of a unit's control group.", "service"),
 		unitCPU:          s.Counter("bulkhead_machined_unit_cpu_seconds_total", "Processor time of a unit's control group.", "service"),
 		logDropped:       s.Counter("bulkhead_machined_log_dropped_lines_total", "Lines of a unit's log that could not be kept.", "service"),
+		auditDropped:     s.Counter("bulkhead_machined_audit_dropped_total", "Calls that could not be kept for the audit log since machined was started."),
+		auditRecords:     s.Gauge("bulkhead_machined_audit_sequence", "Number of the newest record of the audit log that is on the disk; 0 if there is none."),
 	}
 }
 
@@ -165,6 +167,8 @@ func (d *Daemon) update() {
 	f.desired.Set(float64(now.Number))
 	f.observed.Set(float64(lowest))
 	f.converged.Set(truth(all))
+	f.auditDropped.Set(float64(d.audit.Dropped()))
+	f.auditRecords.Set(float64(d.audit.Head().Sequence))
 	units, err := d.cfg.init.Status()
 	if err != nil {
 		return // the old figures stand
