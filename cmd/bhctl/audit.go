@@ -271,7 +271,11 @@ func (a *app) verdict(r auditchain.Report, anchored bool, why string) error {
 		for _, p := range r.Problems {
 			problems = append(problems, map[string]any{"line": p.Line, "sequence": p.Sequence, "fault": p.Fault, "text": p.Text})
 		}
-		out := map[string]any{"ok": len(r.Problems) == 0, "records": r.Records, "first": r.First, "last": r.Last, "chain": r.Head.Chain, "hash": r.Head.Hash, "anchored": r.Anchored.Sequence, "problems": problems}
+		earlier := []map[string]any{}
+		for _, e := range r.Earlier {
+			earlier = append(earlier, map[string]any{"chain": e.Chain, "last": e.Sequence, "at": e.At})
+		}
+		out := map[string]any{"ok": len(r.Problems) == 0, "records": r.Records, "first": r.First, "last": r.Last, "chain": r.Head.Chain, "hash": r.Head.Hash, "anchored": r.Anchored.Sequence, "earlier": earlier, "problems": problems}
 		data, err := compactJSON(out)
 		if err == nil {
 			err = a.printRaw(data)
@@ -288,6 +292,9 @@ func (a *app) verdict(r auditchain.Report, anchored bool, why string) error {
 		fmt.Fprintf(a.out, "sound: %d records, %d to %d; the last is %s:%d:%s\n", r.Records, r.First, r.Last, r.Head.Chain, r.Last, r.Head.Hash)
 	default:
 		fmt.Fprintf(a.out, "NOT SOUND: %d records that could be read, %d to %d\n", r.Records, r.First, r.Last)
+	}
+	for _, e := range r.Earlier {
+		fmt.Fprintf(a.out, "note: the node had another log, %s, up to %s, and began anew: a reset does that, and so does who deletes a log\n", e.Chain, e)
 	}
 	switch {
 	case !anchored:

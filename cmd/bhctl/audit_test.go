@@ -65,6 +65,7 @@ func (f *fakeCluster) ListAuditAnchors(ctx context.Context, r *clusterv1.ListAud
 	}
 	_, end := auditOf(r.GetName())
 	return &clusterv1.ListAuditAnchorsResponse{Anchors: []*clusterv1.AuditAnchor{
+		{Head: &clusterv1.AuditHead{Chain: "before-the-reset", Sequence: 70, Hash: "x"}, At: timestamppb.New(time.Unix(1e9-60, 0))},
 		{Head: &clusterv1.AuditHead{Chain: end.Chain, Sequence: end.Sequence, Hash: end.Hash}, At: timestamppb.New(time.Unix(1e9+60, 0))},
 	}}, nil
 }

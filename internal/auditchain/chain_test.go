@@ -153,7 +153,7 @@ func TestSaysWhere(t *testing.T) {
 	}
 	// A log that began anew is no problem if the cluster has heard of it, and one if it has not.
 	old := Anchor{Head: Head{Chain: "old", Sequence: 9, Hash: "x"}, At: time.Unix(50, 0)}
-	if r := check(lines, nil, true, old, anchor); r.Problems != nil || r.Anchored != anchor {
+	if r := check(lines, nil, true, old, anchor); r.Problems != nil || r.Anchored != anchor || len(r.Earlier) != 1 || r.Earlier[0] != old {
 		t.Errorf("a log that began anew, and was anchored: %+v", r)
 	}
 	if r := check(lines, nil, true, old); faults(r) != "0 cut 9" {

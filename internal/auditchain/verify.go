@@ -176,6 +176,8 @@ type Report struct {
 	// Kept is the record before which the log says that it was deleted; 0: it says nothing of that kind.
 	Kept     uint64
 	Problems []Problem // in the order of lines; nil: none
+	// Earlier are the newest anchors of each other log that the node had, in the order of time: it began anew, as after a reset, or because somebody deleted it.
+	Earlier []Anchor
 }
 
 // Report says what was found. whole says that the lines are all that a node has, so that missing older ones must have been deleted by the node itself: a part of
@@ -190,6 +192,9 @@ func (v *Verifier) Report(whole bool) Report {
 	anchors := slices.Clone(v.Anchors)
 	slices.SortStableFunc(anchors, func(a, b Anchor) int { return a.At.Compare(b.At) })
 	for _, a := range anchors {
+		if a.Chain != v.last.Chain && a.Sequence > 0 {
+			out.Earlier = append(slices.DeleteFunc(out.Earlier, func(b Anchor) bool { return b.Chain == a.Chain }), a)
+		}
 		if p, ok := v.judge(a, whole); !ok {
 			out.Problems = append(out.Problems, p)
 		} else if v.last.Chain == a.Chain && v.hashes[a.Sequence] == a.Hash && a.Sequence >= out.Anchored.Sequence {
