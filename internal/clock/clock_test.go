@@ -1,9 +1,12 @@
 package clock
 
 import (
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -50,5 +53,23 @@ func TestHandshake(t *testing.T) {
 		if got := Handshake(c.err, c.now, built); (c.want == "") != (got == "") || !strings.Contains(got, c.want) {
 			t.Errorf("%s: %q, want %q", c.name, got, c.want)
 		}
+	}
+}
+
+// What TLS itself says of such a certificate is understood.
+func TestRealHandshake(t *testing.T) {
+	s := httptest.NewTLSServer(http.NotFoundHandler())
+	defer s.Close()
+	s.Config.ErrorLog = nil
+	wrong := s.Certificate().NotBefore.AddDate(-10, 0, 0)
+	pool := x509.NewCertPool()
+	pool.AddCert(s.Certificate())
+	conn, err := tls.Dial("tcp", s.Listener.Addr().String(), &tls.Config{RootCAs: pool, ServerName: "example.com", Time: func() time.Time { return wrong }})
+	if err == nil {
+		conn.Close()
+		t.Fatal("a certificate of ten years later was taken")
+	}
+	if got := Handshake(err, wrong, time.Time{}); !strings.Contains(got, "is valid from") {
+		t.Errorf("%v: %q", err, got)
 	}
 }

@@ -7,7 +7,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/protobuf/types/known/timestamppb"
 
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
@@ -126,7 +125,7 @@ func (d *Daemon) self(open string) *clusterv1.Node {
 		return nil
 	}
 	n := &clusterv1.Node{Name: now.set.Machine.Hostname, Role: string(now.set.Machine.Role), Version: version.Version, BootId: d.cfg.past.ID()}
-	n.Audit, n.Clock = d.auditHead(false), timestamppb.Now()
+	n.Audit = d.auditHead(false)
 	n.State, n.Detail = verdict(d.health(open).GetChecks())
 	return n
 }

@@ -158,9 +158,7 @@ type Node struct {
 	BootId string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	Seen   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=seen,proto3" json:"seen,omitempty"`
 	// The end of the node's audit log; only in reports.
-	Audit *AuditHead `protobuf:"bytes,9,opt,name=audit,proto3" json:"audit,omitempty"`
-	// The node's clock when it reported; only in reports.
-	Clock         *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=clock,proto3" json:"clock,omitempty"`
+	Audit         *AuditHead `protobuf:"bytes,9,opt,name=audit,proto3" json:"audit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -254,13 +252,6 @@ func (x *Node) GetSeen() *timestamppb.Timestamp {
 func (x *Node) GetAudit() *AuditHead {
 	if x != nil {
 		return x.Audit
-	}
-	return nil
-}
-
-func (x *Node) GetClock() *timestamppb.Timestamp {
-	if x != nil {
-		return x.Clock
 	}
 	return nil
 }
@@ -578,7 +569,7 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x10ListNodesRequest\";\n" +
 	"\x11ListNodesResponse\x12&\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x10.cluster.v1.NodeR\x05nodes\"\x13\n" +
-	"\x11WatchNodesRequest\"\xbc\x02\n" +
+	"\x11WatchNodesRequest\"\x8a\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x1c\n" +
@@ -588,9 +579,7 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x06detail\x18\x06 \x01(\tR\x06detail\x12\x17\n" +
 	"\aboot_id\x18\a \x01(\tR\x06bootId\x12.\n" +
 	"\x04seen\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04seen\x12+\n" +
-	"\x05audit\x18\t \x01(\v2\x15.cluster.v1.AuditHeadR\x05audit\x120\n" +
-	"\x05clock\x18\n" +
-	" \x01(\v2\x1a.google.protobuf.TimestampR\x05clock\"e\n" +
+	"\x05audit\x18\t \x01(\v2\x15.cluster.v1.AuditHeadR\x05audit\"e\n" +
 	"\tAuditHead\x12\x14\n" +
 	"\x05chain\x18\x01 \x01(\tR\x05chain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x12\n" +
@@ -644,25 +633,24 @@ var file_cluster_v1_cluster_proto_depIdxs = []int32{
 	3,  // 0: cluster.v1.ListNodesResponse.nodes:type_name -> cluster.v1.Node
 	10, // 1: cluster.v1.Node.seen:type_name -> google.protobuf.Timestamp
 	4,  // 2: cluster.v1.Node.audit:type_name -> cluster.v1.AuditHead
-	10, // 3: cluster.v1.Node.clock:type_name -> google.protobuf.Timestamp
-	7,  // 4: cluster.v1.ListAuditAnchorsResponse.anchors:type_name -> cluster.v1.AuditAnchor
-	4,  // 5: cluster.v1.AuditAnchor.head:type_name -> cluster.v1.AuditHead
-	10, // 6: cluster.v1.AuditAnchor.at:type_name -> google.protobuf.Timestamp
-	3,  // 7: cluster.v1.ReportRequest.node:type_name -> cluster.v1.Node
-	10, // 8: cluster.v1.ReportResponse.clock:type_name -> google.protobuf.Timestamp
-	0,  // 9: cluster.v1.Registry.ListNodes:input_type -> cluster.v1.ListNodesRequest
-	2,  // 10: cluster.v1.Registry.WatchNodes:input_type -> cluster.v1.WatchNodesRequest
-	5,  // 11: cluster.v1.Registry.ListAuditAnchors:input_type -> cluster.v1.ListAuditAnchorsRequest
-	8,  // 12: cluster.v1.Registry.Report:input_type -> cluster.v1.ReportRequest
-	1,  // 13: cluster.v1.Registry.ListNodes:output_type -> cluster.v1.ListNodesResponse
-	1,  // 14: cluster.v1.Registry.WatchNodes:output_type -> cluster.v1.ListNodesResponse
-	6,  // 15: cluster.v1.Registry.ListAuditAnchors:output_type -> cluster.v1.ListAuditAnchorsResponse
-	9,  // 16: cluster.v1.Registry.Report:output_type -> cluster.v1.ReportResponse
-	13, // [13:17] is the sub-list for method output_type
-	9,  // [9:13] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	7,  // 3: cluster.v1.ListAuditAnchorsResponse.anchors:type_name -> cluster.v1.AuditAnchor
+	4,  // 4: cluster.v1.AuditAnchor.head:type_name -> cluster.v1.AuditHead
+	10, // 5: cluster.v1.AuditAnchor.at:type_name -> google.protobuf.Timestamp
+	3,  // 6: cluster.v1.ReportRequest.node:type_name -> cluster.v1.Node
+	10, // 7: cluster.v1.ReportResponse.clock:type_name -> google.protobuf.Timestamp
+	0,  // 8: cluster.v1.Registry.ListNodes:input_type -> cluster.v1.ListNodesRequest
+	2,  // 9: cluster.v1.Registry.WatchNodes:input_type -> cluster.v1.WatchNodesRequest
+	5,  // 10: cluster.v1.Registry.ListAuditAnchors:input_type -> cluster.v1.ListAuditAnchorsRequest
+	8,  // 11: cluster.v1.Registry.Report:input_type -> cluster.v1.ReportRequest
+	1,  // 12: cluster.v1.Registry.ListNodes:output_type -> cluster.v1.ListNodesResponse
+	1,  // 13: cluster.v1.Registry.WatchNodes:output_type -> cluster.v1.ListNodesResponse
+	6,  // 14: cluster.v1.Registry.ListAuditAnchors:output_type -> cluster.v1.ListAuditAnchorsResponse
+	9,  // 15: cluster.v1.Registry.Report:output_type -> cluster.v1.ReportResponse
+	12, // [12:16] is the sub-list for method output_type
+	8,  // [8:12] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_cluster_v1_cluster_proto_init() }

@@ -101,7 +101,7 @@ func (l *Log) Head() auditchain.Head {
 	return l.safe
 }
 
-// Open gives the log its folder on STATE, which it closes. What an end of power left half-written is cut off, and a record says so.
+// Open gives the log its folder on STATE, which it closes. After an error that is about writing it is open all the same, and Run goes on trying. What an end of power left half-written is cut off, and a record says so.
 func (l *Log) Open(folder *os.Root) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -126,8 +126,9 @@ func (l *Log) Open(folder *os.Root) error {
 		fresh = []auditchain.Record{{Boot: l.boot, Kind: auditchain.Torn, Time: now, Note: torn}, begin}
 	}
 	l.held = append(fresh, l.held...)
+	// A disk that is full just now is tried again by Run: the log is open.
 	if err := errors.Join(l.flush(), l.sync()); err != nil {
-		return errors.Join(fmt.Errorf("audit log: %w", err), l.close())
+		return fmt.Errorf("audit log: %w", err)
 	}
 	return nil
 }
@@ -181,6 +182,9 @@ func (l *Log) sync() error { // mu is held
 
 // flush writes what is held. What cannot be written stays held. mu is held.
 func (l *Log) flush() error {
+	if len(l.held) == 0 && l.lost == 0 {
+		return nil
+	}
 	if l.lost > 0 && len(l.held) < maxHeld {
 		l.held = append(l.held, auditchain.Record{Boot: l.boot, Kind: auditchain.Lost, Time: time.Now().UTC(), Note: fmt.Sprintf("%d calls before this record could not be kept", l.lost)})
 		l.lost = 0

@@ -245,6 +245,34 @@ func TestSaysWhatIsLost(t *testing.T) {
 	}
 }
 
+// A disk that takes nothing for a while costs no record: they are written when it does again, in their order.
+func TestWritesAgain(t *testing.T) {
+	dir := t.TempDir()
+	l := newLog("a", SegmentSize)
+	open(t, l, dir)
+	defer l.Close()
+	good := l.file[1]
+	broken, err := os.Open(filepath.Join(dir, newer)) // it cannot be written
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer broken.Close()
+	l.file[1] = broken
+	for i := range 3 {
+		l.Add(time.Now(), call(i))
+	}
+	if err := l.Sync(); err == nil {
+		t.Fatal("no error")
+	}
+	before := l.Head()
+	l.file[1] = good
+	l.Add(time.Now(), call(3))
+	all, r := records(t, l)
+	if kinds(all) != "start call call call call" || r.Problems != nil || before.Sequence != 1 || string(all[4].Entry) != call(3) {
+		t.Errorf("%s, %+v", kinds(all), r)
+	}
+}
+
 // BenchmarkAdd is what an audited call costs until its record is with the kernel, and how many bytes it has.
 func BenchmarkAdd(b *testing.B) {
 	l := newLog("a", SegmentSize)
