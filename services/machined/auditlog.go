@@ -17,6 +17,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/services/machined/audit"
 	"github.com/bulkhead-os/bulkhead/services/machined/logs"
+	"github.com/bulkhead-os/bulkhead/services/machined/security"
 	"github.com/bulkhead-os/bulkhead/services/machined/store"
 )
 
@@ -73,7 +74,7 @@ func (d *Daemon) auditHead(last bool) *clusterv1.AuditHead {
 
 // lastReport tells the cluster the end of the audit log before the machine goes down, if the cluster listens.
 func (d *Daemon) lastReport() {
-	n := d.self("")
+	n := d.self(security.Trouble(security.Report(d.cfg.facts())))
 	if n == nil || d.cfg.cluster == nil {
 		return
 	}
