@@ -6,6 +6,7 @@ LEVEL      ?= 9# of zstd for the root; 3 packs in half the time and is 8 % large
 FUZZTIME   ?= 20s
 POISON     ?= init/panic# for "make poison": what is wrong with it, a file of test/machine/testdata/poison
 KEYS       ?= out/keys# to sign the image with: a folder of "mkimage keys"; development keys are made if this one is not there
+BUILT      ?= $(shell TZ=UTC0 git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null)# time of the commit: a node whose clock is before it says so
 EPOCH      ?= 1# 1 to 63: raise it when no node may go back behind this image
 IMAGE      := out/image
 CACHE       = $(or $(BULKHEAD_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulkhead)
@@ -13,7 +14,7 @@ KERNEL_DEB  = $(CACHE)/debian/$(shell awk '/^linux-image-[0-9]/ { print $$4 }' d
 
 export CGO_ENABLED ?= 0
 # With tracing grpc links html/template, and the linker then keeps every method there is: 2.6 MB.
-GOBUILD = go build -tags grpcnotrace -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION)"
+GOBUILD = go build -tags grpcnotrace -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION) -X github.com/bulkhead-os/bulkhead/internal/version.Built=$(BUILT)"
 IMAGEFLAGS = --version $(VERSION) --level $(LEVEL) --keys $(KEYS) --epoch $(EPOCH)
 POISONED = $(patsubst %/,%,$(dir $(POISON)))
 POISONED_SOURCE = $(if $(filter init,$(POISONED)),init,cmd/$(POISONED))

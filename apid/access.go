@@ -138,6 +138,11 @@ func fromCertificate(chain []*x509.Certificate, roots *x509.CertPool, now time.T
 		if _, e := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: late, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); e == nil && now.After(late) {
 			return identity{}, errs.New(errs.Unauthenticated, "your certificate expired at %s", chain[0].NotAfter.UTC().Format(time.RFC3339))
 		}
+		// And that it is not valid yet: then one of the two clocks is wrong, which nobody would guess.
+		early := chain[0].NotBefore.Add(time.Second)
+		if _, e := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: early, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); e == nil && now.Before(early) {
+			return identity{}, errNotYet(chain[0].NotBefore, now)
+		}
 		return identity{}, errStranger
 	}
 	id := identity{name: chain[0].Subject.CommonName, key: chain[0].Subject.SerialNumber, expires: chain[0].NotAfter, id: chain[0].SerialNumber.Text(16)}

@@ -8,6 +8,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
+	"google.golang.org/protobuf/types/descriptorpb"
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	// Linked for their descriptors: what is not linked has no route. A new package is added here.
@@ -28,6 +29,7 @@ type route struct {
 	daemon          string // whose socket answers it; "": apid itself
 	need            []authv1.Role
 	stream          grpc.StreamDesc
+	reads           bool // calls change nothing
 }
 
 // name is the full method as grpc writes it.
@@ -58,6 +60,8 @@ func linkedRoutes() map[string]*route {
 				service: string(s.FullName()), method: string(m.Name()), daemon: daemon, need: need(m),
 				stream: grpc.StreamDesc{StreamName: string(m.Name()), ServerStreams: m.IsStreamingServer(), ClientStreams: m.IsStreamingClient()},
 			}
+			o, _ := m.Options().(*descriptorpb.MethodOptions)
+			r.reads = daemon == "" || o.GetIdempotencyLevel() == descriptorpb.MethodOptions_NO_SIDE_EFFECTS
 			if public(r.need) {
 				routes[r.name()] = r
 			}

@@ -164,7 +164,9 @@ func (d *Daemon) guard(ctx context.Context, method string, next func(context.Con
 				c.cancel(distrusted{e})
 			}
 		}
+		done := d.endWithCredential(c)
 		err = outcome(ctx, d.run(ctx, c, next))
+		done()
 		d.live.remove(c)
 		c.cancel(nil)
 	}

@@ -61,6 +61,7 @@ func (g *Gateway) routes() (http.Handler, error) {
 		_, _ = w.Write(openAPI)
 	})
 	mux.Handle("GET /metrics", onNode(metricsHandler(g.cfg.Apid)))
+	mux.Handle("GET "+targetsPath, targetsHandler(g.cfg.Apid))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, status.Newf(codes.NotFound, "nothing at %.100q; the paths are in /openapi.json", r.URL.Path))
 	})

@@ -122,6 +122,10 @@ func explain(err error) string {
 			return text + "\n  Ask an administrator for a credential with that role: bhctl token --role ROLE."
 		}
 	case codes.Unavailable:
+		if strings.Contains(text, "certificate has expired or is not yet valid") {
+			return text + "\n  One of the two clocks is wrong, this machine's or the node's, or the node could not renew its certificate. This machine's says " +
+				time.Now().UTC().Format(time.RFC3339) + ";\n  the node's is set with the machine's own, in its firmware or hypervisor, and read when it starts."
+		}
 		if strings.Contains(text, "certificate") {
 			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, was it reset, or is its volume STATE\n  locked? Its console says so; then: bhctl unlock."
 		}

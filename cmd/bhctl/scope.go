@@ -51,7 +51,7 @@ var scopes = func() map[string]scope {
 			m[n] = *s
 		}
 	}
-	for _, n := range []string{"logs", "dmesg", "events"} {
+	for _, n := range []string{"logs", "dmesg", "events", "audit"} {
 		m[n] = scope{lines, ""}
 	}
 	return m

@@ -4,6 +4,7 @@ package peer
 
 // repeatable are the methods whose idempotency_level says that a call may be repeated: service/method.
 var repeatable = []string{
+	"cluster.v1.Registry/ListAuditAnchors",
 	"cluster.v1.Registry/ListNodes",
 	"cluster.v1.Registry/Report",
 	"cluster.v1.Registry/WatchNodes",
@@ -25,6 +26,7 @@ var repeatable = []string{
 	"keys.v1.Relay/Unseal",
 	"kubernetes.v1.Kubernetes/GetStatus",
 	"kubernetes.v1.Kubernetes/WatchStatus",
+	"machine.v1.Machine/GetAudit",
 	"machine.v1.Machine/GetHealth",
 	"machine.v1.Machine/GetSecurity",
 	"machine.v1.Machine/GetVersion",

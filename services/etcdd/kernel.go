@@ -70,13 +70,14 @@ type member struct {
 func newMember(cfg Config) *member {
 	m := &member{cfg: cfg, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log), leaves: map[string]*leaf.Leaf{},
 		started: make(chan *embed.Etcd, 1), changes: make(chan struct{}, 1), moved: make(chan struct{}, 1), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime, tick: tickMs}
+	expiry := leaf.NewExpiry(cfg.Env.Metrics, "etcdd")
 	for _, f := range files {
 		if f.profile != "" {
-			m.leaves[f.profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: f.profile, Trust: m.trust, Log: cfg.Env.Log, Request: m.request})
+			m.leaves[f.profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: f.profile, Trust: m.trust, Log: cfg.Env.Log, Expiry: expiry, Request: m.request})
 		}
 	}
 	for _, profile := range clients {
-		m.leaves[profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: profile, Trust: m.trust, Log: cfg.Env.Log})
+		m.leaves[profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: profile, Trust: m.trust, Log: cfg.Env.Log, Expiry: expiry})
 	}
 	return m
 }

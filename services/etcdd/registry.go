@@ -50,6 +50,7 @@ type record struct {
 	Boots     []string  `json:"boots,omitempty"` // the last ones, this one too, oldest first
 	Clash     time.Time `json:"clash,omitzero"`  // when a boot that was over reported again
 	Other     string    `json:"other,omitempty"` // the boot that clashed with this one
+	Audit     string    `json:"audit,omitempty"` // what is wrong with the end of its audit log
 }
 
 // merge makes the next record of a report. A boot that was followed by another one never comes back by itself: if it does, two machines
@@ -86,6 +87,7 @@ type registry struct {
 	nodes   map[string]heard     // guarded by mu
 	trouble error                // guarded by mu; why nodes cannot be told, nil if they can
 	renewed map[string]time.Time // guarded by mu; when this etcdd renewed a node's lease
+	ends    map[string]anchored  // guarded by mu; the end of a node's audit log that this etcdd has seen anchored last
 }
 
 type listing struct {
@@ -97,7 +99,7 @@ func newRegistry(m *member, now func() time.Time) *registry {
 	if now == nil {
 		now = time.Now
 	}
-	r := &registry{member: m, now: now, wake: make(chan struct{}, 1), renewed: map[string]time.Time{},
+	r := &registry{member: m, now: now, wake: make(chan struct{}, 1), renewed: map[string]time.Time{}, ends: map[string]anchored{},
 		trouble: errs.New(errs.Unavailable, "nodes: the etcd member does not answer yet")}
 	r.cell.Set(listing{err: r.trouble})
 	return r
@@ -237,6 +239,9 @@ func render(nodes map[string]heard, members []*trustv1.ClusterNode, now time.Tim
 			n.State = "not ready"
 			n.Detail = "two machines report under this name (boots " + h.Boot + " and " + h.Other + "): one has a copy of the other's disk; switch one off and reset it"
 		}
+		if n.State != "lost" && h.Audit != "" {
+			n.State, n.Detail = "not ready", h.Audit
+		}
 		out = append(out, n)
 	}
 	return out
@@ -280,7 +285,11 @@ func (s *registryServer) Report(ctx context.Context, r *clusterv1.ReportRequest)
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
-	return &clusterv1.ReportResponse{}, s.d.registry.put(ctx, c, r.GetNode())
+	wrong, err := s.d.registry.anchor(ctx, c, r.GetNode())
+	if err != nil {
+		return nil, err
+	}
+	return &clusterv1.ReportResponse{Clock: timestamppb.New(s.d.registry.now())}, s.d.registry.put(ctx, c, r.GetNode(), wrong)
 }
 
 // mayReport: another node or this one through apid, or this node's machined.
@@ -322,14 +331,14 @@ func checkReport(n *clusterv1.Node) error {
 			return errs.New(errs.Invalid, "report: address %.64q is none", a)
 		}
 	}
-	return nil
+	return checkAudit(n.GetAudit())
 }
 
 // putTries bounds how often a report is put again when another one of the same node came first: that is rare, and more is two machines.
 const putTries = 4
 
-// put writes one record.
-func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Node) error {
+// put writes one record. wrong is what the report says against the node's audit log.
+func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Node, wrong string) error {
 	key := nodesPrefix + n.GetName()
 	for range putTries {
 		resp, err := c.Get(ctx, key)
@@ -350,7 +359,7 @@ func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Nod
 			return storeError("report: lease", err)
 		}
 		next := merge(old, n, r.now())
-		next.Key = r.key(n.GetName())
+		next.Key, next.Audit = r.key(n.GetName()), wrong
 		value, err := json.Marshal(next)
 		if err != nil {
 			return err

@@ -60,8 +60,9 @@ type system struct {
 func newSystem(cfg Config, want func() spec) *system {
 	k := &system{cfg: cfg, disk: disk{cfg.Dir, cfg.Group}, want: want, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log),
 		leaves: map[string]*leaf.Leaf{}, begin: make(chan struct{}), health: map[string]string{}}
+	expiry := leaf.NewExpiry(cfg.Env.Metrics, "kubeletd")
 	for _, p := range append(profiles(), ownProfile) {
-		c := leaf.Config{Signer: cfg.Signer, Profile: p, Trust: k.trust, Log: cfg.Env.Log}
+		c := leaf.Config{Signer: cfg.Signer, Profile: p, Trust: k.trust, Log: cfg.Env.Log, Expiry: expiry}
 		if p == serverProfile {
 			c.Request = k.serverRequest
 		}

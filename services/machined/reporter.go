@@ -30,7 +30,8 @@ const (
 type cluster interface {
 	// Addresses returns those at which others could reach the node.
 	Addresses(context.Context) ([]string, error)
-	Report(context.Context, *clusterv1.Node) error
+	// Report returns the clock of the control plane that took the report.
+	Report(context.Context, *clusterv1.Node) (time.Time, error)
 }
 
 // far is the cluster's register, at whichever control plane answers.
@@ -61,9 +62,12 @@ func addresses(st *networkv1.Status) []string {
 	return out
 }
 
-func (f far) Report(ctx context.Context, n *clusterv1.Node) error {
-	_, err := f.registry.Report(metadata.AppendToOutgoingContext(ctx, peer.NodeKey, peer.ControlPlanes), &clusterv1.ReportRequest{Node: n})
-	return err
+func (f far) Report(ctx context.Context, n *clusterv1.Node) (time.Time, error) {
+	r, err := f.registry.Report(metadata.AppendToOutgoingContext(ctx, peer.NodeKey, peer.ControlPlanes), &clusterv1.ReportRequest{Node: n})
+	if r.GetClock() == nil { // of an older version
+		return time.Time{}, err
+	}
+	return r.GetClock().AsTime(), err
 }
 
 // reportSelf tells the cluster how the node is: every few seconds, and at once when that changes. A cluster that does not listen is tried again
@@ -106,7 +110,12 @@ func (d *Daemon) report(ctx context.Context, n *clusterv1.Node) error {
 	if n.Addresses, err = d.cfg.cluster.Addresses(ctx); err != nil {
 		d.cfg.Log.Debug("addresses not known", "err", errs.Text(err)) // the control planes see one anyway
 	}
-	return d.cfg.cluster.Report(ctx, n)
+	before := time.Now()
+	at, err := d.cfg.cluster.Report(ctx, n)
+	if err == nil {
+		d.heardClock(at, before)
+	}
+	return err
 }
 
 // self is the node as it would report itself; nil while it has no configuration and so no name.
@@ -116,6 +125,7 @@ func (d *Daemon) self(open string) *clusterv1.Node {
 		return nil
 	}
 	n := &clusterv1.Node{Name: now.set.Machine.Hostname, Role: string(now.set.Machine.Role), Version: version.Version, BootId: d.cfg.past.ID()}
+	n.Audit = d.auditHead(false)
 	n.State, n.Detail = verdict(d.health(open).GetChecks())
 	return n
 }

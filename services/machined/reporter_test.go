@@ -21,6 +21,7 @@ type modelCluster struct {
 	mu      sync.Mutex
 	reports chan *clusterv1.Node
 	refuse  error         // guarded by mu
+	ahead   time.Duration // guarded by mu; of its clock
 	refused chan struct{} // gets something at each refusal
 }
 
@@ -32,18 +33,18 @@ func (m *modelCluster) Addresses(context.Context) ([]string, error) {
 	return []string{"10.5.0.11"}, nil
 }
 
-func (m *modelCluster) Report(_ context.Context, n *clusterv1.Node) error {
+func (m *modelCluster) Report(_ context.Context, n *clusterv1.Node) (time.Time, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.refuse != nil {
 		m.refused <- struct{}{}
-		return m.refuse
+		return time.Time{}, m.refuse
 	}
 	select {
 	case m.reports <- n:
 	default: // nobody looks
 	}
-	return nil
+	return time.Now().Add(m.ahead), nil
 }
 
 // until waits for a report.

@@ -293,7 +293,7 @@ func (d *Daemon) resumeReset(ctx context.Context) error {
 func (d *Daemon) leaveState() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	err := d.journal.Close()
+	err := errors.Join(d.journal.Close(), d.audit.Close())
 	d.history = nil
 	if d.store != nil {
 		err = errors.Join(err, d.store.Close())
