@@ -17,6 +17,7 @@ var repeatable = []string{
 	"etcd.v1.Etcd/DisarmAlarms",
 	"etcd.v1.Etcd/ForfeitLeadership",
 	"etcd.v1.Etcd/GetStatus",
+	"etcd.v1.Etcd/ListSnapshots",
 	"etcd.v1.Etcd/RemoveMember",
 	"etcd.v1.Etcd/StreamSnapshot",
 	"etcd.v1.Peers/AddMember",
