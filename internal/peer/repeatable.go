@@ -50,6 +50,7 @@ var repeatable = []string{
 	"storage.v1.Storage/WatchStatus",
 	"store.v1.Store/Read",
 	"store.v1.Store/Watch",
+	"trust.v1.Departure/Leave",
 	"trust.v1.Membership/ListJoinTokens",
 	"trust.v1.Membership/ListMembers",
 	"trust.v1.Membership/RemoveMember",
