@@ -150,6 +150,22 @@ func fullVolume(ctx context.Context, t *testing.T, n *node, later func(time.Dura
 	}
 	n.full.Store(false)
 	n.snapshots(t, "room again", endsWith(2, "000004-"))
+	figure := func(name string) float64 {
+		m, err := n.control.ReadMetrics(ctx, &controlv1.ReadMetricsRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range m.GetFamilies() {
+			if f.GetName() == name && len(f.GetSamples()) == 1 {
+				return f.GetSamples()[0].GetValue()
+			}
+		}
+		t.Fatalf("no metric %s", name)
+		return 0
+	}
+	if count, failed, age := figure("bulkhead_etcdd_snapshots"), figure("bulkhead_etcdd_snapshot_failures_total"), n.clock().Sub(time.Unix(int64(figure("bulkhead_etcdd_snapshot_last_good_timestamp_seconds")), 0)); count != 2 || failed < 1 || age > time.Minute {
+		t.Errorf("metrics: %g snapshots, %g failures, the last one %s ago", count, failed, age)
+	}
 	n.until(t, func(s *controlv1.State) bool { return snapshotTrouble(s) == "" })
 }
 
