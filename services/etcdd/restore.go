@@ -1,6 +1,7 @@
 package etcdd
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -45,7 +46,7 @@ func (s *server) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, et
 	if s.status(in.Context()).GetState() == "running" && !first.GetForce() {
 		return errs.New(errs.Precondition, "restore: etcd answers here, with all that was written; to replace that by a snapshot, order it by force")
 	}
-	size, err := s.get(first, in.Recv)
+	size, err := s.get(in.Context(), first, in.Recv)
 	if err != nil {
 		return err
 	}
@@ -61,7 +62,7 @@ func (s *server) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, et
 }
 
 // get brings the snapshot to restoreNew, whole: one that comes in, or one that this node has made.
-func (s *server) get(first *etcdv1.RestoreRequest, next func() (*etcdv1.RestoreRequest, error)) (int64, error) {
+func (s *server) get(ctx context.Context, first *etcdv1.RestoreRequest, next func() (*etcdv1.RestoreRequest, error)) (int64, error) {
 	to := filepath.Join(s.d.kernel.cfg.DataDir, restoreNew)
 	if first.GetName() == "" {
 		return receive(to, first, next)
@@ -72,7 +73,7 @@ func (s *server) get(first *etcdv1.RestoreRequest, next func() (*etcdv1.RestoreR
 	if _, err := next(); !errors.Is(err, io.EOF) {
 		return 0, errors.Join(err, errs.New(errs.Invalid, "restore: more comes after the name of a snapshot; nothing was changed"))
 	}
-	return s.d.keeper.link(first.GetName(), to)
+	return s.d.keeper.link(ctx, first.GetName(), to)
 }
 
 // sweep deletes what an interrupted restore or snapshot left, unless it goes on.

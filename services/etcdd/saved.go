@@ -1,6 +1,7 @@
 package etcdd
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -57,13 +58,14 @@ func next(have []saved) int {
 
 // verify reads a snapshot from its first to its last byte: its sum is right, it opens as a database, all its pages hang together, and it has etcd's keys. It returns the last
 // revision in it, and its size. What upstream's own look does besides, it counts all keys in memory, is more than this process may have.
-func verify(path string) (revision, size int64, err error) {
+// A look that is cancelled ends soon, but not at once: a stop of the member waits for it.
+func verify(ctx context.Context, path string) (revision, size int64, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, 0, err
 	}
 	var sum dbsum.Sum
-	_, err = io.Copy(&sum, f)
+	_, err = io.Copy(&sum, until{ctx, f})
 	if err := errors.Join(err, f.Close()); err != nil {
 		return 0, 0, err
 	}
@@ -100,6 +102,19 @@ func verify(path string) (revision, size int64, err error) {
 		return 0, 0, fmt.Errorf("snapshot %s: %w", name, err)
 	}
 	return revision, sum.Bytes(), nil
+}
+
+// until is a reader that ends with a context.
+type until struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (u until) Read(p []byte) (int, error) {
+	if err := u.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return u.r.Read(p)
 }
 
 // gauges are the figures of the schedule.

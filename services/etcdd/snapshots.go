@@ -218,7 +218,7 @@ func (k *keeper) make(ctx context.Context, number int, now time.Time) (s saved, 
 		return s, err
 	}
 	s = saved{number: number, made: now.UTC().Truncate(time.Second)}
-	if s.revision, s.bytes, err = verify(path); err != nil {
+	if s.revision, s.bytes, err = verify(ctx, path); err != nil {
 		return s, err
 	}
 	if err := os.Rename(path, filepath.Join(k.dir, s.name())); err != nil {
@@ -324,12 +324,12 @@ func (k *keeper) open(name string) (*os.File, error) {
 }
 
 // link gives one a second name, under which a restore uses it up, after it was read once more. It takes no room.
-func (k *keeper) link(name, to string) (int64, error) {
+func (k *keeper) link(ctx context.Context, name, to string) (int64, error) {
 	path, err := k.find(name)
 	if err != nil {
 		return 0, err
 	}
-	if _, _, err := verify(path); err != nil {
+	if _, _, err := verify(ctx, path); err != nil {
 		return 0, errs.New(errs.Invalid, "restore: %w; nothing was changed", err)
 	}
 	if err := rest(os.Remove(to)); err != nil {

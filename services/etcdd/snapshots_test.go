@@ -3,6 +3,7 @@ package etcdd
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"io"
 	"os"
@@ -12,6 +13,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
@@ -289,5 +292,35 @@ func TestRetain(t *testing.T) {
 		if left, err := k.read(); err != nil || len(left) != want || left[len(left)-1].number != 5 {
 			t.Errorf("keep %d leaves %v, %v; want %d, the newest", keep, left, err, want)
 		}
+	}
+}
+
+// TestNoHalfFile: a disk that gets full on the way, a member that sends only a part, a page that is none: each is an error, and never a snapshot.
+func TestNoHalfFile(t *testing.T) {
+	dir := t.TempDir()
+	body := bytes.Repeat([]byte("page"), 4096)
+	sum := sha256.Sum256(body)
+	whole := append(slices.Clone(body), sum[:]...)
+	full := filepath.Join(dir, "full")
+	if err := os.Symlink("/dev/full", full); err != nil {
+		t.Fatal(err)
+	}
+	if err := receiveWhole(full, bytes.NewReader(whole)); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("on a full disk: %v", err)
+	}
+	path := filepath.Join(dir, snapshotNew)
+	if err := receiveWhole(path, bytes.NewReader(whole[:len(whole)-512])); err == nil || !strings.Contains(err.Error(), "no whole snapshot") {
+		t.Errorf("a part: %v", err)
+	}
+	if err := receiveWhole(path, bytes.NewReader(whole)); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := verify(t.Context(), path); err == nil || !strings.Contains(err.Error(), "snapshot new: ") {
+		t.Errorf("whole, and no database: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, _, err := verify(ctx, path); !errors.Is(err, context.Canceled) {
+		t.Errorf("a look that was called off: %v", err)
 	}
 }
