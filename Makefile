@@ -22,7 +22,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-rollback test-powercut bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-rollback test-powercut bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -82,7 +82,12 @@ test-vm: image ## the tests that need a kernel: PID 1 by itself, then the real i
 	@test/tools/install.sh
 	@out/bin/mkimage fetch && rm -rf out/test-kernel && dpkg-deb -x $(KERNEL_DEB) out/test-kernel && ln -s usr/lib out/test-kernel/lib
 	@BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 60m -p 1 \
-	  -run 'VM|Boot|Node|Cut|Flood|Full|Firmware|Upgrade|Poison|Install|Reset' ./init ./storaged ./deploy/qemu ./deploy/image ./test/machine | REPORT_LIVE=1 go run ./test/report
+	  -run 'VM|Boot|Node|Fault|Cut|Flood|Full|Firmware|Upgrade|Poison|Install|Reset' ./init ./storaged ./deploy/qemu ./deploy/image ./test/machine | REPORT_LIVE=1 go run ./test/report
+
+test-faults: KUBERNETES = none
+test-faults: IMAGE = out/image-none
+test-faults: image ## three control planes through ten minutes of faults while clients write; see docs/cluster.md
+	@BULKHEAD_VM=1 BULKHEAD_FAULTS=$${BULKHEAD_FAULTS:-10m} go test -json -count=1 -timeout 60m -run 'TestFaults$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
 
 test-rollback: image ## every poisoned version, each left by itself, and twenty good ones through power cuts (two hours)
 	@BULKHEAD_VM=1 BULKHEAD_ROLLBACK=1 go test -json -count=1 -timeout 4h -run 'TestPoison|TestRollback' ./test/machine | REPORT_LIVE=1 go run ./test/report

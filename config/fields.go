@@ -92,7 +92,11 @@ var fields = map[string]field{
 	"Cluster.name": {doc: "The cluster's name.", standard: "bulkhead", ok: isLabel, allowed: "lower-case letters, digits and -, at most 63 characters", pattern: labelPattern},
 	"Cluster.endpoint": {doc: "The URL under which clients and workers reach the API server.", standard: "the node's own first address", ok: isEndpoint,
 		allowed: `a URL like "https://10.0.0.5:6443"`, pattern: `^https://[^/?#@ ]+$`},
-	"Cluster.names": {doc: "Further names and addresses in the server certificates.", most: 64, ok: isName, allowed: `a name like "node.example.org" or an address like "10.0.0.5"`},
+	"Cluster.names":                {doc: "Further names and addresses in the server certificates.", most: 64, ok: isName, allowed: `a name like "node.example.org" or an address like "10.0.0.5"`},
+	"Cluster.etcd":                 {doc: "How the members care for the cluster's data."},
+	"Cluster.etcd.snapshots":       {doc: "Snapshots of the whole database that each control plane makes on its own disk."},
+	"Cluster.etcd.snapshots.every": {doc: "Hours between two; 0 makes none.", standard: "6", min: 1, max: 168, zero: true},
+	"Cluster.etcd.snapshots.keep":  {doc: "How many stay, the newest.", standard: "5", min: 1, max: 100},
 
 	"Kubernetes":               {doc: "The cluster's Kubernetes."},
 	"Kubernetes.podSubnet":     {doc: "Addresses of pods; a node gets a /24 of it.", standard: "10.244.0.0/16", allowed: `an IPv4 network like "10.244.0.0/16", from /8 to /24`},

@@ -45,6 +45,10 @@ func (s *Set) fill() {
 	or(&s.Storage.StateSize, 256<<20)
 	or(&s.Storage.Encryption, EncryptionAuto)
 	or(&s.Cluster.Name, "bulkhead")
+	if sn := &s.Cluster.Etcd.Snapshots; sn.Every == nil {
+		sn.Every = new(6)
+	}
+	or(&s.Cluster.Etcd.Snapshots.Keep, 5)
 	k := s.Kubernetes
 	or(&k.PodSubnet, netip.MustParsePrefix("10.244.0.0/16"))
 	or(&k.ServiceSubnet, netip.MustParsePrefix("10.96.0.0/16"))

@@ -177,6 +177,22 @@ type Cluster struct {
 	Endpoint string `yaml:"endpoint,omitempty"`
 	// Names are further names and addresses in the server certificates (apid, gateway, API server).
 	Names []string `yaml:"names,omitempty"`
+	// Etcd is how the members care for the cluster's data.
+	Etcd Etcd `yaml:"etcd,omitempty"`
+}
+
+// Etcd is what can be chosen of etcd.
+type Etcd struct {
+	// Snapshots are those that each control plane makes by itself.
+	Snapshots Snapshots `yaml:"snapshots,omitempty"`
+}
+
+// Snapshots says how often each control plane saves the whole database on its own disk.
+type Snapshots struct {
+	// Every is how many hours lie between two; 0 makes none. 0 to 168; default 6.
+	Every *int `yaml:"every,omitempty"`
+	// Keep is how many stay, the newest. 1 to 100; default 5.
+	Keep int `yaml:"keep,omitempty"`
 }
 
 // Kubernetes is the cluster's Kubernetes.

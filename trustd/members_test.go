@@ -1,6 +1,7 @@
 package trustd
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/x509"
 	"net"
@@ -12,11 +13,14 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/metadata"
+
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
@@ -188,6 +192,42 @@ func TestRemoveMember(t *testing.T) {
 	n1.must(err)
 	n2.untilState("was removed from the cluster") // it does not put itself on the list again
 	n1.knows("n1", "n3")
+}
+
+// A node ends its own membership, and no other's; one that etcd has as a member does not.
+func TestLeave(t *testing.T) {
+	l := newLab(t)
+	n1 := l.box("n1", "1").found()
+	l.box("n2", "2").join(n1.token("controlplane", ""), n1)
+	n3 := l.box("n3", "3").join(n1.token("worker", ""), n1)
+	n1.knows("n1", "n2", "n3")
+	l.members.Set([]string{"n1", "n2"})
+	c := trustv1.NewDepartureClient(n1.conn[uid.Apid])
+	as := func(name string, roles ...string) context.Context {
+		md := metadata.Pairs(peer.CallerKey, name)
+		for _, r := range roles {
+			md.Append(peer.RolesKey, r)
+		}
+		return metadata.NewOutgoingContext(t.Context(), md)
+	}
+	if _, err := c.Leave(n1.admin(), &trustv1.LeaveRequest{}); !errs.Is(err, errs.Denied) || !strings.Contains(errs.Text(err), "bhctl node remove") {
+		t.Errorf("an administrator, who is no node: %v", err)
+	}
+	if _, err := c.Leave(as("node:n2", "node", "node-controlplane"), &trustv1.LeaveRequest{}); !errs.Is(err, errs.Precondition) || !strings.Contains(errs.Text(err), "member of etcd") {
+		t.Errorf("a member of etcd: %v", err)
+	}
+	for range 2 { // the answer may have been lost
+		if _, err := c.Leave(as("node:n3", "node", "node-worker"), &trustv1.LeaveRequest{}); err != nil {
+			t.Errorf("a worker: %v", err)
+		}
+	}
+	n1.knows("n1", "n2")
+	n3.untilState("it was removed")
+	l.members.Set([]string{"n1"})
+	if _, err := c.Leave(as("node:n2", "node", "node-controlplane"), &trustv1.LeaveRequest{}); err != nil {
+		t.Errorf("one that has left etcd: %v", err)
+	}
+	n1.knows("n1")
 }
 
 // A revocation is with all nodes at once, and stays with a node that restarts while nobody answers.

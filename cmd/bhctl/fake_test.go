@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -248,6 +250,33 @@ func (e fakeEtcd) Rejoin(ctx context.Context, _ *etcdv1.RejoinRequest) (*etcdv1.
 	return &etcdv1.RejoinResponse{}, nil
 }
 
+// snapshots are what n1 has; the second one is damaged on its way.
+func (e fakeEtcd) ListSnapshots(ctx context.Context, _ *etcdv1.ListSnapshotsRequest) (*etcdv1.ListSnapshotsResponse, error) {
+	n, err := e.f.at(ctx)
+	r := &etcdv1.ListSnapshotsResponse{EverySeconds: 6 * 3600, Keep: 5}
+	if n == "n2" {
+		r.Error = "volume VAR has 7 MiB free"
+		return r, err
+	}
+	for i, name := range []string{"good.db", "bad.db"} {
+		r.Snapshots = append(r.Snapshots, &etcdv1.Snapshot{Name: name, Made: timestamppb.New(time.Unix(1e9, 0)), Bytes: 2 << 20, Revision: uint64(4711 + i)})
+	}
+	return r, err
+}
+
+func (e fakeEtcd) StreamSnapshot(r *etcdv1.StreamSnapshotRequest, out grpc.ServerStreamingServer[etcdv1.Chunk]) error {
+	data := bytes.Repeat([]byte("database"), 128)
+	sum := sha256.Sum256(data)
+	switch r.Name {
+	case "", "good.db":
+	case "bad.db":
+		data[0] ^= 1
+	default:
+		return status.Errorf(codes.NotFound, "this node has no snapshot %q; it has good.db, bad.db", r.Name)
+	}
+	return errors.Join(out.Send(&etcdv1.Chunk{Data: data}), out.Send(&etcdv1.Chunk{Data: sum[:]}))
+}
+
 // Restore takes all, and is refused without force.
 func (e fakeEtcd) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, etcdv1.RestoreResponse]) error {
 	r := &etcdv1.RestoreResponse{}
@@ -262,7 +291,9 @@ func (e fakeEtcd) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, e
 		if force = force || m.Force; !force {
 			return status.Error(codes.FailedPrecondition, "etcd answers here")
 		}
-		r.Bytes += uint64(len(m.Data))
+		if r.Bytes += uint64(len(m.Data)); m.Name != "" {
+			r.Bytes = 2 << 20
+		}
 	}
 }
 

@@ -45,7 +45,7 @@ var scopes = func() map[string]scope {
 		&cluster: {"bootstrap", "token", "certificate", "kubeconfig", "jointoken create", "jointoken list", "jointoken revoke", "node remove", "revoke",
 			"etcd members", "etcd remove", "etcd alarms", "etcd forfeit-leadership"},
 		&one: {"secureboot enroll", "storage keys add", "storage keys remove", "storage keys rotate", "storage keys recovery", "etcd rejoin"},
-		&all: {"version", "health", "services", "service restart", "diff", "get", "why", "mark-good", "storage keys list", "etcd status"},
+		&all: {"version", "health", "services", "service restart", "diff", "get", "why", "mark-good", "storage keys list", "etcd status", "etcd snapshots"},
 	} {
 		for _, n := range names {
 			m[n] = *s

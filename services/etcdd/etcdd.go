@@ -47,7 +47,7 @@ type Config struct {
 	Client, Peer, HTTP string
 	// Addresses returns the node's own, at which others could reach it; nil means those of its interfaces.
 	Addresses func() ([]netip.Prefix, error)
-	// Now is the clock by which nodes are lost; nil means time.Now.
+	// Now is the clock by which nodes are lost and snapshots are due; nil means time.Now.
 	Now func() time.Time
 	// Resync is the longest time between two looks; 0 means one minute.
 	Resync time.Duration
@@ -61,8 +61,7 @@ type Daemon struct {
 	status status
 
 	registry *registry
-	// snapshots has one slot: a second snapshot at the same time would only slow the first one down.
-	snapshots chan struct{}
+	keeper   *keeper
 }
 
 // Run builds the daemon as on a node and runs it.
@@ -102,11 +101,12 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Addresses == nil {
 		cfg.Addresses = ownAddresses
 	}
-	d := &Daemon{env: cfg.Env, kernel: newMember(cfg), status: newStatus(cfg.Env.Metrics), snapshots: make(chan struct{}, 1)}
+	d := &Daemon{env: cfg.Env, kernel: newMember(cfg), status: newStatus(cfg.Env.Metrics)}
 	d.registry = newRegistry(d.kernel, cfg.Now)
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
-		Parse: parse, Observe: d.kernel.Read, Plan: plan, Apply: d.kernel.Do, Report: d.report,
+		Parse: parse, Observe: d.observe, Plan: plan, Apply: d.kernel.Do, Conditions: conditions, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)
+	d.keeper = newKeeper(d.kernel, cfg, func() schedule { s, _ := d.loop.Spec(); return s.Snapshots }, d.loop.Wake)
 	return d, nil
 }
 
@@ -117,6 +117,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.loop.Run(ctx) })
 	g.Go(func() error { return d.kernel.Watch(ctx, d.loop.Wake) })
 	g.Go(func() error { return d.registry.run(ctx) })
+	g.Go(func() error { return d.keeper.run(ctx) })
 	g.Go(func() error { return d.registry.publish(ctx) })
 	g.Go(func() error {
 		return daemon.Serve(ctx, d.env, callers, func(s *grpc.Server) {
@@ -134,8 +135,21 @@ func (d *Daemon) Run(ctx context.Context) error {
 var callers = peer.List{
 	// machined asks whether the node is one of several before it is reset, trustd whether one is a member still before it ends its membership.
 	etcdv1.Etcd_GetStatus_FullMethodName:     {uid.Apid, uid.Machined, uid.Trustd},
+	etcdv1.Etcd_Leave_FullMethodName:         {uid.Apid, uid.Machined},   // before a reset
 	clusterv1.Registry_Report_FullMethodName: {uid.Apid, uid.Machined},   // of this node
 	storev1.Store_ServiceDesc.ServiceName:    {uid.Trustd, uid.Machined}, // see prefixes
+}
+
+// observe is all of it that the plan and health are made from.
+func (d *Daemon) observe(ctx context.Context) (State, error) {
+	s, err := d.kernel.Read(ctx)
+	s.Snapshots = d.keeper.trouble()
+	return s, err
+}
+
+// conditions are for the node's health.
+func conditions(have State) []*controlv1.Condition {
+	return []*controlv1.Condition{{Name: "snapshots", Trouble: have.Snapshots}}
 }
 
 // parse reads the sections Machine and Cluster.
@@ -144,7 +158,8 @@ func parse(documents []byte) (spec, error) {
 	if err != nil {
 		return spec{}, err
 	}
-	s := spec{Name: set.Machine.Hostname, Role: set.Machine.Role}
+	sn := set.Cluster.Etcd.Snapshots
+	s := spec{Name: set.Machine.Hostname, Role: set.Machine.Role, Snapshots: schedule{every: time.Duration(*sn.Every) * time.Hour, keep: sn.Keep}}
 	if u, err := url.Parse(set.Cluster.Endpoint); err == nil {
 		s.Endpoint, _ = netip.ParseAddr(u.Hostname()) // a name is none: which address it has may change
 	}

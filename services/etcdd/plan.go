@@ -15,7 +15,8 @@ type spec struct {
 	Name string // of the member, and of the node
 	Role config.Role
 	// Endpoint is the address in the cluster's endpoint; the zero value if that is a name, or none.
-	Endpoint netip.Addr
+	Endpoint  netip.Addr
+	Snapshots schedule
 }
 
 // State is what was read.
@@ -41,6 +42,8 @@ type State struct {
 	Ready   bool     // it answers, and so has a leader
 	Auth    auth     // zero unless Ready
 	Member  figures
+
+	Snapshots string // what is wrong with them; "" if nothing is. No step mends it
 }
 
 // place is what the cluster knows of a node.

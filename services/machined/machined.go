@@ -23,6 +23,7 @@ import (
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
@@ -126,6 +127,7 @@ func Run(ctx context.Context, env daemon.Env) error {
 			elsewhere.etcd = etcdv1.NewEtcdClient(l.conn)
 		}
 	}
+	elsewhere.departure = trustv1.NewDepartureClient(conns["apid"])
 	cfg.cluster = newFar(conns["networkd"], conns["apid"])
 	d, err := New(cfg)
 	if err != nil {

@@ -81,7 +81,8 @@ type MachineClient interface {
 	// Reset makes the node one that nobody owns: it stops all workloads, destroys STATE and VAR such that no key opens them any more, and restarts.
 	// The stream tells how far it is; its last message has facts, and then the machine goes down. It is not stopped by its caller's leaving. If the power
 	// fails, the next start finds the node as it was, or goes on by itself. A wrong node is INVALID_ARGUMENT; FAILED_PRECONDITION, with nothing
-	// changed, if the node cannot leave its cluster or its TPM, unless force is set.
+	// changed, if the node cannot leave its cluster or its TPM, unless force is set. A member of etcd leaves it first, and at the very end, after the facts, the cluster takes
+	// the node off its list: then whoever is connected through another node may lose the stream. If that fails, another message says so.
 	Reset(ctx context.Context, in *ResetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ResetProgress], error)
 }
 
@@ -349,7 +350,8 @@ type MachineServer interface {
 	// Reset makes the node one that nobody owns: it stops all workloads, destroys STATE and VAR such that no key opens them any more, and restarts.
 	// The stream tells how far it is; its last message has facts, and then the machine goes down. It is not stopped by its caller's leaving. If the power
 	// fails, the next start finds the node as it was, or goes on by itself. A wrong node is INVALID_ARGUMENT; FAILED_PRECONDITION, with nothing
-	// changed, if the node cannot leave its cluster or its TPM, unless force is set.
+	// changed, if the node cannot leave its cluster or its TPM, unless force is set. A member of etcd leaves it first, and at the very end, after the facts, the cluster takes
+	// the node off its list: then whoever is connected through another node may lose the stream. If that fails, another message says so.
 	Reset(*ResetRequest, grpc.ServerStreamingServer[ResetProgress]) error
 	mustEmbedUnimplementedMachineServer()
 }
