@@ -37,6 +37,7 @@ var repeatable = []string{
 	"machine.v1.Machine/StreamLogs",
 	"network.v1.Network/GetStatus",
 	"network.v1.Network/WatchStatus",
+	"network.v1.Pods/SetPodNetwork",
 	"slot.v1.Slots/Abort",
 	"slot.v1.Slots/FindMedia",
 	"slot.v1.Slots/Get",
