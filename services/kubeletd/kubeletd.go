@@ -8,6 +8,8 @@ package kubeletd
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -15,15 +17,18 @@ import (
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
+	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
 )
 
 // supervisor is what PID 1 does for kubeletd; *initctl.Client is one.
@@ -39,6 +44,7 @@ type supervisor interface {
 type Config struct {
 	Env    daemon.Env           // required
 	Signer trustv1.SignerClient // required: trustd
+	Pods   networkv1.PodsClient // required: networkd
 	Init   supervisor           // required: PID 1
 
 	Dir         string // runtime folder; default /run/bulkhead/kubeletd
@@ -48,7 +54,8 @@ type Config struct {
 	Resolv      string // default /etc/resolv.conf
 	Routes      string // default /proc/net/route
 	EtcdAddress string // default 127.0.0.1:2379
-	APIServer   string // default https://127.0.0.1:6443
+	APIServer   string // this node's own, on a control plane; default https://127.0.0.1:6443
+	Balancer    string // where the node's clients reach the API servers; default 127.0.0.1:7445, which Kubernetes' files name
 	// Group maps a user to the group of files; default: the user's own number.
 	Group func(uid.ID) int
 	// Resync is the longest time between two looks; 0 means one minute.
@@ -71,12 +78,17 @@ func Run(ctx context.Context, env daemon.Env) error {
 		return err
 	}
 	defer conn.Close()
+	network, err := peer.Dial(peer.Socket("networkd"))
+	if err != nil {
+		return err
+	}
+	defer network.Close()
 	pid1, err := initctl.Dial("")
 	if err != nil {
 		return err
 	}
 	defer pid1.Close()
-	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Init: pid1})
+	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Pods: networkv1.NewPodsClient(network), Init: pid1})
 	if err != nil {
 		return err
 	}
@@ -85,17 +97,18 @@ func Run(ctx context.Context, env daemon.Env) error {
 
 // New returns a daemon that has done nothing yet.
 func New(cfg Config) (*Daemon, error) {
-	if cfg.Signer == nil || cfg.Init == nil || cfg.Env.Log == nil || cfg.Env.Listen == nil {
-		return nil, errors.New("kubeletd: Config needs Signer, Init, Env.Log and Env.Listen")
+	if cfg.Signer == nil || cfg.Pods == nil || cfg.Init == nil || cfg.Env.Log == nil || cfg.Env.Listen == nil {
+		return nil, errors.New("kubeletd: Config needs Signer, Pods, Init, Env.Log and Env.Listen")
 	}
 	orDefault(&cfg.Dir, unit.RunDir+"/kubeletd")
 	orDefault(&cfg.Program, "/usr/bin/kubelet")
 	orDefault(&cfg.VolumeMark, "/var/.mounted")
 	orDefault(&cfg.Audit, "/var/log/kubernetes/audit")
 	orDefault(&cfg.Resolv, "/etc/resolv.conf")
-	orDefault(&cfg.Routes, "/proc/net/route")
+	orDefault(&cfg.Routes, nodeaddr.Routes)
 	orDefault(&cfg.EtcdAddress, "127.0.0.1:2379")
 	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
+	orDefault(&cfg.Balancer, localAPI)
 	if cfg.Group == nil {
 		cfg.Group = func(id uid.ID) int { return int(id) }
 	}
@@ -105,6 +118,17 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	d := &Daemon{cfg: cfg, figures: newFigures(cfg.Env.Metrics)}
 	d.kernel = newSystem(cfg, func() spec { s, _ := d.loop.Spec(); return s })
+	l, err := net.Listen("tcp", cfg.Balancer)
+	if err != nil {
+		return nil, fmt.Errorf("local API address: %w", err)
+	}
+	d.kernel.balancer, err = balance.New(balance.Config{Listeners: []net.Listener{l}, Log: cfg.Env.Log, Metrics: cfg.Env.Metrics})
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	if d.cfg.Balancer = l.Addr().String(); d.cfg.Balancer != cfg.Balancer { // tests let the kernel choose the port
+		d.kernel.cfg.Balancer = d.cfg.Balancer
+	}
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
 		Parse: parse, Observe: d.kernel.Read, Plan: plan, Apply: d.kernel.Do, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)
