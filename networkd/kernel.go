@@ -68,7 +68,7 @@ func (k *linux) Read(ctx context.Context) (State, error) {
 	if s.Files, err = readFiles(k.dir); err != nil {
 		return State{}, err
 	}
-	if s.Tables, err = k.firewall.read(ctx); err != nil {
+	if s.Tables, s.Masquerade, err = k.firewall.read(ctx); err != nil {
 		s.NoFirewall = err.Error()
 	}
 	s.DHCP = k.dhcp.Entries()
@@ -127,7 +127,7 @@ func ignore(err error, done unix.Errno) error {
 
 // marks are the protocol numbers that the kernel keeps with networkd's routes and addresses (rtm_protocol, IFA_PROTO); nobody in
 // /etc/iproute2/rt_protos uses them. They are how networkd knows its own after a restart.
-var marks = map[Origin]uint8{OriginStatic: 66, OriginDHCP: 67}
+var marks = map[Origin]uint8{OriginStatic: 66, OriginDHCP: 67, OriginPod: 68}
 
 func toRoute(index int, r Route) *netlink.Route {
 	n := &netlink.Route{
@@ -158,6 +158,8 @@ func readRoutes(byIndex map[int]config.LinkName) ([]Route, error) {
 			r.Origin = OriginStatic
 		case marks[OriginDHCP]:
 			r.Origin = OriginDHCP
+		case marks[OriginPod]:
+			r.Origin = OriginPod
 		case unix.RTPROT_KERNEL, unix.RTPROT_RA:
 			r.Origin = OriginKernel
 		}

@@ -25,6 +25,10 @@ type State struct {
 	// NoFirewall says why a family has no table; "" if all have one. It does not keep the node from being reached, because nobody could
 	// repair it then, but it is never converged.
 	NoFirewall string
+	// Masquerade has the rules with which pods leave the node, one table for each family that the kernel knows.
+	Masquerade []Table
+	// Pods is what kubeletd has asked for; nil: it has not spoken to this process yet.
+	Pods *Pods
 	// Young is true as long as a spec may be on its way: see Config.Grace.
 	Young bool
 }
@@ -51,12 +55,13 @@ type Origin string
 const (
 	OriginStatic Origin = "static"
 	OriginDHCP   Origin = "dhcp"
+	OriginPod    Origin = "pod" // to the pods of another node
 	OriginKernel Origin = "kernel"
 	OriginOther  Origin = "other"
 )
 
 // own reports whether it is networkd's to remove.
-func (o Origin) own() bool { return o == OriginStatic || o == OriginDHCP }
+func (o Origin) own() bool { return o == OriginStatic || o == OriginDHCP || o == OriginPod }
 
 // Address is one address of a link.
 type Address struct {
@@ -105,6 +110,7 @@ type Step struct {
 	Address Address
 	Route   Route
 	Family  Family   // firewall
+	Part    Part     // firewall; the zero value is Ingress
 	Name    string   // chain or file
 	Rules   []string // firewall build, firewall enter (which builds too)
 	Content string   // file write; hostname for dhcp start; why for the waits
@@ -125,7 +131,7 @@ func (s Step) String() string {
 	case opFirewallWait:
 		return string(s.Op)
 	case opChainBuild, opJumpAdd, opJumpDel, opChainDel:
-		return fmt.Sprintf("%s %s %s", s.Op, s.Family, s.Name)
+		return fmt.Sprintf("%s %s %s", s.Part.words(s.Op), s.Family, s.Name)
 	}
 	return fmt.Sprintf("%s dev %s", s.Op, s.Link)
 }
@@ -159,6 +165,8 @@ type target struct {
 	addresses []Address
 	routes    []Route
 	files     map[string]string
+	// waiting has a sentence for each route to other nodes' pods that cannot be.
+	waiting []string
 }
 
 // plan returns the steps that lead from have to want. Equal inputs give equal steps. It adds before it deletes: a link being
@@ -172,13 +180,16 @@ func plan(want Spec, have State) []Step {
 	// Before addresses: no IPv4 packet comes in that the firewall has not seen. After links and DHCP: these then work meanwhile.
 	now, later := planFirewall(want, have, t.managed)
 	add(now...)
+	now, left := planPods(want, have)
+	add(now...)
 	for _, a := range t.addresses {
 		if !slices.ContainsFunc(have.Addresses, func(h Address) bool { return h.Link == a.Link && h.Prefix == a.Prefix }) {
 			add(Step{Op: opAddrAdd, Address: a})
 		}
 	}
+	there, wanted := routeSet(have.Routes), routeSet(t.routes)
 	for _, r := range t.routes {
-		if !slices.ContainsFunc(have.Routes, r.equal) {
+		if !there[r.bare()] {
 			add(Step{Op: opRouteAdd, Route: r})
 		}
 	}
@@ -188,7 +199,7 @@ func plan(want Spec, have State) []Step {
 		}
 	}
 	for _, r := range have.Routes {
-		if r.Origin.own() && !slices.ContainsFunc(t.routes, r.equal) {
+		if r.Origin.own() && !wanted[r.bare()] {
 			add(Step{Op: opRouteDel, Route: r})
 		}
 	}
@@ -198,6 +209,7 @@ func plan(want Spec, have State) []Step {
 		}
 	}
 	add(later...) // nothing waits for it
+	add(left...)
 	return steps
 }
 
@@ -212,9 +224,21 @@ func planBare(hostname string, have State) []Step {
 }
 
 // equal ignores the origin: a route that somebody else made does as well.
-func (r Route) equal(o Route) bool {
-	r.Origin, o.Origin = "", ""
-	return r == o
+func (r Route) equal(o Route) bool { return r.bare() == o.bare() }
+
+// bare is the route without its origin.
+func (r Route) bare() Route {
+	r.Origin = ""
+	return r
+}
+
+// routeSet has the routes without their origins: there may be thousands, one for each node.
+func routeSet(routes []Route) map[Route]bool {
+	out := make(map[Route]bool, len(routes))
+	for _, r := range routes {
+		out[r.bare()] = true
+	}
+	return out
 }
 
 // resolve works out what the spec wants. Links come in the order of their names, so the first address is always the same one.
@@ -245,6 +269,7 @@ func resolve(want Spec, have State) target {
 		nameservers = append(nameservers, lease.Nameservers...)
 		domains = append(domains, lease.Domains...)
 	}
+	t.pods(want, have)
 	t.files = files(want.Hostname, t.addresses, nameservers, domains)
 	return t
 }
@@ -257,12 +282,18 @@ func (t *target) address(a Address) {
 }
 
 func (t *target) route(r Route) {
-	if r.To.Addr().Is6() && r.Metric == 0 {
-		r.Metric = ipv6Default
-	}
+	r = r.metric()
 	if !slices.ContainsFunc(t.routes, r.equal) {
 		t.routes = append(t.routes, r)
 	}
+}
+
+// metric gives the route the metric that it will be read back with.
+func (r Route) metric() Route {
+	if r.To.Addr().Is6() && r.Metric == 0 {
+		r.Metric = ipv6Default
+	}
+	return r
 }
 
 func leaseOf(have State, link config.LinkName) *dhcp.Lease {

@@ -207,7 +207,7 @@ func compare(t *testing.T, want Spec, m *model, golden string) {
 		}
 	}
 	for mark, f := range map[string]Family{"BULKHEAD-IN-$4": IPv4, "BULKHEAD-IN-$6": IPv6} {
-		golden = strings.ReplaceAll(golden, mark, chainOf(ingress(want, managed, f)).Name)
+		golden = strings.ReplaceAll(golden, mark, chainOf(Ingress, ingress(want, managed, f)).Name)
 	}
 	for _, tb := range m.Tables {
 		if len(tb.Jumps) > 0 && tb.Family == IPv4 {
@@ -240,7 +240,7 @@ firewall:
 	var b strings.Builder
 	for _, f := range []Family{IPv4, IPv6} {
 		rules := ingress(s, []Link{eth("eth0", 2)}, f)
-		b.WriteString("# " + string(f) + " " + chainOf(rules).Name + "\n")
+		b.WriteString("# " + string(f) + " " + chainOf(Ingress, rules).Name + "\n")
 		for _, r := range rules {
 			b.WriteString(r.args + "    # " + r.text + "\n")
 		}
@@ -350,13 +350,14 @@ func FuzzPlanConverges(f *testing.F) {
 
 func FuzzParseSave(f *testing.F) {
 	f.Add("*filter\n:INPUT ACCEPT [0:0]\n:BULKHEAD-IN-aa - [0:0]\n[1:2] -A INPUT -j BULKHEAD-IN-aa\n[3:4] -A BULKHEAD-IN-aa -j DROP\nCOMMIT\n")
+	f.Add("# a remark\n*nat\n:BULKHEAD-OUT-aa - [0:0]\n[1:2] -A POSTROUTING -j BULKHEAD-OUT-aa\n[3:4] -A BULKHEAD-OUT-aa -j MASQUERADE\nCOMMIT\n*filter\n")
 	f.Add("[x] -A BULKHEAD-IN-aa -j DROP\n:BULKHEAD-IN-aa")
 	f.Fuzz(func(t *testing.T, text string) {
-		table, err := parseSave(IPv4, text)
+		parts, err := parseSave(IPv4, text)
 		if err != nil {
 			return
 		}
-		for _, c := range table.Chains {
+		for _, c := range slices.Concat(parts[Ingress].Chains, parts[Masquerading].Chains) {
 			if len(c.Rules) != len(c.Packets) || len(c.Rules) != len(c.Bytes) {
 				t.Errorf("chain %q: %d rules, %d and %d counters", c.Name, len(c.Rules), len(c.Packets), len(c.Bytes))
 			}
