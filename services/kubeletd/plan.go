@@ -1,6 +1,7 @@
 package kubeletd
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"sort"
@@ -116,9 +117,12 @@ func plan(want spec, have State) ([]Step, error) {
 	}
 	p := planner{want: want, have: have, files: files, addons: wanted}
 	if pods := podNetworkOf(want, have).String(); have.API && pods != have.Pods {
-		p.do("pods tell", pods) // before the first pod gets an address
+		p.do("pods tell", cmp.Or(pods, "nothing")) // before the first pod gets an address
 	}
 	p.planFiles()
+	if want.Role == config.ControlPlane && have.Trust.Bootstrapped && len(have.Members) == 0 {
+		p.wait("members") // whether controllers must elect one among them, whose kubelet gets a certificate: all hangs on it
+	}
 	if have.API && want.Role == config.ControlPlane {
 		p.planCluster() // a few calls, before the next processes want the machine for themselves
 	}
@@ -276,9 +280,6 @@ func (p *planner) planCluster() {
 		if !p.applied(a) {
 			p.do("addon apply", a.Name)
 		}
-	}
-	if len(p.have.CSRs) > 0 && len(p.have.Members) == 0 {
-		p.wait("members")
 	}
 	for _, c := range p.have.CSRs {
 		if c.check(p.have.clients(p.want)) != nil {
