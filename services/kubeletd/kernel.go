@@ -53,6 +53,8 @@ type system struct {
 	poke   chan struct{}         // one slot: the specification may have changed
 
 	balancer *balance.Balancer
+	// strangerTime is for how long a Node must have belonged to no member before it is deleted; tests have less patience.
+	strangerTime time.Duration
 
 	mu      sync.Mutex
 	last    State             // guarded by mu, as all below; of the last Read
@@ -73,7 +75,7 @@ type system struct {
 func newSystem(cfg Config, want func() spec) *system {
 	k := &system{cfg: cfg, disk: disk{cfg.Dir, cfg.Group}, want: want, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log),
 		leaves: map[string]*leaf.Leaf{}, begin: make(chan struct{}), poke: make(chan struct{}, 1),
-		health: map[string]string{}, apis: map[string]*cluster{}, strange: map[string]time.Time{}}
+		health: map[string]string{}, strangerTime: strangerTime, apis: map[string]*cluster{}, strange: map[string]time.Time{}}
 	for _, p := range append(profiles(), keeperProfile, workerProfile) {
 		c := leaf.Config{Signer: cfg.Signer, Profile: p, Trust: k.trust, Log: cfg.Env.Log}
 		if p == serverProfile {
@@ -241,7 +243,7 @@ func (k *system) oldStrangers(now time.Time, all map[string]Member) []string {
 			t = now
 		}
 		since[name] = t
-		if now.Sub(t) >= strangerTime {
+		if now.Sub(t) >= k.strangerTime {
 			out = append(out, name)
 		}
 	}

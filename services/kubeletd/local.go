@@ -15,7 +15,6 @@ import (
 )
 
 const (
-	apiPort = 6443
 	// newest is how many of a control plane's addresses are tried for its API server.
 	newest = 3
 	// repeatPods is how often networkd hears the same again: it forgets it with its process.
@@ -23,7 +22,7 @@ const (
 	podsTime   = 10 * time.Second
 )
 
-// targets says where the API servers are: own is that of this node, if it has one. It is pure.
+// targets says where the API servers are: own is that of this node, if it has one; those of others have the same port. It is pure.
 func targets(want spec, own netip.AddrPort, all map[string]Member) balance.Targets {
 	var t balance.Targets
 	if want.Role == config.ControlPlane {
@@ -35,7 +34,7 @@ func targets(want spec, own netip.AddrPort, all map[string]Member) balance.Targe
 		}
 		addresses := all[name].Addresses
 		for _, a := range addresses[:min(len(addresses), newest)] {
-			t.Backends = append(t.Backends, netip.AddrPortFrom(a, apiPort))
+			t.Backends = append(t.Backends, netip.AddrPortFrom(a, own.Port()))
 		}
 	}
 	return t

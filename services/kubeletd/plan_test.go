@@ -219,7 +219,9 @@ func TestPlanBoot(t *testing.T) {
 		{"a second control plane: one of each controller leads", func(_ *spec, s *State) { s.Members = n1n2 },
 			"write kubernetes/kube-controller-manager/args; write kubernetes/kube-scheduler/config.yaml; unit restart kube-controller-manager; unit restart kube-scheduler"},
 		{"a worker: nothing", func(_ *spec, s *State) { s.Members = n1w1 }, ""},
-		{"members are not known", func(_ *spec, s *State) { s.Members, s.CSRs, s.Strangers = nil, []CSR{{Name: "x", User: "system:node:n1"}}, nil }, "wait for members"},
+		{"members are not known", func(_ *spec, s *State) {
+			s.Members, s.CSRs, s.Strangers = nil, []CSR{{Name: "x", User: "system:node:n1"}}, nil
+		}, "wait for members"},
 		{"another node's pods", func(_ *spec, s *State) {
 			s.Members = n1w1
 			s.Peers = map[string]Peer{"w1": {PodCIDR: netip.MustParsePrefix("10.244.1.0/24"), Address: addr("10.5.0.101")}}
