@@ -183,7 +183,7 @@ var units = []unit.Unit{
 		Listen:       []string{"unix"},
 		MemoryMax:    167772160,
 		PidsMax:      128,
-		NoFile:       4096,
+		NoFile:       16384,
 		OOMScoreAdj:  -900,
 		Restart:      "always",
 		Autostart:    true,
