@@ -180,7 +180,7 @@ var units = []unit.Unit{
 		Groups:       []uint32{0x78, 0x79, 0x7a},
 		Network:      "host",
 		Hide:         []string{"/state"},
-		Listen:       []string{"unix"},
+		Listen:       []string{"unix", "loopback:7445"},
 		MemoryMax:    167772160,
 		PidsMax:      128,
 		NoFile:       16384,

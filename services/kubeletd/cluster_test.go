@@ -149,9 +149,13 @@ func (w *world) run(document string) *Daemon {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	env := daemon.Env{Name: "kubeletd", Log: slog.New(slog.DiscardHandler), Listen: l, Ready: func() {}, Metrics: metrics.New("kubeletd")}
+	local, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	env := daemon.Env{Name: "kubeletd", Log: slog.New(slog.DiscardHandler), Listen: l, TCP: local, Ready: func() {}, Metrics: metrics.New("kubeletd")}
 	d, err := New(Config{Env: env, Signer: w, Pods: w, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
-		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Balancer: "127.0.0.1:0", Group: func(uid.ID) int { return os.Getgid() }})
+		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Group: func(uid.ID) int { return os.Getgid() }})
 	if err != nil {
 		w.t.Fatal(err)
 	}

@@ -252,7 +252,10 @@ func (k *system) oldStrangers(now time.Time, all map[string]Member) []string {
 }
 
 // cluster returns a client of the cluster's API, whichever server answers.
-func (k *system) cluster() (*cluster, error) { return k.client("https://" + k.cfg.Balancer) }
+func (k *system) cluster() (*cluster, error) { return k.client(k.local()) }
+
+// local is the URL of the node's balancer.
+func (k *system) local() string { return "https://" + k.cfg.Env.TCP.Addr().String() }
 
 // client returns a client of one server with kubeletd's own identity, made anew when certificate or authority change: a connection
 // is worth no more than the certificate it was opened with.
@@ -289,7 +292,7 @@ func (k *system) admin(ctx context.Context) (*cluster, error) {
 		return nil, err
 	}
 	roots, _ := k.trust.Roots()
-	return newCluster("https://"+k.cfg.Balancer, roots.Kubernetes, &pair), nil
+	return newCluster(k.local(), roots.Kubernetes, &pair), nil
 }
 
 // adminPair makes a key and has an administrator's certificate signed for it, both PEM.

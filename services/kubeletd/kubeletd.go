@@ -8,7 +8,6 @@ package kubeletd
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"time"
 
@@ -42,7 +41,7 @@ type supervisor interface {
 
 // Config is fixed for the life of the process. The zero values of optional fields are what a node uses.
 type Config struct {
-	Env    daemon.Env           // required
+	Env    daemon.Env           // required; its TCP listener is the balancer's, on loopback
 	Signer trustv1.SignerClient // required: trustd
 	Pods   networkv1.PodsClient // required: networkd
 	Init   supervisor           // required: PID 1
@@ -55,7 +54,6 @@ type Config struct {
 	Routes      string // default /proc/net/route
 	EtcdAddress string // default 127.0.0.1:2379
 	APIServer   string // this node's own, on a control plane; default https://127.0.0.1:6443
-	Balancer    string // where the node's clients reach the API servers; default 127.0.0.1:7445, which Kubernetes' files name
 	// Group maps a user to the group of files; default: the user's own number.
 	Group func(uid.ID) int
 	// Resync is the longest time between two looks; 0 means one minute.
@@ -97,8 +95,8 @@ func Run(ctx context.Context, env daemon.Env) error {
 
 // New returns a daemon that has done nothing yet.
 func New(cfg Config) (*Daemon, error) {
-	if cfg.Signer == nil || cfg.Pods == nil || cfg.Init == nil || cfg.Env.Log == nil || cfg.Env.Listen == nil {
-		return nil, errors.New("kubeletd: Config needs Signer, Pods, Init, Env.Log and Env.Listen")
+	if cfg.Signer == nil || cfg.Pods == nil || cfg.Init == nil || cfg.Env.Log == nil || cfg.Env.Listen == nil || cfg.Env.TCP == nil {
+		return nil, errors.New("kubeletd: Config needs Signer, Pods, Init, Env.Log, Env.Listen and Env.TCP")
 	}
 	orDefault(&cfg.Dir, unit.RunDir+"/kubeletd")
 	orDefault(&cfg.Program, "/usr/bin/kubelet")
@@ -108,7 +106,6 @@ func New(cfg Config) (*Daemon, error) {
 	orDefault(&cfg.Routes, nodeaddr.Routes)
 	orDefault(&cfg.EtcdAddress, "127.0.0.1:2379")
 	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
-	orDefault(&cfg.Balancer, localAPI)
 	if cfg.Group == nil {
 		cfg.Group = func(id uid.ID) int { return int(id) }
 	}
@@ -118,16 +115,10 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	d := &Daemon{cfg: cfg, figures: newFigures(cfg.Env.Metrics)}
 	d.kernel = newSystem(cfg, func() spec { s, _ := d.loop.Spec(); return s })
-	l, err := net.Listen("tcp", cfg.Balancer)
+	var err error
+	d.kernel.balancer, err = balance.New(balance.Config{Listeners: []net.Listener{cfg.Env.TCP}, Log: cfg.Env.Log, Metrics: cfg.Env.Metrics})
 	if err != nil {
-		return nil, fmt.Errorf("local API address: %w", err)
-	}
-	d.kernel.balancer, err = balance.New(balance.Config{Listeners: []net.Listener{l}, Log: cfg.Env.Log, Metrics: cfg.Env.Metrics})
-	if err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	if d.cfg.Balancer = l.Addr().String(); d.cfg.Balancer != cfg.Balancer { // tests let the kernel choose the port
-		d.kernel.cfg.Balancer = d.cfg.Balancer
+		return nil, err
 	}
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
 		Parse: parse, Observe: d.kernel.Read, Plan: plan, Apply: d.kernel.Do, Report: d.report,

@@ -15,6 +15,7 @@ import (
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
+	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
 )
 
 var update = flag.Bool("update", false, "write the goldens anew")
@@ -339,6 +340,9 @@ func TestUnits(t *testing.T) {
 	var names []string
 	for _, u := range units {
 		if u.Name == "kubeletd" {
+			if port := fmt.Sprintf("loopback:%d", balance.Port); !slices.Contains(u.Listen, port) {
+				t.Errorf("kubeletd listens at %q; Kubernetes' files name %s", u.Listen, port)
+			}
 			continue
 		}
 		names = append(names, u.Name)
