@@ -13,7 +13,6 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"net/url"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -26,6 +25,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
@@ -100,7 +100,7 @@ func New(cfg Config) (*Daemon, error) {
 		}
 	}
 	if cfg.Addresses == nil {
-		cfg.Addresses = ownAddresses
+		cfg.Addresses = nodeaddr.Own
 	}
 	d := &Daemon{env: cfg.Env, kernel: newMember(cfg), status: newStatus(cfg.Env.Metrics), snapshots: make(chan struct{}, 1)}
 	d.registry = newRegistry(d.kernel, cfg.Now)
@@ -144,11 +144,7 @@ func parse(documents []byte) (spec, error) {
 	if err != nil {
 		return spec{}, err
 	}
-	s := spec{Name: set.Machine.Hostname, Role: set.Machine.Role}
-	if u, err := url.Parse(set.Cluster.Endpoint); err == nil {
-		s.Endpoint, _ = netip.ParseAddr(u.Hostname()) // a name is none: which address it has may change
-	}
-	return s, nil
+	return spec{Name: set.Machine.Hostname, Role: set.Machine.Role, Endpoint: nodeaddr.InURL(set.Cluster.Endpoint)}, nil
 }
 
 func orDefault(s *string, v string) {
