@@ -93,6 +93,8 @@ var fields = map[string]field{
 	"Cluster.endpoint": {doc: "The URL under which clients and workers reach the API server.", standard: "the node's own first address", ok: isEndpoint,
 		allowed: `a URL like "https://10.0.0.5:6443"`, pattern: `^https://[^/?#@ ]+$`},
 	"Cluster.names": {doc: "Further names and addresses in the server certificates.", most: 64, ok: isName, allowed: `a name like "node.example.org" or an address like "10.0.0.5"`},
+	"Cluster.virtualIPs": {doc: "Addresses of the API server that move to another control plane when the one that has them fails; one of each family at most, in a network that all control planes are in.", most: 2,
+		allowed: `an address like "10.0.0.100" that no machine has`},
 
 	"Kubernetes":               {doc: "The cluster's Kubernetes."},
 	"Kubernetes.podSubnet":     {doc: "Addresses of pods; a node gets a /24 of it.", standard: "10.244.0.0/16", allowed: `an IPv4 network like "10.244.0.0/16", from /8 to /24`},

@@ -23,6 +23,7 @@ func newModel(links ...Link) *model {
 }
 
 func (m *model) Read(context.Context) (State, error)        { return m.State, nil }
+func (m *model) ReadLinks() (State, error)                  { return m.State, nil }
 func (m *model) Run(ctx context.Context, wake func()) error { <-ctx.Done(); return ctx.Err() }
 func (m *model) link(name config.LinkName) (*Link, error) {
 	for i := range m.Links {

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -58,6 +59,8 @@ type Daemon struct {
 	status latest.Cell[*networkv1.Status]
 	gauges gauges
 	pods   atomic.Pointer[Pods] // what kubeletd asked for; nil: nothing yet
+
+	holding sync.Mutex // held while virtual addresses come or go
 }
 
 // Run is networkd as PID 1 starts it.
@@ -116,10 +119,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 	defer time.AfterFunc(d.cfg.Grace, d.loop.Wake).Stop()
 	g.Go(func() error {
 		// kubeletd watches the node's addresses; both services are read by apid and, for control, by machined.
-		extra := peer.List{networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}, networkv1.Pods_ServiceDesc.ServiceName: {uid.Kubeletd}}
+		extra := peer.List{networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}, networkv1.Pods_ServiceDesc.ServiceName: {uid.Kubeletd}, networkv1.Virtual_ServiceDesc.ServiceName: {uid.Kubeletd}}
 		return daemon.Serve(ctx, d.cfg.Env, extra, func(s *grpc.Server) {
 			networkv1.RegisterNetworkServer(s, &server{d: d})
 			networkv1.RegisterPodsServer(s, &pods{d: d})
+			networkv1.RegisterVirtualServer(s, &virtual{d: d})
 			controlv1.RegisterControlServer(s, &control{Control: reconcile.Control[Spec, State, Step]{Loop: d.loop, Metrics: d.metrics()}, d: d})
 		})
 	})

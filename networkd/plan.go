@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/networkd/dhcp"
@@ -56,8 +57,10 @@ const (
 	OriginStatic Origin = "static"
 	OriginDHCP   Origin = "dhcp"
 	OriginPod    Origin = "pod" // to the pods of another node
-	OriginKernel Origin = "kernel"
-	OriginOther  Origin = "other"
+	// OriginVirtual is an address of the cluster that this node has for some seconds: Hold says it again and again.
+	OriginVirtual Origin = "virtual"
+	OriginKernel  Origin = "kernel"
+	OriginOther   Origin = "other"
 )
 
 // own reports whether it is networkd's to remove.
@@ -89,6 +92,8 @@ const (
 	opLinkWait    Op = "link wait"
 	opAddrAdd     Op = "addr add"
 	opAddrDel     Op = "addr del"
+	opAddrHold    Op = "addr hold"
+	opAddrTell    Op = "addr announce"
 	opRouteAdd    Op = "route add"
 	opRouteDel    Op = "route del"
 	opDHCPStart   Op = "dhcp start"
@@ -107,6 +112,7 @@ type Step struct {
 	Op      Op
 	Link    config.LinkName // link, dhcp
 	MTU     int             // link mtu
+	Until   time.Duration   // addr hold; of CLOCK_BOOTTIME
 	Address Address
 	Route   Route
 	Family  Family   // firewall
@@ -122,7 +128,7 @@ func (s Step) String() string {
 		return fmt.Sprintf("link set mtu %d dev %s", s.MTU, s.Link)
 	case opLinkUp:
 		return fmt.Sprintf("link set up dev %s", s.Link)
-	case opAddrAdd, opAddrDel:
+	case opAddrAdd, opAddrDel, opAddrHold, opAddrTell:
 		return fmt.Sprintf("%s %s dev %s", s.Op, s.Address.Prefix, s.Address.Link)
 	case opRouteAdd, opRouteDel:
 		return fmt.Sprintf("%s %s", s.Op, s.Route)

@@ -177,7 +177,7 @@ func (t *target) nearby(have State) neighbourhood {
 	}
 	for _, a := range have.Addresses {
 		n.own[a.Prefix.Addr()] = true
-		if managed[a.Link] && !a.Origin.own() {
+		if managed[a.Link] && !a.Origin.own() && a.Origin != OriginVirtual {
 			n.subnets = append(n.subnets, Route{To: a.Prefix.Masked(), Link: a.Link})
 		}
 	}
@@ -266,7 +266,7 @@ type pods struct {
 	d *Daemon
 }
 
-func (s *pods) SetPodNetwork(ctx context.Context, r *networkv1.SetPodNetworkRequest) (*networkv1.SetPodNetworkResponse, error) {
+func (s *pods) SetPodNetwork(_ context.Context, r *networkv1.SetPodNetworkRequest) (*networkv1.SetPodNetworkResponse, error) {
 	want, generation := s.d.loop.Spec()
 	if generation == 0 {
 		return nil, errs.New(errs.Precondition, "the node has no configuration yet; run: bhctl apply")
@@ -275,7 +275,7 @@ func (s *pods) SetPodNetwork(ctx context.Context, r *networkv1.SetPodNetworkRequ
 	if err != nil {
 		return nil, err
 	}
-	have, err := s.d.kernel.Read(ctx)
+	have, err := s.d.kernel.ReadLinks()
 	if err != nil {
 		return nil, err
 	}

@@ -143,7 +143,7 @@ type spec struct {
 	generation uint64 // 0: there is none yet
 	hostname   string
 	role       config.Role
-	names      []string // of the cluster, DNS and addresses, its endpoint's host included
+	names      []string // of the cluster, DNS and addresses, its endpoint's host and its virtual addresses included
 	domain     string
 	service    netip.Prefix
 
@@ -159,6 +159,9 @@ func parseSpec(generation uint64, documents []byte) (*spec, error) {
 	}
 	s := &spec{generation: generation, hostname: set.Machine.Hostname, role: set.Machine.Role, domain: set.Kubernetes.Domain, service: set.Kubernetes.ServiceSubnet}
 	s.names = append(s.names, set.Cluster.Names...)
+	for _, a := range set.Cluster.VirtualIPs {
+		s.names = append(s.names, a.String())
+	}
 	if set.Cluster.Endpoint != "" {
 		u, err := url.Parse(set.Cluster.Endpoint)
 		if err != nil {

@@ -38,6 +38,7 @@ var repeatable = []string{
 	"network.v1.Network/GetStatus",
 	"network.v1.Network/WatchStatus",
 	"network.v1.Pods/SetPodNetwork",
+	"network.v1.Virtual/Hold",
 	"slot.v1.Slots/Abort",
 	"slot.v1.Slots/FindMedia",
 	"slot.v1.Slots/Get",

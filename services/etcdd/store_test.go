@@ -136,7 +136,7 @@ func refused(ctx context.Context, t *testing.T, n *node, c storev1.StoreClient) 
 	if _, err := c.Read(ctx, &storev1.ReadRequest{Prefix: "/bulkhead/"}); !errs.Is(err, errs.Denied) {
 		t.Errorf("read of all: %v, want Denied", err)
 	}
-	for _, id := range []uid.ID{uid.Apid, uid.Kubeletd, uid.Gateway} {
+	for _, id := range []uid.ID{uid.Apid, uid.Networkd, uid.Gateway} {
 		s := storev1.NewStoreClient(n.dial(t, id))
 		if _, err := s.Read(ctx, &storev1.ReadRequest{Prefix: own}); err == nil {
 			t.Errorf("user %s read the store", id.Name())

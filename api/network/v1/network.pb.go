@@ -214,6 +214,104 @@ func (x *PodRoute) GetVia() string {
 	return ""
 }
 
+type HoldRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Addresses []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// When they go, in milliseconds of CLOCK_BOOTTIME, down to a second before. Not from now: a request that was stuck on its way must not mean a later time.
+	UntilMilliseconds uint64 `protobuf:"varint,2,opt,name=until_milliseconds,json=untilMilliseconds,proto3" json:"until_milliseconds,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *HoldRequest) Reset() {
+	*x = HoldRequest{}
+	mi := &file_network_v1_network_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldRequest) ProtoMessage() {}
+
+func (x *HoldRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_network_v1_network_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldRequest.ProtoReflect.Descriptor instead.
+func (*HoldRequest) Descriptor() ([]byte, []int) {
+	return file_network_v1_network_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *HoldRequest) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *HoldRequest) GetUntilMilliseconds() uint64 {
+	if x != nil {
+		return x.UntilMilliseconds
+	}
+	return 0
+}
+
+type HoldResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One sentence for each address that no link has the subnet of; the others are held.
+	Unreachable   []string `protobuf:"bytes,1,rep,name=unreachable,proto3" json:"unreachable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldResponse) Reset() {
+	*x = HoldResponse{}
+	mi := &file_network_v1_network_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldResponse) ProtoMessage() {}
+
+func (x *HoldResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_network_v1_network_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldResponse.ProtoReflect.Descriptor instead.
+func (*HoldResponse) Descriptor() ([]byte, []int) {
+	return file_network_v1_network_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HoldResponse) GetUnreachable() []string {
+	if x != nil {
+		return x.Unreachable
+	}
+	return nil
+}
+
 type SetPodNetworkResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// One sentence for each route that waits: its gateway is on no link's subnet.
@@ -224,7 +322,7 @@ type SetPodNetworkResponse struct {
 
 func (x *SetPodNetworkResponse) Reset() {
 	*x = SetPodNetworkResponse{}
-	mi := &file_network_v1_network_proto_msgTypes[4]
+	mi := &file_network_v1_network_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -236,7 +334,7 @@ func (x *SetPodNetworkResponse) String() string {
 func (*SetPodNetworkResponse) ProtoMessage() {}
 
 func (x *SetPodNetworkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[4]
+	mi := &file_network_v1_network_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -249,7 +347,7 @@ func (x *SetPodNetworkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPodNetworkResponse.ProtoReflect.Descriptor instead.
 func (*SetPodNetworkResponse) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{4}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SetPodNetworkResponse) GetUnreachable() []string {
@@ -282,7 +380,7 @@ type Status struct {
 
 func (x *Status) Reset() {
 	*x = Status{}
-	mi := &file_network_v1_network_proto_msgTypes[5]
+	mi := &file_network_v1_network_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -294,7 +392,7 @@ func (x *Status) String() string {
 func (*Status) ProtoMessage() {}
 
 func (x *Status) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[5]
+	mi := &file_network_v1_network_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -307,7 +405,7 @@ func (x *Status) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Status.ProtoReflect.Descriptor instead.
 func (*Status) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{5}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Status) GetGeneration() uint64 {
@@ -415,7 +513,7 @@ type Link struct {
 
 func (x *Link) Reset() {
 	*x = Link{}
-	mi := &file_network_v1_network_proto_msgTypes[6]
+	mi := &file_network_v1_network_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -427,7 +525,7 @@ func (x *Link) String() string {
 func (*Link) ProtoMessage() {}
 
 func (x *Link) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[6]
+	mi := &file_network_v1_network_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -440,7 +538,7 @@ func (x *Link) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Link.ProtoReflect.Descriptor instead.
 func (*Link) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{6}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Link) GetName() string {
@@ -511,7 +609,7 @@ type Address struct {
 	Link  string                 `protobuf:"bytes,1,opt,name=link,proto3" json:"link,omitempty"`
 	// In CIDR form.
 	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
-	// "static", "dhcp" or "other".
+	// "static", "dhcp", "virtual" (the cluster's, as long as this node has it) or "other".
 	Origin        string `protobuf:"bytes,3,opt,name=origin,proto3" json:"origin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -519,7 +617,7 @@ type Address struct {
 
 func (x *Address) Reset() {
 	*x = Address{}
-	mi := &file_network_v1_network_proto_msgTypes[7]
+	mi := &file_network_v1_network_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -531,7 +629,7 @@ func (x *Address) String() string {
 func (*Address) ProtoMessage() {}
 
 func (x *Address) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[7]
+	mi := &file_network_v1_network_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -544,7 +642,7 @@ func (x *Address) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Address.ProtoReflect.Descriptor instead.
 func (*Address) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{7}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Address) GetLink() string {
@@ -584,7 +682,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_network_v1_network_proto_msgTypes[8]
+	mi := &file_network_v1_network_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -596,7 +694,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[8]
+	mi := &file_network_v1_network_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -609,7 +707,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{8}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Route) GetDestination() string {
@@ -659,7 +757,7 @@ type Rule struct {
 
 func (x *Rule) Reset() {
 	*x = Rule{}
-	mi := &file_network_v1_network_proto_msgTypes[9]
+	mi := &file_network_v1_network_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -671,7 +769,7 @@ func (x *Rule) String() string {
 func (*Rule) ProtoMessage() {}
 
 func (x *Rule) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[9]
+	mi := &file_network_v1_network_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -684,7 +782,7 @@ func (x *Rule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rule.ProtoReflect.Descriptor instead.
 func (*Rule) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{9}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Rule) GetText() string {
@@ -721,7 +819,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_network_v1_network_proto_msgTypes[10]
+	mi := &file_network_v1_network_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -733,7 +831,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[10]
+	mi := &file_network_v1_network_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -746,7 +844,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{10}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Lease) GetLink() string {
@@ -792,7 +890,12 @@ const file_network_v1_network_proto_rawDesc = "" +
 	"\x06routes\x18\x03 \x03(\v2\x14.network.v1.PodRouteR\x06routes\"4\n" +
 	"\bPodRoute\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x10\n" +
-	"\x03via\x18\x02 \x01(\tR\x03via\"9\n" +
+	"\x03via\x18\x02 \x01(\tR\x03via\"Z\n" +
+	"\vHoldRequest\x12\x1c\n" +
+	"\taddresses\x18\x01 \x03(\tR\taddresses\x12-\n" +
+	"\x12until_milliseconds\x18\x02 \x01(\x04R\x11untilMilliseconds\"0\n" +
+	"\fHoldResponse\x12 \n" +
+	"\vunreachable\x18\x01 \x03(\tR\vunreachable\"9\n" +
 	"\x15SetPodNetworkResponse\x12 \n" +
 	"\vunreachable\x18\x01 \x03(\tR\vunreachable\"\xb4\x03\n" +
 	"\x06Status\x12\x1e\n" +
@@ -845,7 +948,9 @@ const file_network_v1_network_proto_rawDesc = "" +
 	"\tGetStatus\x12\x1c.network.v1.GetStatusRequest\x1a\x12.network.v1.Status\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/network\x90\x02\x01\x12f\n" +
 	"\vWatchStatus\x12\x1e.network.v1.WatchStatusRequest\x1a\x12.network.v1.Status\"!\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/network:watch\x90\x02\x010\x01\x1a\f\xb2\xbb\x18\bnetworkd2f\n" +
 	"\x04Pods\x12^\n" +
-	"\rSetPodNetwork\x12 .network.v1.SetPodNetworkRequest\x1a!.network.v1.SetPodNetworkResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02B:Z8github.com/bulkhead-os/bulkhead/api/network/v1;networkv1b\x06proto3"
+	"\rSetPodNetwork\x12 .network.v1.SetPodNetworkRequest\x1a!.network.v1.SetPodNetworkResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x022N\n" +
+	"\aVirtual\x12C\n" +
+	"\x04Hold\x12\x17.network.v1.HoldRequest\x1a\x18.network.v1.HoldResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02B:Z8github.com/bulkhead-os/bulkhead/api/network/v1;networkv1b\x06proto3"
 
 var (
 	file_network_v1_network_proto_rawDescOnce sync.Once
@@ -859,35 +964,39 @@ func file_network_v1_network_proto_rawDescGZIP() []byte {
 	return file_network_v1_network_proto_rawDescData
 }
 
-var file_network_v1_network_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_network_v1_network_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_network_v1_network_proto_goTypes = []any{
 	(*GetStatusRequest)(nil),      // 0: network.v1.GetStatusRequest
 	(*WatchStatusRequest)(nil),    // 1: network.v1.WatchStatusRequest
 	(*SetPodNetworkRequest)(nil),  // 2: network.v1.SetPodNetworkRequest
 	(*PodRoute)(nil),              // 3: network.v1.PodRoute
-	(*SetPodNetworkResponse)(nil), // 4: network.v1.SetPodNetworkResponse
-	(*Status)(nil),                // 5: network.v1.Status
-	(*Link)(nil),                  // 6: network.v1.Link
-	(*Address)(nil),               // 7: network.v1.Address
-	(*Route)(nil),                 // 8: network.v1.Route
-	(*Rule)(nil),                  // 9: network.v1.Rule
-	(*Lease)(nil),                 // 10: network.v1.Lease
+	(*HoldRequest)(nil),           // 4: network.v1.HoldRequest
+	(*HoldResponse)(nil),          // 5: network.v1.HoldResponse
+	(*SetPodNetworkResponse)(nil), // 6: network.v1.SetPodNetworkResponse
+	(*Status)(nil),                // 7: network.v1.Status
+	(*Link)(nil),                  // 8: network.v1.Link
+	(*Address)(nil),               // 9: network.v1.Address
+	(*Route)(nil),                 // 10: network.v1.Route
+	(*Rule)(nil),                  // 11: network.v1.Rule
+	(*Lease)(nil),                 // 12: network.v1.Lease
 }
 var file_network_v1_network_proto_depIdxs = []int32{
 	3,  // 0: network.v1.SetPodNetworkRequest.routes:type_name -> network.v1.PodRoute
-	6,  // 1: network.v1.Status.links:type_name -> network.v1.Link
-	7,  // 2: network.v1.Status.addresses:type_name -> network.v1.Address
-	8,  // 3: network.v1.Status.routes:type_name -> network.v1.Route
-	9,  // 4: network.v1.Status.rules:type_name -> network.v1.Rule
-	10, // 5: network.v1.Status.leases:type_name -> network.v1.Lease
+	8,  // 1: network.v1.Status.links:type_name -> network.v1.Link
+	9,  // 2: network.v1.Status.addresses:type_name -> network.v1.Address
+	10, // 3: network.v1.Status.routes:type_name -> network.v1.Route
+	11, // 4: network.v1.Status.rules:type_name -> network.v1.Rule
+	12, // 5: network.v1.Status.leases:type_name -> network.v1.Lease
 	0,  // 6: network.v1.Network.GetStatus:input_type -> network.v1.GetStatusRequest
 	1,  // 7: network.v1.Network.WatchStatus:input_type -> network.v1.WatchStatusRequest
 	2,  // 8: network.v1.Pods.SetPodNetwork:input_type -> network.v1.SetPodNetworkRequest
-	5,  // 9: network.v1.Network.GetStatus:output_type -> network.v1.Status
-	5,  // 10: network.v1.Network.WatchStatus:output_type -> network.v1.Status
-	4,  // 11: network.v1.Pods.SetPodNetwork:output_type -> network.v1.SetPodNetworkResponse
-	9,  // [9:12] is the sub-list for method output_type
-	6,  // [6:9] is the sub-list for method input_type
+	4,  // 9: network.v1.Virtual.Hold:input_type -> network.v1.HoldRequest
+	7,  // 10: network.v1.Network.GetStatus:output_type -> network.v1.Status
+	7,  // 11: network.v1.Network.WatchStatus:output_type -> network.v1.Status
+	6,  // 12: network.v1.Pods.SetPodNetwork:output_type -> network.v1.SetPodNetworkResponse
+	5,  // 13: network.v1.Virtual.Hold:output_type -> network.v1.HoldResponse
+	10, // [10:14] is the sub-list for method output_type
+	6,  // [6:10] is the sub-list for method input_type
 	6,  // [6:6] is the sub-list for extension type_name
 	6,  // [6:6] is the sub-list for extension extendee
 	0,  // [0:6] is the sub-list for field type_name
@@ -904,9 +1013,9 @@ func file_network_v1_network_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_network_v1_network_proto_rawDesc), len(file_network_v1_network_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   13,
 			NumExtensions: 0,
-			NumServices:   2,
+			NumServices:   3,
 		},
 		GoTypes:           file_network_v1_network_proto_goTypes,
 		DependencyIndexes: file_network_v1_network_proto_depIdxs,
