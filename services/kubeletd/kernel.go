@@ -140,7 +140,9 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	h, asked := k.health[apiProbe]
 	s.API, s.Trouble = asked && h == "", h
 	s.Pods, s.Peers = k.pods.String(), k.peers
-	s.Strangers = k.oldStrangers(time.Now(), s.Members)
+	if want.Role == config.ControlPlane {
+		s.Strangers = k.oldStrangers(time.Now(), s.Members)
+	}
 	k.mu.Unlock()
 	if s.API {
 		k.readCluster(ctx, want, &s)
