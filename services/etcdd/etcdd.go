@@ -134,7 +134,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 var callers = peer.List{
 	// machined asks whether the node is one of several before it is reset, trustd whether one is a member still before it ends its membership.
 	etcdv1.Etcd_GetStatus_FullMethodName:     {uid.Apid, uid.Machined, uid.Trustd},
-	clusterv1.Registry_Report_FullMethodName: {uid.Apid, uid.Machined},   // of this node
+	clusterv1.Registry_Report_FullMethodName: {uid.Apid, uid.Machined},                 // of this node
 	storev1.Store_ServiceDesc.ServiceName:    {uid.Trustd, uid.Machined, uid.Kubeletd}, // see prefixes
 }
 

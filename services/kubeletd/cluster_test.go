@@ -23,6 +23,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
@@ -44,6 +45,9 @@ type world struct {
 	units map[string]initctl.Status // guarded by mu
 	news  chan initctl.Status
 	start func(unit string)
+
+	store   storev1.StoreClient // nil: the node takes no part in the virtual addresses
+	virtual networkv1.VirtualClient
 }
 
 func newWorld(t *testing.T, ca *testca.CA, api *apiServer, nodes ...*trustv1.ClusterNode) *world {
@@ -154,7 +158,7 @@ func (w *world) run(document string) *Daemon {
 		w.t.Fatal(err)
 	}
 	env := daemon.Env{Name: "kubeletd", Log: slog.New(slog.DiscardHandler), Listen: l, TCP: local, Ready: func() {}, Metrics: metrics.New("kubeletd")}
-	d, err := New(Config{Env: env, Signer: w, Pods: w, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
+	d, err := New(Config{Env: env, Signer: w, Pods: w, Store: w.store, Virtual: w.virtual, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
 		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Group: func(uid.ID) int { return os.Getgid() }})
 	if err != nil {
 		w.t.Fatal(err)
