@@ -33,6 +33,7 @@ type apiServer struct {
 	calls   map[string]bool          // "user method path"
 	held    chan struct{}            // closed to let PUTs through; nil: nobody waits
 	waiting chan struct{}            // gets one for each PUT that waits
+	unready bool                     // what /readyz says
 }
 
 // newAPIServer serves until the test ends.
@@ -126,9 +127,11 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	path := strings.TrimSuffix(strings.TrimSuffix(r.URL.Path, "/approval"), "/status")
 	a.mu.Lock()
 	a.calls[user+" "+r.Method+" "+path] = true
-	held := a.held
+	held, unready := a.held, a.unready
 	a.mu.Unlock()
 	switch {
+	case r.URL.Path == "/readyz" && unready:
+		w.WriteHeader(http.StatusInternalServerError)
 	case r.URL.Path == "/readyz":
 		fmt.Fprint(w, "ok")
 	case r.URL.Path == "/version":

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
@@ -47,6 +48,9 @@ type world struct {
 	units map[string]initctl.Status // guarded by mu
 	news  chan initctl.Status
 	start func(unit string)
+
+	store   storev1.StoreClient // nil: the node takes no part in the virtual addresses
+	virtual networkv1.VirtualClient
 }
 
 func newWorld(t *testing.T, ca *testca.CA, api *apiServer, nodes ...*trustv1.ClusterNode) *world {
@@ -157,7 +161,7 @@ func (w *world) run(document string) *Daemon {
 		w.t.Fatal(err)
 	}
 	env := daemon.Env{Name: "kubeletd", Log: slog.New(slog.DiscardHandler), Listen: l, TCP: local, Ready: func() {}, Metrics: metrics.New("kubeletd")}
-	d, err := New(Config{Env: env, Signer: w, Pods: w, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
+	d, err := New(Config{Env: env, Signer: w, Pods: w, Store: w.store, Virtual: w.virtual, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
 		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Group: func(uid.ID) int { return os.Getgid() }, Routes: os.DevNull,
 		Links: func() ([]nodeaddr.Link, error) {
 			return []nodeaddr.Link{{Name: "eth1", Up: true, Addresses: []netip.Prefix{netip.MustParsePrefix("10.5.0.11/24")}}}, nil

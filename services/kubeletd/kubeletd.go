@@ -17,6 +17,7 @@ import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
@@ -45,6 +46,9 @@ type Config struct {
 	Signer trustv1.SignerClient // required: trustd
 	Pods   networkv1.PodsClient // required: networkd
 	Init   supervisor           // required: PID 1
+	// Store is etcdd's, and Virtual networkd's; without either the node never has the cluster's virtual addresses.
+	Store   storev1.StoreClient
+	Virtual networkv1.VirtualClient
 
 	Dir         string // runtime folder; default /run/bulkhead/kubeletd
 	Program     string // the kubelet: an image without it has no Kubernetes, and there is nothing to do; default /usr/bin/kubelet
@@ -83,12 +87,20 @@ func Run(ctx context.Context, env daemon.Env) error {
 		return err
 	}
 	defer network.Close()
+	store, err := peer.Dial(peer.Socket("etcdd"))
+	if err != nil {
+		return err
+	}
+	defer store.Close()
 	pid1, err := initctl.Dial("")
 	if err != nil {
 		return err
 	}
 	defer pid1.Close()
-	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Pods: networkv1.NewPodsClient(network), Init: pid1})
+	d, err := New(Config{
+		Env: env, Signer: trustv1.NewSignerClient(conn), Pods: networkv1.NewPodsClient(network), Init: pid1,
+		Store: storev1.NewStoreClient(store), Virtual: networkv1.NewVirtualClient(network),
+	})
 	if err != nil {
 		return err
 	}
@@ -137,6 +149,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.loop.Run(ctx) })
 	g.Go(func() error { return d.kernel.Watch(ctx, d.loop.Wake) })
+	if d.cfg.Store != nil && d.cfg.Virtual != nil {
+		g.Go(func() error { return d.keepVirtual(ctx) })
+	}
 	g.Go(func() error {
 		return daemon.Serve(ctx, d.cfg.Env, nil, func(s *grpc.Server) {
 			kubernetesv1.RegisterKubernetesServer(s, &server{d: d})
@@ -155,7 +170,7 @@ func parse(documents []byte) (spec, error) {
 	k := set.Kubernetes
 	return spec{
 		Node: set.Machine.Hostname, Role: set.Machine.Role, Cluster: set.Cluster.Name, Endpoint: set.Cluster.Endpoint, Domain: k.Domain,
-		PodSubnet: k.PodSubnet, ServiceSubnet: k.ServiceSubnet, CNI: k.CNI, PodSecurity: k.PodSecurity, Schedulable: k.Schedulable == nil || *k.Schedulable,
+		VirtualIPs: set.Cluster.VirtualIPs, PodSubnet: k.PodSubnet, ServiceSubnet: k.ServiceSubnet, CNI: k.CNI, PodSecurity: k.PodSecurity, Schedulable: k.Schedulable == nil || *k.Schedulable,
 	}, nil
 }
 

@@ -16,6 +16,7 @@ type spec struct {
 	Role                     config.Role
 	Cluster, Domain          string
 	Endpoint                 string // URL; "" means the node's own address
+	VirtualIPs               []netip.Addr
 	PodSubnet, ServiceSubnet netip.Prefix
 	CNI, PodSecurity         string
 	Schedulable              bool

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path"
+	"slices"
 	"strings"
 	"text/template"
 
@@ -135,6 +136,7 @@ type facts struct {
 	Node, Cluster, Domain, Server, Client string
 	CNI, PodSecurity                      string
 	Address                               netip.Addr
+	Bind                                  string // where the API server listens
 	PodSubnet, ServiceSubnet, PodCIDR     netip.Prefix
 	NodeMask                              int
 	DNS                                   netip.Addr
@@ -151,8 +153,13 @@ var localAPI = fmt.Sprintf("127.0.0.1:%d", balance.Port)
 
 // gather joins what is wanted with what was read.
 func gather(want spec, have State) *facts {
+	bind := "0.0.0.0"
+	if slices.ContainsFunc(want.VirtualIPs, netip.Addr.Is6) {
+		bind = "::" // which is IPv4 too
+	}
 	f := &facts{
-		Dir: path.Join(have.Dir, folder), Etcd: have.EtcdAddress, Trustd: peer.Socket("trustd"), Audit: have.Audit,
+		Bind: bind,
+		Dir:  path.Join(have.Dir, folder), Etcd: have.EtcdAddress, Trustd: peer.Socket("trustd"), Audit: have.Audit,
 		Node: want.Node, Cluster: want.Cluster, Domain: want.Domain, Server: "https://" + localAPI, CNI: want.CNI, PodSecurity: want.PodSecurity,
 		Address: have.Address, PodSubnet: want.PodSubnet, ServiceSubnet: want.ServiceSubnet, NodeMask: nodeMask(want.PodSubnet),
 		DNS: nth(want.ServiceSubnet, 10), Nameservers: have.Nameservers, Schedulable: want.Schedulable || want.Role == config.Worker,
