@@ -338,7 +338,11 @@ func (k *system) Do(ctx context.Context, s Step) error {
 	case "addon apply":
 		return k.apply(ctx, want, have, s.Arg)
 	case "pods tell":
-		return k.setPods(ctx, podNetworkOf(want, have))
+		pods, known := podNetworkOf(want, have)
+		if !known {
+			return reconcile.ErrSkipped
+		}
+		return k.setPods(ctx, pods)
 	}
 	c, err := k.cluster()
 	if err != nil {
