@@ -149,6 +149,17 @@ func refused(ctx context.Context, t *testing.T, n *node, c storev1.StoreClient) 
 	if _, err := machined.Read(ctx, &storev1.ReadRequest{Prefix: "/bulkhead/machine/"}); err != nil {
 		t.Errorf("machined reads its own keys: %v", err)
 	}
+	kubeletd := storev1.NewStoreClient(n.dial(t, uid.Kubeletd)) // of the virtual addresses one key, that only one can make
+	first := &storev1.WriteRequest{Conditions: []*storev1.Condition{{Key: "/bulkhead/kubernetes/virtual-ip"}}, Changes: []*storev1.Change{{Key: "/bulkhead/kubernetes/virtual-ip", Value: []byte("{}")}}}
+	if _, err := kubeletd.Write(ctx, first); err != nil {
+		t.Errorf("kubeletd writes its own key: %v", err)
+	}
+	if _, err := kubeletd.Write(ctx, first); !errs.Is(err, errs.Conflict) {
+		t.Errorf("a second one makes the same key: %v, want Conflict", err)
+	}
+	if _, err := kubeletd.Read(ctx, &storev1.ReadRequest{Prefix: own}); !errs.Is(err, errs.Denied) {
+		t.Errorf("kubeletd reads trustd's keys: %v, want Denied", err)
+	}
 }
 
 func watchTTL(ctx context.Context, t *testing.T, n *node, c storev1.StoreClient) {
