@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -25,10 +26,12 @@ import (
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 	"github.com/bulkhead-os/bulkhead/internal/testca"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
@@ -159,7 +162,10 @@ func (w *world) run(document string) *Daemon {
 	}
 	env := daemon.Env{Name: "kubeletd", Log: slog.New(slog.DiscardHandler), Listen: l, TCP: local, Ready: func() {}, Metrics: metrics.New("kubeletd")}
 	d, err := New(Config{Env: env, Signer: w, Pods: w, Store: w.store, Virtual: w.virtual, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
-		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Group: func(uid.ID) int { return os.Getgid() }})
+		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Group: func(uid.ID) int { return os.Getgid() }, Routes: os.DevNull,
+		Links: func() ([]nodeaddr.Link, error) {
+			return []nodeaddr.Link{{Name: "eth1", Up: true, Addresses: []netip.Prefix{netip.MustParsePrefix("10.5.0.11/24")}}}, nil
+		}})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -342,6 +348,9 @@ func TestControlPlane(t *testing.T) {
 	if signed("e-late") {
 		t.Error("one that was removed has a certificate")
 	}
+	if a := addr("10.5.0.11"); d.kernel.uncertified(a) || !d.kernel.uncertified(addr("10.5.0.12")) {
+		t.Error("the API server's certificate is not for the node's address")
+	}
 	// While the members are not known, nobody is a stranger.
 	if s := strangers(map[string]Peer{"w1": {Ours: true}}, members(&trustv1.TrustState{})); len(s) > 0 {
 		t.Errorf("strangers: %v", s)
@@ -388,5 +397,53 @@ func TestTwoAtOnce(t *testing.T) {
 	api.mu.Unlock()
 	if err := c.updateCSR(t.Context(), "gone", "approval", approve(known)); err != nil {
 		t.Errorf("a request that is gone: %v", err)
+	}
+}
+
+// Where the API servers are is what the cluster says, except for one's own.
+func TestTargets(t *testing.T) {
+	own := netip.MustParseAddrPort("127.0.0.1:6443")
+	many := []netip.Addr{addr("10.5.0.12"), addr("10.5.0.22"), addr("10.5.0.32"), addr("10.5.0.42")}
+	all := map[string]Member{"n1": {config.ControlPlane, []netip.Addr{addr("10.5.0.11")}}, "n2": {config.ControlPlane, many}, "w1": {config.Worker, []netip.Addr{addr("10.5.0.101")}}}
+	for _, c := range []struct {
+		name    string
+		role    config.Role
+		members map[string]Member
+		want    string
+	}{
+		{"n1", config.ControlPlane, all, "127.0.0.1:6443 [10.5.0.12:6443 10.5.0.22:6443 10.5.0.32:6443]"},
+		{"n1", config.ControlPlane, nil, "127.0.0.1:6443 []"},
+		{"w1", config.Worker, all, "invalid AddrPort [10.5.0.11:6443 10.5.0.12:6443 10.5.0.22:6443 10.5.0.32:6443]"},
+		{"w1", config.Worker, nil, "invalid AddrPort []"},
+	} {
+		got := targets(spec{Node: c.name, Role: c.role}, own, c.members)
+		if text := fmt.Sprint(got.Preferred, " ", got.Backends); text != c.want {
+			t.Errorf("%s, %d members: %s, want %s", c.name, len(c.members), text, c.want)
+		}
+	}
+}
+
+// A kubelet may say of its Node what it likes: no subnet that is not its own leads to it.
+func TestPodNetworkOf(t *testing.T) {
+	want := cp(t)
+	have := State{Node: &Node{PodCIDR: netip.MustParsePrefix("10.244.0.0/24")}, Members: map[string]Member{}, Peers: map[string]Peer{}}
+	for i, c := range []struct{ created, subnet, address, seen string }{
+		{"3", "10.244.5.0/24", "10.5.0.5", "10.5.0.5"},
+		{"4", "10.244.5.0/25", "10.5.0.6", "10.5.0.6"}, // of an older one's
+		{"1", "10.244.0.0/24", "10.5.0.7", "10.5.0.7"}, // this node's
+		{"1", "10.244.0.0/16", "10.5.0.8", "10.5.0.8"}, // everybody's
+		{"1", "10.96.0.0/24", "10.5.0.9", "10.5.0.9"},  // Services'
+		{"1", "0.0.0.0/0", "10.5.0.10", "10.5.0.10"},
+		{"1", "10.244.6.0/24", "10.5.0.5", "10.5.0.11"}, // at another's address
+		{"1", "10.244.7.1/24", "10.5.0.12", "10.5.0.12"},
+		{"2", "10.244.2.0/24", "10.5.0.13", "10.5.0.13"},
+	} {
+		name := fmt.Sprintf("w%d", i)
+		have.Members[name] = Member{config.Worker, []netip.Addr{addr(c.seen)}}
+		have.Peers[name] = Peer{Created: c.created, PodCIDR: netip.MustParsePrefix(c.subnet), Address: addr(c.address)}
+	}
+	have.Peers["stranger"] = Peer{Created: "1", PodCIDR: netip.MustParsePrefix("10.244.9.0/24"), Address: addr("10.5.0.99")}
+	if got, known := podNetworkOf(want, have); !known || got.String() != "10.244.0.0/24 of 10.244.0.0/16, 10.244.2.0/24 via 10.5.0.13, 10.244.5.0/24 via 10.5.0.5" {
+		t.Errorf("got %s", got)
 	}
 }

@@ -140,7 +140,9 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	h, asked := k.health[apiProbe]
 	s.API, s.Trouble = asked && h == "", h
 	s.Pods, s.Peers = k.pods.String(), k.peers
-	s.Strangers = k.oldStrangers(time.Now(), s.Members)
+	if want.Role == config.ControlPlane {
+		s.Strangers = k.oldStrangers(time.Now(), s.Members)
+	}
 	k.mu.Unlock()
 	if s.API {
 		k.readCluster(ctx, want, &s)
@@ -336,7 +338,11 @@ func (k *system) Do(ctx context.Context, s Step) error {
 	case "addon apply":
 		return k.apply(ctx, want, have, s.Arg)
 	case "pods tell":
-		return k.setPods(ctx, podNetworkOf(want, have))
+		pods, known := podNetworkOf(want, have)
+		if !known {
+			return reconcile.ErrSkipped
+		}
+		return k.setPods(ctx, pods)
 	}
 	c, err := k.cluster()
 	if err != nil {

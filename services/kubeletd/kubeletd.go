@@ -58,6 +58,8 @@ type Config struct {
 	Routes      string // default /proc/net/route
 	EtcdAddress string // default 127.0.0.1:2379
 	APIServer   string // this node's own, on a control plane; default https://127.0.0.1:6443
+	// Links reads the node's interfaces; default nodeaddr.Links.
+	Links func() ([]nodeaddr.Link, error)
 	// Group maps a user to the group of files; default: the user's own number.
 	Group func(uid.ID) int
 	// Resync is the longest time between two looks; 0 means one minute.
@@ -118,6 +120,9 @@ func New(cfg Config) (*Daemon, error) {
 	orDefault(&cfg.Routes, nodeaddr.Routes)
 	orDefault(&cfg.EtcdAddress, "127.0.0.1:2379")
 	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
+	if cfg.Links == nil {
+		cfg.Links = nodeaddr.Links
+	}
 	if cfg.Group == nil {
 		cfg.Group = func(id uid.ID) int { return int(id) }
 	}

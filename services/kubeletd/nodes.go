@@ -177,11 +177,16 @@ func (n podNetwork) String() string {
 // podNetworkOf decides the ways to other nodes' pods. A node's kubelet says of itself which its address is, and may put a subnet into its Node when
 // it makes it. So an address counts only if the cluster has seen that node there, and a subnet only if it is one node's share of the pod subnet and no older
 // Node has a part of it. It is pure.
-func podNetworkOf(want spec, have State) podNetwork {
-	if want.CNI != "bridge" || have.Node == nil || !have.Node.PodCIDR.IsValid() {
-		return podNetwork{}
+//
+// known is false while something is missing: after a start of kubeletd networkd still has what it was told before, and pods still reach each other by it.
+func podNetworkOf(want spec, have State) (out podNetwork, known bool) {
+	switch {
+	case want.CNI != "bridge":
+		return out, true
+	case have.Node == nil || !have.Node.PodCIDR.IsValid() || have.Peers == nil || have.Members == nil:
+		return out, false
 	}
-	out := podNetwork{Subnet: want.PodSubnet.Masked(), Local: have.Node.PodCIDR.Masked()}
+	out = podNetwork{Subnet: want.PodSubnet.Masked(), Local: have.Node.PodCIDR.Masked()}
 	taken := []netip.Prefix{out.Local}
 	names := slices.SortedFunc(maps.Keys(have.Peers), func(a, b string) int {
 		return strings.Compare(have.Peers[a].Created+a, have.Peers[b].Created+b)
@@ -196,5 +201,5 @@ func podNetworkOf(want spec, have State) podNetwork {
 		out.Routes = append(out.Routes, podRoute{p.PodCIDR, p.Address})
 	}
 	slices.SortFunc(out.Routes, func(a, b podRoute) int { return a.Prefix.Compare(b.Prefix) })
-	return out
+	return out, true
 }

@@ -117,8 +117,8 @@ func plan(want spec, have State) ([]Step, error) {
 		return nil, err
 	}
 	p := planner{want: want, have: have, files: files, addons: wanted}
-	if pods := podNetworkOf(want, have).String(); have.API && pods != have.Pods {
-		p.do("pods tell", cmp.Or(pods, "nothing")) // before the first pod gets an address
+	if pods, known := podNetworkOf(want, have); have.API && known && pods.String() != have.Pods {
+		p.do("pods tell", cmp.Or(pods.String(), "nothing")) // before the first pod gets an address
 	}
 	p.planFiles()
 	if want.Role == config.ControlPlane && have.Trust.Bootstrapped && len(have.Members) == 0 {

@@ -89,9 +89,11 @@ func model(s State, want spec, steps []Step) State {
 			}
 			if step.Arg == "kubelet" {
 				s.Node = &Node{PodCIDR: netip.MustParsePrefix("10.244.0.0/24"), Ready: true}
+				s.Peers = map[string]Peer{want.Node: {PodCIDR: s.Node.PodCIDR, Ours: true}}
 			}
 		case "pods tell":
-			s.Pods = podNetworkOf(want, s).String()
+			pods, _ := podNetworkOf(want, s)
+			s.Pods = pods.String()
 		case "unit stop":
 			s.Units[step.Arg] = Unit{State: "down"}
 		case "addon apply":
@@ -227,6 +229,9 @@ func TestPlanBoot(t *testing.T) {
 			s.Members = n1w1
 			s.Peers = map[string]Peer{"w1": {PodCIDR: netip.MustParsePrefix("10.244.1.0/24"), Address: addr("10.5.0.101")}}
 		}, "pods tell 10.244.0.0/24 of 10.244.0.0/16, 10.244.1.0/24 via 10.5.0.101"},
+		{"kubeletd was started anew: what networkd has stays until all is known", func(_ *spec, s *State) { s.Pods, s.Peers = "", nil }, ""},
+		{"kubeletd was started anew before trustd", func(_ *spec, s *State) { s.Pods, s.Members = "", nil }, "wait for members"},
+		{"Kubernetes lets the Node not be read", func(_ *spec, s *State) { s.Node = nil }, "wait for node Ready"},
 		{"networkd was started anew", func(_ *spec, s *State) { s.Pods = "" }, "pods tell 10.244.0.0/24 of 10.244.0.0/16"},
 		{"a node was removed from the cluster", func(_ *spec, s *State) { s.Strangers, s.Health["kube-apiserver"] = []string{"w1"}, "" }, "node delete w1"},
 		{"a node was removed, says a list that may be old", func(_ *spec, s *State) {

@@ -275,7 +275,7 @@ type place struct {
 }
 
 func (k *system) where() (place, error) {
-	links, err := nodeaddr.Links()
+	links, err := k.cfg.Links()
 	if err != nil {
 		return place{}, err
 	}
@@ -302,6 +302,9 @@ func (k *system) followPlace(ctx context.Context, wake func()) error {
 	for {
 		now, err := k.where()
 		_, e := os.Stat(k.cfg.VolumeMark)
+		if err == nil && k.uncertified(now.address) {
+			k.leaves[serverProfile].Renew() // others would not believe the API server at that address
+		}
 		k.mu.Lock()
 		due := len(k.strange) > 0
 		k.mu.Unlock()
@@ -309,9 +312,6 @@ func (k *system) followPlace(ctx context.Context, wake func()) error {
 			wake() // a Node without a member is waited for before it is deleted
 		}
 		if err == nil && (now.address != last.address || !slices.Equal(now.nameservers, last.nameservers) || mounted != (e == nil)) {
-			if last.address.IsValid() && now.address.IsValid() && now.address != last.address {
-				k.leaves[serverProfile].Renew()
-			}
 			last, mounted = now, e == nil
 			wake()
 		}
@@ -319,6 +319,15 @@ func (k *system) followPlace(ctx context.Context, wake func()) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// uncertified reports whether the API server has a certificate that lacks an address.
+func (k *system) uncertified(a netip.Addr) bool {
+	p, _ := k.leaves[serverProfile].Pair()
+	return p != nil && a.IsValid() && !slices.ContainsFunc(p.TLS.Leaf.IPAddresses, func(ip net.IP) bool {
+		have, _ := netip.AddrFromSlice(ip)
+		return have.Unmap() == a
+	})
 }
 
 // pause waits, and reports whether ctx still lasts.
