@@ -250,12 +250,15 @@ func (k *linux) Run(ctx context.Context, wake func()) error {
 	defer func() { <-clients }()
 	buf := make([]byte, 4096) // what does not fit is lost, and nobody misses it: events only wake
 	for {
-		_, err := k.events.Read(buf)
+		n, err := k.events.Read(buf)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		if err != nil && !errors.Is(err, unix.ENOBUFS) { // ENOBUFS: there were more than fit
 			return fmt.Errorf("receive network events: %w", err)
+		}
+		if err == nil && prolonged(buf[:n]) {
+			continue
 		}
 		t := time.NewTimer(settle)
 		select {

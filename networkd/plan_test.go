@@ -300,6 +300,20 @@ func randomLeases(r *rand.Rand, m *model) {
 	}
 }
 
+// randomPods is what kubeletd may have asked for.
+func randomPods(t *testing.T, r *rand.Rand) *Pods {
+	if r.IntN(4) == 0 {
+		return nil
+	}
+	var routes []string
+	for _, to := range []string{"10.244.2.0/24", "10.244.3.0/24", "10.244.4.0/24"} {
+		if r.IntN(3) > 0 {
+			routes = append(routes, to+" via "+[]string{"10.0.0.3", "10.0.0.7", "10.0.2.7", "192.0.2.1"}[r.IntN(4)])
+		}
+	}
+	return asked(t, podSpec("10.244.0.0/16"), []string{"", "10.244.1.0/24"}[r.IntN(2)], routes...)
+}
+
 // The law: apply a plan, plan again, and nothing is left; wherever the world starts, and with every prefix of a plan
 // done before something else is wanted. Meanwhile the firewall never stands open.
 func FuzzPlanConverges(f *testing.F) {
@@ -319,6 +333,7 @@ func FuzzPlanConverges(f *testing.F) {
 		for range 4 {
 			want := randomSpec(r)
 			randomLeases(r, m)
+			m.Pods = randomPods(t, r)
 			steps := plan(want, m.State)
 			for _, s := range steps[:r.IntN(len(steps)+1)] { // power of a SIGKILL
 				if err := m.Do(t.Context(), s); err != nil {
@@ -340,6 +355,11 @@ func FuzzPlanConverges(f *testing.F) {
 		for _, tb := range m.Tables {
 			if len(tb.Chains) != 1 || len(tb.Jumps) != 1 {
 				t.Errorf("%s: left %d chains and %d jumps, want one each", tb.Family, len(tb.Chains), len(tb.Jumps))
+			}
+		}
+		for _, tb := range m.Masquerade {
+			if len(tb.Chains) > 1 || len(tb.Jumps) > 1 {
+				t.Errorf("%s: left %d chains and %d jumps for pods, want one each at most", tb.Family, len(tb.Chains), len(tb.Jumps))
 			}
 		}
 		if l, _ := m.link("cni0"); l.Up {

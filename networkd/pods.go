@@ -176,8 +176,11 @@ func (t *target) nearby(have State) neighbourhood {
 		managed[l.Name] = true
 	}
 	for _, a := range have.Addresses {
+		if a.Origin.own() {
+			continue // what stays of these is in the target
+		}
 		n.own[a.Prefix.Addr()] = true
-		if managed[a.Link] && !a.Origin.own() && a.Origin != OriginVirtual {
+		if managed[a.Link] && a.Origin != OriginVirtual {
 			n.subnets = append(n.subnets, Route{To: a.Prefix.Masked(), Link: a.Link})
 		}
 	}

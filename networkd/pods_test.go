@@ -28,6 +28,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 	"github.com/bulkhead-os/bulkhead/internal/testns"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/networkd/dhcp"
 )
 
 // podSpec is a node's with the built-in pod network.
@@ -254,7 +255,9 @@ func TestPodsAcrossNodes(t *testing.T) {
 			want.Network.Interfaces[0].Routes = []config.Route{{To: pfx(to), Via: ip(via)}}
 			asks := asking{k, asked(t, want, c.local, c.route)}
 			have := reach(t, asks, want)
-			undad(t, "eth0")
+			if c.family == IPv6 {
+				undad(t, "eth0")
+			}
 			if got := sender(t, pod, far, c.far); got != c.pod {
 				t.Errorf("another node's pod sees %s, want the pod's own %s", got, c.pod)
 			}
@@ -357,8 +360,11 @@ func TestSetPodNetwork(t *testing.T) {
 	if _, err := pods.SetPodNetwork(ctx, &networkv1.SetPodNetworkRequest{}); !errs.Is(err, errs.Denied) {
 		t.Errorf("machined sets the pod network: %v, want it refused", err)
 	}
+	if _, err := networkv1.NewVirtualClient(conn).Hold(ctx, &networkv1.HoldRequest{}); !errs.Is(err, errs.Denied) {
+		t.Errorf("machined holds virtual addresses: %v, want it refused", err)
+	}
 	const document = "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n---\napiVersion: bulkhead.dev/v1\nkind: Network\ninterfaces:\n  - {name: eth0, addresses: [10.0.0.3/24]}\n" +
-		"---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nname: c\n---\napiVersion: bulkhead.dev/v1\nkind: Kubernetes\n"
+		"---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nname: c\nvirtualIPs: [10.0.0.100]\n---\napiVersion: bulkhead.dev/v1\nkind: Kubernetes\n"
 	if _, err := control.SetSpec(ctx, &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: 1, Documents: []byte(document)}}); err != nil {
 		t.Fatal(err)
 	}
@@ -372,7 +378,7 @@ func TestSetPodNetwork(t *testing.T) {
 	if err != nil || len(out.GetUnreachable()) != 1 || !strings.Contains(out.GetUnreachable()[0], "192.0.2.7") {
 		t.Errorf("%v, %v; want the one whose gateway is on no link", out.GetUnreachable(), err)
 	}
-	awaitPod := func() {
+	await := func(f func(*networkv1.Status) bool) {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 		defer cancel()
@@ -385,21 +391,50 @@ func TestSetPodNetwork(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if f(s) {
+				return
+			}
+		}
+	}
+	awaitPod := func() {
+		t.Helper()
+		await(func(s *networkv1.Status) bool {
 			route := slices.ContainsFunc(s.GetRoutes(), func(r *networkv1.Route) bool {
 				return r.GetOrigin() == "pod" && r.GetDestination() == "10.244.2.0/24" && r.GetGateway() == "10.0.0.4"
 			})
 			rule := slices.ContainsFunc(s.GetRules(), func(r *networkv1.Rule) bool {
 				return strings.Contains(r.GetText(), "ASQUERADE") || strings.Contains(r.GetText(), "masquerade from 10.244.1.0/24")
 			})
-			if route && rule && s.GetConverged() {
-				return
-			}
-		}
+			return route && rule && s.GetConverged()
+		})
 	}
 	awaitPod()
 	if _, err := pods.SetPodNetwork(ctx, request("10.244.0.0/16", "", "10.0.0.0/8 via 10.0.0.4")); !errs.Is(err, errs.Invalid) {
 		t.Errorf("a route outside of the pod subnets: %v", err)
 	}
+	hold := func(seconds time.Duration, addresses ...string) error {
+		_, err := networkv1.NewVirtualClient(conn).Hold(ctx, &networkv1.HoldRequest{Addresses: addresses, UntilMilliseconds: uint64((dhcp.Now() + seconds*time.Second) / time.Millisecond)})
+		return err
+	}
+	virtual := func(s *networkv1.Status) bool {
+		return slices.ContainsFunc(s.GetAddresses(), func(a *networkv1.Address) bool {
+			return a.GetAddress() == "10.0.0.100/32" && a.GetOrigin() == "virtual"
+		})
+	}
+	if err := hold(5, "10.0.0.100"); err != nil {
+		t.Error(err)
+	}
+	await(virtual)
+	if err := hold(11, "10.0.0.100"); !errs.Is(err, errs.Invalid) {
+		t.Errorf("a virtual address for eleven seconds: %v", err)
+	}
+	if err := hold(5, "10.0.0.101"); !errs.Is(err, errs.Invalid) {
+		t.Errorf("an address that the document does not name: %v", err)
+	}
+	if err := hold(0); err != nil {
+		t.Error(err)
+	}
+	await(func(s *networkv1.Status) bool { return !virtual(s) })
 	stop()
 	conn, stop = start()
 	defer stop()

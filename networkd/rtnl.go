@@ -234,6 +234,27 @@ func addressRequest(kind, flags, index int, a Address) *nl.NetlinkRequest {
 	return req
 }
 
+// prolonged reports whether an event says no more than that a virtual address is there, or there for longer: that happens every second, and
+// Hold itself wakes when one is new.
+func prolonged(event []byte) bool {
+	messages, err := syscall.ParseNetlinkMessage(event)
+	if err != nil || len(messages) == 0 {
+		return false
+	}
+	for _, m := range messages {
+		if m.Header.Type != unix.RTM_NEWADDR || len(m.Data) < unix.SizeofIfAddrmsg {
+			return false
+		}
+		attrs, err := nl.ParseRouteAttr(m.Data[unix.SizeofIfAddrmsg:])
+		if err != nil || !slices.ContainsFunc(attrs, func(a syscall.NetlinkRouteAttr) bool {
+			return a.Attr.Type == ifaProto && originOf(a.Value) == OriginVirtual
+		}) {
+			return false
+		}
+	}
+	return true
+}
+
 // nested returns the attributes within one; none if they are malformed, which the kernel does not do.
 func nested(v []byte) []syscall.NetlinkRouteAttr {
 	attrs, err := nl.ParseRouteAttr(v)

@@ -98,6 +98,11 @@ func (s *virtual) Hold(ctx context.Context, r *networkv1.HoldRequest) (*networkv
 			err = errors.Join(err, fmt.Errorf("%s: %w", step, e))
 		}
 	}
+	for _, a := range addresses {
+		if !slices.ContainsFunc(have.Addresses, func(h Address) bool { return h.Prefix.Addr() == a }) {
+			s.d.loop.Wake() // the status is to show it
+		}
+	}
 	if err == nil && len(addresses) > 0 && len(unreachable) == len(addresses) {
 		err = errs.New(errs.Precondition, "addresses: %s", strings.Join(unreachable, "; "))
 	}

@@ -238,8 +238,10 @@ func (k *Keeper) hold(ctx context.Context, want Want, until time.Time) error {
 	return nil
 }
 
-// yield lets another node have its turn.
-func (k *Keeper) yield() { k.rest, k.failures = time.Now().Add(2*k.cfg.Times.Take), 0 }
+// yield lets another node have its turn: it sees the key unchanged for long enough meanwhile.
+func (k *Keeper) yield() {
+	k.rest, k.failures = time.Now().Add(k.cfg.Times.Take+2*k.cfg.Times.Look), 0
+}
 
 // drop takes the addresses off this node; the key stays as it is.
 func (k *Keeper) drop(ctx context.Context, why string) {

@@ -256,6 +256,22 @@ func TestMoves(t *testing.T) {
 	}
 }
 
+// Whenever the holder's machine dies, another has the addresses within 8 s, as the page says.
+func TestCrashIsQuick(t *testing.T) {
+	var worst time.Duration
+	for i := range 40 {
+		cluster(t, func(t *testing.T, e *etcd) {
+			first := e.holder(t, 2*time.Second, "")
+			time.Sleep(3*time.Second + time.Duration(i)*25*time.Millisecond)
+			died := time.Now()
+			first.change(func(n *node) { n.dead = true })
+			e.holder(t, 8*time.Second, first.name)
+			worst = max(worst, time.Since(died))
+		})
+	}
+	t.Logf("at worst after %s", worst)
+}
+
 // Nobody takes them while nobody can: etcd away, then all API servers down.
 func TestNobody(t *testing.T) {
 	cluster(t, func(t *testing.T, e *etcd) {
