@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
+	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
@@ -347,6 +348,9 @@ func TestControlPlane(t *testing.T) {
 	w.until(d, "its own certificate", func() bool { return signed("f-own") })
 	if signed("e-late") {
 		t.Error("one that was removed has a certificate")
+	}
+	if r, err := (&server{d: d}).GetKubeconfig(t.Context(), &kubernetesv1.GetKubeconfigRequest{User: "ann"}); err != nil || !strings.Contains(r.GetKubeconfig(), "server: https://127.0.0.1:6443\n") {
+		t.Errorf("a kubeconfig is for the cluster's endpoint: %v\n%s", err, r.GetKubeconfig())
 	}
 	if a := addr("10.5.0.11"); d.kernel.uncertified(a) || !d.kernel.uncertified(addr("10.5.0.12")) {
 		t.Error("the API server's certificate is not for the node's address")

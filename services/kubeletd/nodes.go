@@ -115,8 +115,8 @@ func (c *cluster) followNodes(ctx context.Context, set func(map[string]Peer)) er
 		case "DELETED":
 			delete(all, name)
 			changed = true
-		default: // ERROR: the version is too old, or the server has lost it
-			return nil
+		case "ERROR": // the version is too old, or the server has lost it: all is listed anew
+			return errs.New(errs.Unavailable, "watch %s: the server has ended it", nodesPath)
 		}
 		if changed {
 			set(maps.Clone(all))

@@ -157,28 +157,29 @@ func (n *node) podsAcross(t *testing.T) {
 
 // kubeletCertificates: each kubelet has one to ask with and one to serve with, by way of the certificates API. That "exec" and "logs" went through says that they are good.
 func (n *node) kubeletCertificates(t *testing.T) {
-	var list struct {
-		Items []struct {
-			Spec   struct{ SignerName, Username string }
-			Status struct{ Certificate []byte }
-		}
-	}
-	n.kubectlJSON(t, &list, "get", "csr")
-	var got []string
-	for _, o := range list.Items {
-		if len(o.Status.Certificate) > 0 {
-			got = append(got, o.Spec.SignerName+" "+o.Spec.Username)
-		} else {
-			t.Errorf("%s %s: has none", o.Spec.SignerName, o.Spec.Username)
-		}
-	}
-	for name := range kubeNodes {
-		for _, want := range []string{"kubernetes.io/kube-apiserver-client-kubelet system:bootstrap:" + name, "kubernetes.io/kubelet-serving system:node:" + name} {
-			if !slices.Contains(got, want) {
-				t.Errorf("no certificate %s among %q", want, got)
+	eventually(t, 2*time.Minute, "each kubelet has both certificates", func() error {
+		var list struct {
+			Items []struct {
+				Spec   struct{ SignerName, Username string }
+				Status struct{ Certificate []byte }
 			}
 		}
-	}
+		n.kubectlJSON(t, &list, "get", "csr")
+		var got []string
+		for _, o := range list.Items {
+			if len(o.Status.Certificate) > 0 {
+				got = append(got, o.Spec.SignerName+" "+o.Spec.Username)
+			}
+		}
+		for name := range kubeNodes {
+			for _, want := range []string{"kubernetes.io/kube-apiserver-client-kubelet system:bootstrap:" + name, "kubernetes.io/kubelet-serving system:node:" + name} {
+				if !slices.Contains(got, want) {
+					return fmt.Errorf("no certificate %s among %q", want, got)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // workerOnlyLooks: what the worker's kubeletd is to the API server may read Nodes, and nothing that matters; another identity it does not get.
