@@ -141,7 +141,7 @@ func TestCheckName(t *testing.T) {
 
 // The cluster's virtual addresses are in what servers show to clients, like its names.
 func TestSpecNames(t *testing.T) {
-	s, err := parseSpec(1, []byte("apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://10.5.0.100:6443\n" +
+	s, err := parseSpec(1, []byte("apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://10.5.0.100:6443\n"+
 		"names: [api.example]\nvirtualIPs: [10.5.0.100, \"fd00::100\"]\n---\napiVersion: bulkhead.dev/v1\nkind: Kubernetes\n"))
 	if err != nil {
 		t.Fatal(err)
