@@ -177,6 +177,9 @@ type Cluster struct {
 	Endpoint string `yaml:"endpoint,omitempty"`
 	// Names are further names and addresses in the server certificates (apid, gateway, API server).
 	Names []string `yaml:"names,omitempty"`
+	// VirtualIPs are addresses of the API server, one of each family at most, that are on no machine for good: one of the control planes whose
+	// API server is well has them. They are in the server certificates, and must be in a subnet that all control planes are in. None: no such address.
+	VirtualIPs []netip.Addr `yaml:"virtualIPs,omitempty"`
 	// Etcd is how the members care for the cluster's data.
 	Etcd Etcd `yaml:"etcd,omitempty"`
 }

@@ -66,10 +66,12 @@ func TestSignForNode(t *testing.T) {
 		err     string
 		kind    errs.Kind
 	}{
-		{name: "kubelet", profile: "kubelet-client", tmpl: kubelet},
+		{name: "kubelet's first", profile: "kubelet-bootstrap"},
+		{name: "kubeletd of a node", profile: "kubeletd-node"},
 		{name: "kube-proxy", profile: "kube-proxy"},
-		{name: "an address it was not seen at", profile: "kubelet-serving", tmpl: x509.CertificateRequest{Subject: kubelet.Subject, IPAddresses: []net.IP{net.IPv4(10, 5, 0, 1)}}},
-		{name: "another kubelet", profile: "kubelet-client", tmpl: other, err: `must be "CN=system:node:n3`, kind: errs.Denied},
+		{name: "an address it was not seen at", profile: "apid-server", tmpl: x509.CertificateRequest{IPAddresses: []net.IP{net.IPv4(10, 5, 0, 1)}}},
+		{name: "kubelet, past the certificates API", profile: "kubelet-client", tmpl: kubelet, err: "may not have it", kind: errs.Denied},
+		{name: "another kubelet", profile: "kubelet-serving", tmpl: other, err: "may not have it", kind: errs.Denied},
 		{name: "another's DNS name", profile: "gateway-server", tmpl: x509.CertificateRequest{DNSNames: []string{"n1"}}, err: `DNS name "n1"`, kind: errs.Denied},
 		{name: "the cluster's name", profile: "gateway-server", tmpl: x509.CertificateRequest{DNSNames: []string{"api.example"}}, err: `"api.example"`, kind: errs.Denied},
 		{name: "control planes' name", profile: "apid-server", tmpl: x509.CertificateRequest{DNSNames: []string{join.ServerName}}, err: join.ServerName, kind: errs.Denied},
@@ -112,8 +114,8 @@ func TestSignForNode(t *testing.T) {
 			}
 			if err != nil {
 				t.Errorf("%s: %v", c.name, err)
-			} else if cert := parsePEM(t, resp.GetCertificate()); len(cert.IPAddresses) > 2 {
-				t.Errorf("%s: addresses %v", c.name, cert.IPAddresses)
+			} else if cert := parsePEM(t, resp.GetCertificate()); len(cert.IPAddresses) > 2 || c.profile == "kubeletd-node" && cert.Subject.String() != "CN=bulkhead:kubeletd:n3,O=bulkhead:kubeletd-nodes" {
+				t.Errorf("%s: %q, addresses %v", c.name, cert.Subject, cert.IPAddresses)
 			}
 		})
 	}

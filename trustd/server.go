@@ -254,7 +254,14 @@ func (s signerServer) SignCertificate(ctx context.Context, r *trustv1.SignCertif
 	if err != nil {
 		return nil, err
 	}
-	l, err := decide(r.GetProfile(), who, csr, time.Duration(r.GetTtlSeconds())*time.Second, sp)
+	if profiles[r.GetProfile()].kubelet && !k.worker() {
+		list, _ := s.d.list.Get()
+		sp, err = forKubelet(r.GetProfile(), csr, list, sp)
+	}
+	var l leaf
+	if err == nil {
+		l, err = decide(r.GetProfile(), who, csr, time.Duration(r.GetTtlSeconds())*time.Second, sp)
+	}
 	if errs.Is(err, errs.Precondition) { // too early is no offence
 		return nil, err
 	} else if err != nil {

@@ -40,6 +40,8 @@ var repeatable = []string{
 	"machine.v1.Machine/StreamLogs",
 	"network.v1.Network/GetStatus",
 	"network.v1.Network/WatchStatus",
+	"network.v1.Pods/SetPodNetwork",
+	"network.v1.Virtual/Hold",
 	"slot.v1.Slots/Abort",
 	"slot.v1.Slots/FindMedia",
 	"slot.v1.Slots/Get",

@@ -13,7 +13,6 @@ import (
 	"errors"
 	"net"
 	"net/netip"
-	"net/url"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -26,6 +25,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
@@ -99,7 +99,7 @@ func New(cfg Config) (*Daemon, error) {
 		}
 	}
 	if cfg.Addresses == nil {
-		cfg.Addresses = ownAddresses
+		cfg.Addresses = nodeaddr.Own
 	}
 	d := &Daemon{env: cfg.Env, kernel: newMember(cfg), status: newStatus(cfg.Env.Metrics)}
 	d.registry = newRegistry(d.kernel, cfg.Now)
@@ -135,9 +135,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 var callers = peer.List{
 	// machined asks whether the node is one of several before it is reset, trustd whether one is a member still before it ends its membership.
 	etcdv1.Etcd_GetStatus_FullMethodName:     {uid.Apid, uid.Machined, uid.Trustd},
-	etcdv1.Etcd_Leave_FullMethodName:         {uid.Apid, uid.Machined},   // before a reset
-	clusterv1.Registry_Report_FullMethodName: {uid.Apid, uid.Machined},   // of this node
-	storev1.Store_ServiceDesc.ServiceName:    {uid.Trustd, uid.Machined}, // see prefixes
+	etcdv1.Etcd_Leave_FullMethodName:         {uid.Apid, uid.Machined},                 // before a reset
+	clusterv1.Registry_Report_FullMethodName: {uid.Apid, uid.Machined},                 // of this node
+	storev1.Store_ServiceDesc.ServiceName:    {uid.Trustd, uid.Machined, uid.Kubeletd}, // see prefixes
 }
 
 // observe is all of it that the plan and health are made from.
@@ -159,11 +159,8 @@ func parse(documents []byte) (spec, error) {
 		return spec{}, err
 	}
 	sn := set.Cluster.Etcd.Snapshots
-	s := spec{Name: set.Machine.Hostname, Role: set.Machine.Role, Snapshots: schedule{every: time.Duration(*sn.Every) * time.Hour, keep: sn.Keep}}
-	if u, err := url.Parse(set.Cluster.Endpoint); err == nil {
-		s.Endpoint, _ = netip.ParseAddr(u.Hostname()) // a name is none: which address it has may change
-	}
-	return s, nil
+	return spec{Name: set.Machine.Hostname, Role: set.Machine.Role, Endpoint: nodeaddr.InURL(set.Cluster.Endpoint),
+		Snapshots: schedule{every: time.Duration(*sn.Every) * time.Hour, keep: sn.Keep}}, nil
 }
 
 func orDefault(s *string, v string) {

@@ -27,6 +27,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 )
 
 // Settings for machines that are slow or busy: an election within a second is lost under software emulation.
@@ -233,7 +234,7 @@ func (m *member) readMember(ctx context.Context, s *State) error {
 // readPlace adds what is known of this node and of others.
 func (m *member) readPlace(s *State, trust *trustv1.TrustState) error {
 	for _, n := range trust.GetNodes() {
-		s.Nodes[n.GetName()] = place{ControlPlane: n.GetRole() == "controlplane", Seen: parseAddrs(n.GetAddresses())}
+		s.Nodes[n.GetName()] = place{ControlPlane: n.GetRole() == "controlplane", Seen: nodeaddr.Parse(n.GetAddresses())}
 	}
 	if p, _ := m.leaves[peerProfile].Pair(); p != nil {
 		for _, ip := range p.TLS.Leaf.IPAddresses {

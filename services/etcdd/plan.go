@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 )
 
 // spec is what of the document matters here.
@@ -142,7 +143,7 @@ func plan(want spec, have State) ([]Step, error) {
 		return []Step{s}, nil
 	}
 	steps, waiting := planFiles(have)
-	addr := advertise(have.Own, have.Nodes[want.Name].Seen, listed(have), want.Endpoint)
+	addr := nodeaddr.Choose(have.Own, have.Nodes[want.Name].Seen, listed(have), want.Endpoint)
 	if addr.IsValid() && !slices.Contains(have.Certified, addr) {
 		steps = append(steps, Step{Op: "certify", Name: addr.String(), Arg: want.Name})
 		waiting = true
