@@ -108,6 +108,7 @@ func cross(s Set) []Problem {
 	}
 	c.subnets(s)
 	c.keys(s.Storage)
+	c.access(s.Access)
 	return c
 }
 
