@@ -140,6 +140,7 @@ type spec struct {
 	names      []string // of the cluster, DNS and addresses, its endpoint's host included
 	domain     string
 	service    netip.Prefix
+	roles      []string // that the document makes, for people
 
 	// Not from the document: the node's role in its cluster, and the digest of its own key. "" while it is in none.
 	member, key string
@@ -153,6 +154,9 @@ func parseSpec(generation uint64, documents []byte) (*spec, error) {
 	}
 	s := &spec{generation: generation, hostname: set.Machine.Hostname, role: set.Machine.Role, domain: set.Kubernetes.Domain, service: set.Kubernetes.ServiceSubnet}
 	s.names = append(s.names, set.Cluster.Names...)
+	for _, r := range set.Access.Roles {
+		s.roles = append(s.roles, r.Name)
+	}
 	if set.Cluster.Endpoint != "" {
 		u, err := url.Parse(set.Cluster.Endpoint)
 		if err != nil {
