@@ -13,6 +13,8 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"io"
+	"log"
 	"maps"
 	"math/big"
 	"net/http"
@@ -66,7 +68,7 @@ func New(t testing.TB) *Issuer {
 	mux.HandleFunc("/authorize", i.authorize)
 	mux.HandleFunc("/device", i.device)
 	mux.HandleFunc("/token", i.token)
-	i.server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	i.server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		i.mu.Lock()
 		i.asked[r.URL.Path]++
 		down := i.down
@@ -83,6 +85,8 @@ func New(t testing.TB) *Issuer {
 			mux.ServeHTTP(w, r)
 		}
 	}))
+	i.server.Config.ErrorLog = log.New(io.Discard, "", 0) // tests want to be distrusted
+	i.server.StartTLS()
 	t.Cleanup(func() { close(i.hung); i.server.Close() })
 	i.URL = i.server.URL
 	i.CA = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: i.server.Certificate().Raw}))
