@@ -75,7 +75,7 @@ reproducible: dist ## build the image a second time, elsewhere and from nothing,
 
 test: export CGO_ENABLED = 1
 test: ## every test that needs no virtual machine
-	@go test -race -json ./... | go run ./test/report
+	@{ go test -race -json ./...; cd test/issuer && go test -race -json ./...; } | go run ./test/report
 
 test-vm: image ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
 	@test/tools/install.sh
