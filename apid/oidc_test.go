@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/x509/pkix"
 	"fmt"
 	"net"
 	"strings"
@@ -244,4 +245,24 @@ func TestBreakGlass(t *testing.T) {
 	if got, err := n.whoAmI(i.Token(map[string]any{"iss": "https://" + gone.Addr().String()})); status.Code(err) != codes.Unauthenticated || !strings.Contains(err.Error(), "certificates and tokens of the cluster work") {
 		t.Errorf("an ID token meanwhile: %s, %v", got, err)
 	}
+}
+
+// A machine whose battery is empty says that it is 1990: nobody can be recognised but the owner, whose certificate is as old as the authority.
+func TestBreakGlassClock(t *testing.T) {
+	n := newNode(t, true)
+	n.machined(&fakeMachined{})
+	made := n.trustd.ca.cert.NotBefore
+	issue := func(name, role string, from time.Time) client.Credentials {
+		return n.trustd.holder(n.trustd.ca, pkix.Name{CommonName: name, Organization: []string{"bulkhead:" + role}}, time.Until(from), time.Hour)
+	}
+	n.ahead.Store(int64(time.Until(made.AddDate(-10, 0, 0))))
+	owner := n.dial(issue("owner", "admin", made))
+	n.must(getVersion(n.ctx(), owner))
+	_, err := machinev1.NewMachineClient(owner).Reboot(n.ctx(), &machinev1.RebootRequest{})
+	n.must(err)
+	wantCode(t, "a reader of that day", getVersion(n.ctx(), n.dial(issue("ann", "reader", made))), codes.Unauthenticated)
+	wantCode(t, "an administrator of later", getVersion(n.ctx(), n.dial(issue("ann", "admin", made.Add(time.Minute)))), codes.Unauthenticated)
+	wantCode(t, "an administrator of another cluster", getVersion(n.ctx(), n.dial(n.trustd.certificate(newAuthority(t), "ann", "admin", -time.Minute, time.Hour))), codes.Unauthenticated)
+	n.ahead.Store(int64(2 * time.Hour)) // a clock that nothing proves wrong is believed
+	wantCode(t, "the owner after the certificate's end", getVersion(n.ctx(), owner), codes.Unauthenticated)
 }

@@ -72,3 +72,25 @@ func TestCustomRoles(t *testing.T) {
 		t.Errorf("after there was such a role: %v", err)
 	}
 }
+
+// The owner can get in to a machine that says it is 1990: the certificate is as old as the authority, and the node's own is one that can be valid.
+func TestClockBehindAuthority(t *testing.T) {
+	m := newMachine(t)
+	m.mountState()
+	d := m.start()
+	resp := m.claim(d)
+	ca, err := x509.ParseCertificate(resp.GetCa())
+	m.must(err)
+	owner, err := x509.ParseCertificate(resp.GetCertificate())
+	m.must(err)
+	if !owner.NotBefore.Equal(ca.NotBefore) {
+		t.Errorf("the owner's certificate is valid from %s, the authority from %s", owner.NotBefore, ca.NotBefore)
+	}
+	k, _ := d.keys.Get()
+	csr, _ := request(t, x509.CertificateRequest{})
+	leaf, err := k.os.sign(csr.Public(), personal("x", nil, day), d.cfg.Random, ca.NotBefore.AddDate(-10, 0, 0))
+	m.must(err)
+	if !leaf.NotBefore.Equal(ca.NotBefore) || !leaf.NotAfter.Equal(ca.NotBefore.Add(day)) {
+		t.Errorf("signed while the clock is behind: valid from %s to %s", leaf.NotBefore, leaf.NotAfter)
+	}
+}

@@ -26,6 +26,7 @@ type app struct {
 
 	contextName, endpoint, token, format string
 	timeout                              time.Duration
+	wrongClock                           bool // --wrong-clock
 
 	nodes    []string // --node
 	allNodes bool     // --all
@@ -46,7 +47,9 @@ func (a *app) dial(ctx context.Context) (*grpc.ClientConn, error) {
 	if err := a.freshen(ctx, c); err != nil {
 		return nil, err
 	}
-	return client.DialAny(c.all(), c.credentials())
+	cred := c.credentials()
+	cred.AnyTime = a.wrongClock
+	return client.DialAny(c.all(), cred)
 }
 
 // target is the context to use, with the flags' values in it.

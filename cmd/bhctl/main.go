@@ -54,6 +54,7 @@ Kubernetes:  bhctl kubeconfig > kubeconfig && kubectl --kubeconfig kubeconfig ge
 	f.StringVar(&a.endpoint, "endpoint", "", "address of the node's API, HOST:PORT, instead of the context's")
 	f.StringVar(&a.token, "token", os.Getenv("BHTOKEN"), "bearer token instead of the context's certificate (default $BHTOKEN)")
 	f.DurationVar(&a.timeout, "timeout", 0, "give up a call after this long (default 30s; streams have no limit)")
+	f.BoolVar(&a.wrongClock, "wrong-clock", false, "take the node's certificate whatever its dates say, to look at a node whose clock is wrong")
 	f.StringVarP(&a.format, "output", "o", "table", "table, json or yaml")
 	f.StringSliceVarP(&a.nodes, "node", "n", nil, "the node that is to answer, by its name; several, separated by commas, are asked at the same time")
 	f.BoolVar(&a.allNodes, "all", false, "ask every node of the cluster")
