@@ -85,6 +85,10 @@ func TestSignedIn(t *testing.T) {
 	if n := i.Asked("/keys"); n != 1 {
 		t.Errorf("keys were read %d times", n)
 	}
+	// Bindings are for who signed in: the same name in a token of the cluster is somebody else's.
+	if got, err := n.whoAmI(n.trustd.mint("oidc:ann@example.org").Token); err != nil || got != "oidc:ann@example.org token [] []" {
+		t.Errorf("a token of the cluster: %s, %v", got, err)
+	}
 	i.Rotate("rsa1", true)
 	n.ahead.Add(int64(keysPause))
 	if got, err := n.whoAmI(i.Token(nil)); err != nil || !strings.HasPrefix(got, "oidc:ann") {

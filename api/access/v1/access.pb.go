@@ -155,16 +155,16 @@ type WhoAmIResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As the audit log has it.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Roles that count on this node. None: there is nothing that the caller may do.
+	// Roles that the node knows. None: there is nothing that the caller may do.
 	Roles []string `protobuf:"bytes,2,rep,name=roles,proto3" json:"roles,omitempty"`
-	// "certificate", "token" or "oidc".
+	// "certificate", "token", "oidc", or "forwarded": another node said so.
 	How string `protobuf:"bytes,3,opt,name=how,proto3" json:"how,omitempty"`
 	// Serial of the certificate or id of the token, by which it can be revoked.
 	Id      string                 `protobuf:"bytes,4,opt,name=id,proto3" json:"id,omitempty"`
 	Expires *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expires,proto3" json:"expires,omitempty"`
 	// Of a caller who signed in at the issuer, with their prefix.
 	Groups []string `protobuf:"bytes,6,rep,name=groups,proto3" json:"groups,omitempty"`
-	// The methods that the caller may call because of roles that the configuration makes, "service/method".
+	// The methods that the caller may call, on some nodes at least, because of roles that the configuration makes: "service/method".
 	Methods       []string `protobuf:"bytes,7,rep,name=methods,proto3" json:"methods,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
