@@ -73,6 +73,7 @@ func newIssuer(o config.OIDC) *issuer {
 
 // followIssuer looks at the issuer that the document names, if it names one.
 func (d *Daemon) followIssuer(ctx context.Context) error {
+	said := ""
 	for {
 		s, changed := d.spec.Get()
 		var i *issuer
@@ -97,12 +98,32 @@ func (d *Daemon) followIssuer(ctx context.Context) error {
 			continue
 		case <-i.wake:
 			timer.Stop()
+			if i.recent(d.cfg.Now()) { // who asked came during the look that has ended, and has been told
+				continue
+			}
 		case <-timer.C:
 		}
+		text := ""
 		if err := i.look(ctx, d.cfg.Now); err != nil {
-			d.log.Warn("issuer not read", "service", i.config.Issuer, "err", err.Error())
+			text = err.Error()
 		}
+		if text != "" && text != said {
+			d.log.Warn("issuer not read", "service", i.config.Issuer, "err", text)
+		}
+		said = text
 	}
+}
+
+// recent reports whether it is too early for another look.
+func (i *issuer) recent(now time.Time) bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.justTried(now)
+}
+
+// justTried is recent. The caller holds i.mu.
+func (i *issuer) justTried(now time.Time) bool {
+	return !i.tried.IsZero() && now.Sub(i.tried).Abs() < keysPause
 }
 
 // due is how long there is until the next look that nobody asks for.
@@ -193,7 +214,7 @@ func (i *issuer) key(ctx context.Context, kid, alg string, now func() time.Time)
 	if k := i.keys.find(kid, alg); k != nil {
 		return k, nil
 	}
-	if !i.looking && !i.tried.IsZero() && now().Sub(i.tried).Abs() < keysPause {
+	if !i.looking && i.justTried(now()) {
 		return nil, i.unknown(kid, now())
 	}
 	if i.waiting >= maxWaiting {

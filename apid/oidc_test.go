@@ -270,3 +270,26 @@ func TestBreakGlassClock(t *testing.T) {
 	n.ahead.Store(int64(2 * time.Hour)) // a clock that nothing proves wrong is believed
 	wantCode(t, "the owner after the certificate's end", getVersion(n.ctx(), owner), codes.Unauthenticated)
 }
+
+// Who signed in is passed on to other nodes like anybody: the near node has checked the token, and the far one knows nothing of the issuer.
+func TestSignedInAcrossNodes(t *testing.T) {
+	c := newCluster(t, "cp1", "w1")
+	for _, n := range c.nodes {
+		n.machined(&fakeMachined{})
+	}
+	i := testissuer.New(t)
+	cp1 := c.nodes["cp1"]
+	cp1.trustd = c.f
+	cp1.tellAccess(document(i, ""))
+	i.Groups = []string{"ops"}
+	conn := cp1.signedIn(i.Token(map[string]any{"email": "bob"}))
+	on := client.OnNode(cp1.ctx(), "w1")
+	_, err := machinev1.NewMachineClient(conn).Reboot(on, &machinev1.RebootRequest{})
+	cp1.must(err)
+	r, err := accessv1.NewAccessClient(conn).WhoAmI(on, &accessv1.WhoAmIRequest{})
+	if err != nil || r.Name != "oidc:bob" || fmt.Sprint(r.Roles) != "[operator]" || r.How != howForwarded {
+		t.Errorf("at the far node: %v, %v", r, err)
+	}
+	_, err = machinev1.NewMachineClient(cp1.signedIn(i.Token(map[string]any{"groups": nil}))).Reboot(on, &machinev1.RebootRequest{})
+	wantCode(t, "a role that only the near node knows", err, codes.PermissionDenied)
+}
