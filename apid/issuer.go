@@ -106,6 +106,9 @@ func (d *Daemon) followIssuer(ctx context.Context) error {
 		text := ""
 		if err := i.look(ctx, d.cfg.Now); err != nil {
 			text = err.Error()
+			d.count.issuerFailed.Add(1)
+		} else {
+			d.count.issuerRead.Set(float64(d.cfg.Now().Unix()))
 		}
 		if text != "" && text != said {
 			d.log.Warn("issuer not read", "service", i.config.Issuer, "err", text)

@@ -194,6 +194,13 @@ func TestIssuerDown(t *testing.T) {
 	if got := i.Asked("/.well-known/openid-configuration"); got != 2 {
 		t.Errorf("the issuer was asked %d times, want 2", got)
 	}
+	figures := map[string]bool{}
+	for _, f := range n.daemon.cfg.Env.Metrics.Families() {
+		figures[f.GetName()] = len(f.GetSamples()) > 0 && f.GetSamples()[0].GetValue() > 0
+	}
+	if !figures["bulkhead_apid_issuer_keys_read_timestamp_seconds"] || !figures["bulkhead_apid_issuer_failures_total"] {
+		t.Errorf("figures: %v", figures)
+	}
 	if _, err := n.whoAmI(i.Token(map[string]any{"email": "bob"})); err == nil {
 		t.Error("a key that is not known was believed")
 	}

@@ -30,6 +30,7 @@ type figures struct {
 	desired, observed, converged *metrics.Vec
 	calls, forwarded, exchanges  *metrics.Vec
 	auditDropped                 *metrics.Vec
+	issuerRead, issuerFailed     *metrics.Vec
 	gate                         gate.Figures
 }
 
@@ -45,6 +46,8 @@ func newFigures(s *metrics.Set) figures {
 		auditDropped: s.Counter("bulkhead_apid_audit_refused_dropped_total", "Lines about refused calls that were not written, since the start."),
 	}
 	f.auditDropped.Add(0)
+	f.issuerRead = s.Gauge("bulkhead_apid_issuer_keys_read_timestamp_seconds", "When the issuer's keys were read last, Unix time; not there before that.")
+	f.issuerFailed = s.Counter("bulkhead_apid_issuer_failures_total", "How often the issuer's keys could not be read, since the start.")
 	return f
 }
 
