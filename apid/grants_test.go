@@ -15,6 +15,7 @@ import (
 	accessv1 "github.com/bulkhead-os/bulkhead/api/access/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
@@ -101,6 +102,13 @@ func TestWhoAmI(t *testing.T) {
 	wantCode(t, "a stranger", err, codes.Unauthenticated)
 	_, err = accessv1.NewAccessClient(n.strangerConn()).GetIssuer(metadata.AppendToOutgoingContext(context.Background(), "bulkhead-node", "other"), &accessv1.GetIssuerRequest{})
 	wantCode(t, "a stranger who asks another node through this one", err, codes.Unauthenticated)
+}
+
+// Without roles and issuer nothing is made.
+func TestNothingWithoutAccess(t *testing.T) {
+	if g := newGrants(config.Defaults().Access); g != nil {
+		t.Errorf("made %+v", g)
+	}
 }
 
 // A plan says what changes in who may do what.

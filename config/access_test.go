@@ -1,7 +1,14 @@
 package config
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"math/big"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -81,6 +88,35 @@ func TestNodeSelector(t *testing.T) {
 	} {
 		if got := c.by.Has(c.name, c.role); got != c.want {
 			t.Errorf("%+v has %s, %s: %v", c.by, c.name, c.role, got)
+		}
+	}
+}
+
+// Certificates survive the way through machined, which writes the document anew for each daemon.
+func TestIssuerAuthority(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	for _, ca := range []string{text, text + text, strings.TrimSpace(text), "\n" + text} {
+		s, err := Parse("", []byte(doc("Access", "oidc:\n  issuer: https://a\n  clientID: b\n  ca: "+strconv.Quote(ca))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := Parse("", Section(s, KindAccess))
+		if err != nil || again.Access.OIDC != s.Access.OIDC || s.Access.OIDC.CA != ca {
+			t.Errorf("%q: %v\ngot %+v\nwant %+v", ca, err, again.Access, s.Access)
+		}
+	}
+	for _, ca := range []string{text + "x", strings.Replace(text, "CERTIFICATE", "PRIVATE KEY", 2)} {
+		if _, err := Parse("", []byte(doc("Access", "oidc:\n  issuer: https://a\n  clientID: b\n  ca: "+strconv.Quote(ca)))); err == nil {
+			t.Errorf("%q was taken", ca)
 		}
 	}
 }

@@ -91,14 +91,19 @@ func verifyAnyTime(s tls.ConnectionState, roots *x509.CertPool, now time.Time) e
 	for _, c := range s.PeerCertificates[1:] {
 		between.AddCert(c)
 	}
-	if now.Before(leaf.NotBefore) {
-		now = leaf.NotBefore
-	}
-	if now.After(leaf.NotAfter) {
-		now = leaf.NotAfter
-	}
-	_, err := leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, DNSName: s.ServerName, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
+	_, err := leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, DNSName: s.ServerName, CurrentTime: withinDates(leaf, now), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
 	return err
+}
+
+// withinDates is the time at which a certificate is valid that is nearest to now.
+func withinDates(c *x509.Certificate, now time.Time) time.Time {
+	switch {
+	case now.Before(c.NotBefore):
+		return c.NotBefore
+	case now.After(c.NotAfter):
+		return c.NotAfter
+	}
+	return now
 }
 
 // Dial returns a connection to a node's apid. It is opened when first used, and opened again when lost; calls wait for that, so
