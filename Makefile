@@ -76,7 +76,7 @@ reproducible: dist ## build the image a second time, elsewhere and from nothing,
 
 test: export CGO_ENABLED = 1
 test: ## every test that needs no virtual machine
-	@go test -race -json ./... | go run ./test/report
+	@{ go test -race -json ./...; cd test/issuer && go test -race -json ./...; } | go run ./test/report
 
 test-vm: image ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
 	@test/tools/install.sh
@@ -111,7 +111,7 @@ lint: ## gofmt, vet, staticcheck; generated code is what gen makes
 	@test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
 	@go vet ./...
 	@go tool staticcheck ./...
-	@$(MAKE) -s gen && git diff --exit-code -- '*.pb.go' '*.pb.gw.go' gateway/openapi.json init/units.go internal/peer/repeatable.go || { echo "lint: commit what \"make gen\" made" >&2; exit 1; }
+	@$(MAKE) -s gen && git diff --exit-code -- '*.pb.go' '*.pb.gw.go' gateway/openapi.json init/units.go internal/peer/repeatable.go config/methods.go || { echo "lint: commit what \"make gen\" made" >&2; exit 1; }
 
 gen: ## generated code: protocols, units
 	@go run ./api/gen

@@ -43,6 +43,8 @@ func aimOf(c *call, md metadata.MD, own string, trust *trustv1.TrustState) (aim,
 		return aim{}, errs.New(errs.Invalid, "%s: %.40q is no name of a node; leave it out to ask the node that you are connected with", peer.NodeKey, name)
 	case c.bound:
 		return aim{}, errs.New(errs.Invalid, "%s is tied to its connection and cannot be passed on to %q: connect with that node", c.route.name(), name)
+	case c.who.name == "":
+		return aim{}, errStranger // what anybody may ask of this node is not asked of others for them
 	case len(md.Get(peer.HopKey)) > 0:
 		return aim{}, errs.New(errs.Precondition, "this is node %q, and the call is for %q: what another node passed on is not passed on again", own, name)
 	case c.who.node != "":

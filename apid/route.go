@@ -12,6 +12,7 @@ import (
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	// Linked for their descriptors: what is not linked has no route. A new package is added here.
+	accessv1 "github.com/bulkhead-os/bulkhead/api/access/v1"
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/config/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/etcd/v1"
@@ -38,7 +39,7 @@ func (r *route) name() string { return "/" + r.service + "/" + r.method }
 // audited reports whether calls are written into the audit log: all that a reader may not make.
 func (r *route) audited() bool {
 	for _, n := range r.need {
-		if n == authv1.Role_READER {
+		if n == authv1.Role_READER || n == authv1.Role_ANYBODY || n == authv1.Role_KNOWN {
 			return false
 		}
 	}
@@ -70,7 +71,11 @@ func linkedRoutes() map[string]*route {
 	protoregistry.GlobalFiles.RangeFiles(func(f protoreflect.FileDescriptor) bool {
 		for i := range f.Services().Len() {
 			s := f.Services().Get(i)
-			if by, _ := proto.GetExtension(s.Options(), authv1.E_ServedBy).(string); by != "" {
+			by, _ := proto.GetExtension(s.Options(), authv1.E_ServedBy).(string)
+			switch {
+			case string(s.FullName()) == accessv1.Access_ServiceDesc.ServiceName:
+				add(s, "", needOf) // apid's own
+			case by != "":
 				add(s, by, needOf)
 			}
 		}

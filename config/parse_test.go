@@ -38,11 +38,11 @@ func TestParseRefuses(t *testing.T) {
 		{"twice", doc("Machine", "hostname: a\nhostname: b"),
 			`n.yaml:4: Machine.hostname: stands here twice; the first is in line 3`},
 		{"other version", "apiVersion: bulkhead.dev/v2\nkind: Machine\nfoo: 1",
-			`n.yaml:1: apiVersion: "bulkhead.dev/v2" is not known; the only version is bulkhead.dev/v1, with the kinds Machine, Network, Storage, Cluster, Kubernetes, Update`},
+			`n.yaml:1: apiVersion: "bulkhead.dev/v2" is not known; the only version is bulkhead.dev/v1, with the kinds Machine, Network, Storage, Cluster, Kubernetes, Update, Access`},
 		{"other kind", doc("Netwrk", ""),
-			`n.yaml:2: kind: "Netwrk": no such kind; nearest is Network; there are Machine, Network, Storage, Cluster, Kubernetes, Update (bulkhead.dev/v1)`},
+			`n.yaml:2: kind: "Netwrk": no such kind; nearest is Network; there are Machine, Network, Storage, Cluster, Kubernetes, Update, Access (bulkhead.dev/v1)`},
 		{"kind missing", "apiVersion: bulkhead.dev/v1",
-			`n.yaml:1: kind: missing; there are Machine, Network, Storage, Cluster, Kubernetes, Update`},
+			`n.yaml:1: kind: missing; there are Machine, Network, Storage, Cluster, Kubernetes, Update, Access`},
 		{"same kind twice", doc("Machine", "hostname: a") + "---\n" + doc("Machine", "role: worker"),
 			`n.yaml:6: kind: a second Machine; the first starts at line 1, write them as one`},
 		{"no mapping", "- a", `n.yaml:1: a document must be a mapping that starts with "apiVersion: bulkhead.dev/v1" and "kind: …"`},
@@ -183,7 +183,7 @@ func TestSectionStandsAlone(t *testing.T) {
 	}
 	for _, kinds := range [][]Kind{
 		{KindStorage}, {KindMachine, KindCluster}, {KindMachine, KindCluster, KindKubernetes},
-		{KindMachine, KindNetwork, KindCluster, KindKubernetes}, {KindUpdate},
+		{KindMachine, KindNetwork, KindCluster, KindKubernetes}, {KindUpdate}, {KindMachine, KindCluster, KindAccess},
 	} {
 		got, err := Parse("", Section(s, kinds...))
 		if err != nil {

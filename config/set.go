@@ -7,7 +7,7 @@ import (
 
 // Kinds returns the kinds there are, in the order in which they are written. The slice is the caller's.
 func Kinds() []Kind {
-	return []Kind{KindMachine, KindNetwork, KindStorage, KindCluster, KindKubernetes, KindUpdate}
+	return []Kind{KindMachine, KindNetwork, KindStorage, KindCluster, KindKubernetes, KindUpdate, KindAccess}
 }
 
 func kindNames() []string {
@@ -66,6 +66,13 @@ func (s *Set) fill() {
 		}
 	}
 	or(&s.Update.Patience, 10)
+	if o := &s.Access.OIDC; o.Wanted() {
+		or(&o.Audience, o.ClientID)
+		or(&o.UsernameClaim, "sub")
+		or(&o.GroupsClaim, "groups")
+		or(&o.UsernamePrefix, "oidc:")
+		or(&o.GroupsPrefix, "oidc:")
+	}
 }
 
 // or gives a field its default.

@@ -16,6 +16,7 @@ const (
 	KindCluster    Kind = "Cluster"
 	KindKubernetes Kind = "Kubernetes"
 	KindUpdate     Kind = "Update"
+	KindAccess     Kind = "Access"
 )
 
 // Set is a whole configuration: at most one document of each kind. A kind that was not
@@ -27,6 +28,7 @@ type Set struct {
 	Cluster    *Cluster
 	Kubernetes *Kubernetes
 	Update     *Update
+	Access     *Access
 }
 
 // Role says what a node does in the cluster.

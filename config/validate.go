@@ -109,6 +109,7 @@ func cross(s Set) []Problem {
 	c.virtualIPs(s)
 	c.subnets(s)
 	c.keys(s.Storage)
+	c.access(s.Access)
 	return c
 }
 

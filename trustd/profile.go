@@ -146,6 +146,7 @@ type spec struct {
 	names      []string // of the cluster, DNS and addresses, its endpoint's host and its virtual addresses included
 	domain     string
 	service    netip.Prefix
+	roles      []string // that the document makes, for people
 
 	// Not from the document: the node's role in its cluster, and the digest of its own key. "" while it is in none.
 	member, key string
@@ -161,6 +162,9 @@ func parseSpec(generation uint64, documents []byte) (*spec, error) {
 	s.names = append(s.names, set.Cluster.Names...)
 	for _, a := range set.Cluster.VirtualIPs {
 		s.names = append(s.names, a.String())
+	}
+	for _, r := range set.Access.Roles {
+		s.roles = append(s.roles, r.Name)
 	}
 	if set.Cluster.Endpoint != "" {
 		u, err := url.Parse(set.Cluster.Endpoint)

@@ -80,7 +80,7 @@ func (a *app) tokenCmd() *cobra.Command {
 				return err
 			})
 		}}
-	c.Flags().StringSliceVar(&roles, "role", []string{"reader"}, "role of the token: "+strings.Join(roleNames, ", ")+"; may be given more than once")
+	c.Flags().StringSliceVar(&roles, "role", []string{"reader"}, "role of the token: "+strings.Join(roleNames, ", ")+", or one that the configuration makes (kind Access); may be given more than once")
 	c.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long it is good; at most 720h")
 	c.Flags().StringVar(&name, "name", "token", "whom it is for, as the audit log shows it")
 	_ = c.RegisterFlagCompletionFunc("role", cobra.FixedCompletions(roleNames, cobra.ShellCompDirectiveNoFileComp))
@@ -113,7 +113,7 @@ func (a *app) certificateCmd() *cobra.Command {
 				return err
 			}
 			target.Certificate = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.Certificate}))
-			target.Key, target.Token = string(key), ""
+			target.Key, target.Token, target.SignIn = string(key), "", nil
 			cfg.Contexts[as] = target
 			if err := cfg.save(); err != nil {
 				return err
@@ -122,7 +122,7 @@ func (a *app) certificateCmd() *cobra.Command {
 			return err
 		})
 	}}
-	c.Flags().StringSliceVar(&roles, "role", []string{"reader"}, "role: "+strings.Join(roleNames, ", ")+"; may be given more than once")
+	c.Flags().StringSliceVar(&roles, "role", []string{"reader"}, "role: "+strings.Join(roleNames, ", ")+", or one that the configuration makes (kind Access); may be given more than once")
 	c.Flags().DurationVar(&ttl, "ttl", 24*time.Hour, "how long it is good; at most 8760h")
 	c.Flags().StringVar(&as, "as", "", "name of the context to make")
 	return c

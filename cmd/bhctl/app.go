@@ -26,6 +26,7 @@ type app struct {
 
 	contextName, endpoint, token, format string
 	timeout                              time.Duration
+	wrongClock                           bool // --wrong-clock
 
 	nodes    []string // --node
 	allNodes bool     // --all
@@ -38,12 +39,17 @@ type app struct {
 }
 
 // dial returns a connection to the node of the context, or of the flags. The caller closes it.
-func (a *app) dial() (*grpc.ClientConn, error) {
+func (a *app) dial(ctx context.Context) (*grpc.ClientConn, error) {
 	c, err := a.target()
 	if err != nil {
 		return nil, err
 	}
-	return client.DialAny(c.all(), c.credentials())
+	if err := a.freshen(ctx, c); err != nil {
+		return nil, err
+	}
+	cred := c.credentials()
+	cred.AnyTime = a.wrongClock
+	return client.DialAny(c.all(), cred)
 }
 
 // target is the context to use, with the flags' values in it.
@@ -60,7 +66,7 @@ func (a *app) target() (*clusterContext, error) {
 		c.Endpoint, c.Endpoints = a.endpoint, nil
 	}
 	if a.token != "" {
-		c.Token, c.Certificate, c.Key = a.token, "", ""
+		c.Token, c.Certificate, c.Key, c.SignIn = a.token, "", "", nil
 	}
 	return c, nil
 }
@@ -81,7 +87,7 @@ func (a *app) stream(ctx context.Context, f func(context.Context, *grpc.ClientCo
 	conn := a.shared
 	if conn == nil {
 		var err error
-		if conn, err = a.dial(); err != nil {
+		if conn, err = a.dial(ctx); err != nil {
 			return err
 		}
 		defer conn.Close()
@@ -116,7 +122,10 @@ func explain(err error) string {
 	text := errs.Text(err)
 	switch status.Code(err) {
 	case codes.Unauthenticated:
-		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  or ask an administrator for bhctl token / bhctl certificate."
+		if strings.Contains(text, "your ID token of") { // it says itself what to do
+			return text
+		}
+		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  bhctl login where the cluster has an issuer, or ask an administrator for bhctl token / bhctl certificate."
 	case codes.PermissionDenied:
 		if strings.Contains(text, "needs role") { // others say themselves what to do
 			return text + "\n  Ask an administrator for a credential with that role: bhctl token --role ROLE."

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"sigs.k8s.io/yaml"
 
+	accessv1 "github.com/bulkhead-os/bulkhead/api/access/v1"
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
@@ -39,6 +40,8 @@ type fakeCluster struct {
 	trustv1.UnimplementedMembershipServer
 	clusterv1.UnimplementedRegistryServer
 
+	access *fakeAccess
+
 	mu      sync.Mutex
 	members []string             // guarded by mu
 	etcd    []string             // guarded by mu
@@ -50,7 +53,7 @@ type fakeCluster struct {
 // startFake returns a file of contexts for a cluster of its own.
 func startFake(t testing.TB) (*fakeCluster, contexts) {
 	t.Helper()
-	f := &fakeCluster{members: []string{"n1", "n2", "n3", "w1"}, etcd: []string{"n1", "n2", "n3"}, alarms: []string{"NOSPACE at n2"}}
+	f := &fakeCluster{access: &fakeAccess{}, members: []string{"n1", "n2", "n3", "w1"}, etcd: []string{"n1", "n2", "n3"}, alarms: []string{"NOSPACE at n2"}}
 	ca := testca.New(t)
 	cert, key := ca.PEM(t, "apid-server", x509.CertificateRequest{DNSNames: []string{client.ServerName}})
 	pair, err := tls.X509KeyPair([]byte(cert), []byte(key))
@@ -59,6 +62,7 @@ func startFake(t testing.TB) (*fakeCluster, contexts) {
 	machinev1.RegisterMachineServer(s, f)
 	trustv1.RegisterMembershipServer(s, f)
 	clusterv1.RegisterRegistryServer(s, f)
+	accessv1.RegisterAccessServer(s, f.access)
 	etcdv1.RegisterEtcdServer(s, fakeEtcd{f: f})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)

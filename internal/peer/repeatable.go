@@ -4,6 +4,8 @@ package peer
 
 // repeatable are the methods whose idempotency_level says that a call may be repeated: service/method.
 var repeatable = []string{
+	"access.v1.Access/GetIssuer",
+	"access.v1.Access/WhoAmI",
 	"cluster.v1.Registry/ListAuditAnchors",
 	"cluster.v1.Registry/ListNodes",
 	"cluster.v1.Registry/Report",
