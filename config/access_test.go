@@ -28,7 +28,7 @@ func TestAccessRefuses(t *testing.T) {
 		{"no such service", role("/bulkhead.machine.v1.Machine/Get*"),
 			`n.yaml:5: Access.roles[0].allow[0]: "/bulkhead.machine.v1.Machine/Get*" matches nothing: there is no such service; nearest: machine.v1.Machine, update.v1.Update, etcd.v1.Etcd`},
 		{"no such method", role("machine.v1.Machine/GetVersoin"),
-			`n.yaml:5: Access.roles[0].allow[0]: "machine.v1.Machine/GetVersoin" matches nothing: there is no such method of machine.v1.Machine; nearest: GetVersion, GetHealth, GetSecurity`},
+			`n.yaml:5: Access.roles[0].allow[0]: "machine.v1.Machine/GetVersoin" matches nothing: there is no such method of machine.v1.Machine; nearest: GetVersion, GetAudit, GetHealth`},
 		{"what is for nodes", role("trust.v1.Nodes/*, cluster.v1.Registry/Report"),
 			`n.yaml:5: Access.roles[0].allow[0]: "trust.v1.Nodes/*" is not given by roles: it is for daemons, for nodes, for who proves something, or for everybody; remove it` + "\n" +
 				`n.yaml:5: Access.roles[0].allow[1]: "cluster.v1.Registry/Report" is not given by roles: it is for daemons, for nodes, for who proves something, or for everybody; remove it`},
@@ -66,7 +66,7 @@ func TestRoleMethods(t *testing.T) {
 		"machine.v1.Machine/GetVersion":  "machine.v1.Machine/GetVersion",
 		"/machine.v1.Machine/GetVersion": "machine.v1.Machine/GetVersion",
 		"etcd.v1.*/StreamSnap*":          "etcd.v1.Etcd/StreamSnapshot",
-		"cluster.v1.Registry/*":          "cluster.v1.Registry/ListNodes cluster.v1.Registry/WatchNodes",
+		"cluster.v1.Registry/*":          "cluster.v1.Registry/ListAuditAnchors cluster.v1.Registry/ListNodes cluster.v1.Registry/WatchNodes",
 		"grpc.health.v1.Health/Check":    "grpc.health.v1.Health/Check",
 	} {
 		if got := strings.Join(CustomRole{Allow: []string{pattern}}.Methods(), " "); got != want {
