@@ -2,7 +2,7 @@
 // process, and keeps the users and roles in it as the table in plan.go says.
 //
 // It joins the cluster that other control planes have, and leaves it in order. On its socket it lends a part of etcd to daemons that have no network (store.v1), and
-// keeps the register of nodes (cluster.v1).
+// keeps the register of nodes (cluster.v1), by which it has them restart one after the other.
 //
 // It may write /var/lib/etcd and its runtime folder, and listen for clients on the loopback address and for members on all. It knows nothing of what Kubernetes
 // or Bulkhead keep in etcd but the prefixes of their keys, and the register.
@@ -30,6 +30,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/services/etcdd/rolling"
 )
 
 // Config is fixed for the life of the process. The zero values of optional fields are what a node uses.
@@ -38,6 +39,8 @@ type Config struct {
 	Signer trustv1.SignerClient // required: trustd
 	// Peers are the other control planes, through apid. It is needed to join them.
 	Peers etcdv1.PeersClient
+	// Kubernetes empties nodes of pods before they restart; nil: there is none.
+	Kubernetes rolling.Drainer
 	// DataDir is etcd's folder on VAR; it is waited for, not made. Default /var/lib/etcd.
 	DataDir string
 	// RunDir is where certificates go; etcd reads them anew at each handshake. Default /run/bulkhead/etcdd.
@@ -61,6 +64,7 @@ type Daemon struct {
 	status status
 
 	registry *registry
+	rolling  *rolling.Coordinator
 	// snapshots has one slot: a second snapshot at the same time would only slow the first one down.
 	snapshots chan struct{}
 }
@@ -104,6 +108,7 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	d := &Daemon{env: cfg.Env, kernel: newMember(cfg), status: newStatus(cfg.Env.Metrics), snapshots: make(chan struct{}, 1)}
 	d.registry = newRegistry(d.kernel, cfg.Now)
+	d.rolling = d.newRolling(cfg.Kubernetes)
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
 		Parse: parse, Observe: d.kernel.Read, Plan: plan, Apply: d.kernel.Do, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)
@@ -118,11 +123,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.kernel.Watch(ctx, d.loop.Wake) })
 	g.Go(func() error { return d.registry.run(ctx) })
 	g.Go(func() error { return d.registry.publish(ctx) })
+	g.Go(func() error { return d.rolling.Run(ctx) })
 	g.Go(func() error {
 		return daemon.Serve(ctx, d.env, callers, func(s *grpc.Server) {
 			etcdv1.RegisterEtcdServer(s, &server{d: d})
 			etcdv1.RegisterPeersServer(s, &peersServer{d: d})
 			clusterv1.RegisterRegistryServer(s, &registryServer{d: d})
+			clusterv1.RegisterRollingServer(s, &rolling.Server{C: d.rolling})
 			storev1.RegisterStoreServer(s, &storeServer{d: d})
 			controlv1.RegisterControlServer(s, &reconcile.Control[spec, State, Step]{Loop: d.loop, Metrics: d.env.Metrics})
 		})

@@ -71,6 +71,7 @@ type Daemon struct {
 	since   atomic.Int64 // when the kernel's lines begin that the journal does not have yet, in nanoseconds as time.Time.UnixNano has them
 
 	resetting atomic.Bool // STATE is not to be used any more
+	following atomic.Bool // PID 1 was told to restart by an order of the cluster
 	answered  atomic.Bool // a call with credentials has come through apid since the start of this process
 
 	mu      sync.Mutex

@@ -2,8 +2,12 @@ package machined
 
 import (
 	"context"
+	"errors"
 	"net/netip"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
@@ -12,6 +16,7 @@ import (
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/version"
 	"github.com/bulkhead-os/bulkhead/services/machined/security"
@@ -30,7 +35,8 @@ const (
 type cluster interface {
 	// Addresses returns those at which others could reach the node.
 	Addresses(context.Context) ([]string, error)
-	Report(context.Context, *clusterv1.Node) error
+	// Report tells how the node is, and returns what it is to do.
+	Report(context.Context, *clusterv1.Node) (*clusterv1.ReportResponse, error)
 }
 
 // far is the cluster's register, at whichever control plane answers.
@@ -61,9 +67,8 @@ func addresses(st *networkv1.Status) []string {
 	return out
 }
 
-func (f far) Report(ctx context.Context, n *clusterv1.Node) error {
-	_, err := f.registry.Report(metadata.AppendToOutgoingContext(ctx, peer.NodeKey, peer.ControlPlanes), &clusterv1.ReportRequest{Node: n})
-	return err
+func (f far) Report(ctx context.Context, n *clusterv1.Node) (*clusterv1.ReportResponse, error) {
+	return f.registry.Report(metadata.AppendToOutgoingContext(ctx, peer.NodeKey, peer.ControlPlanes), &clusterv1.ReportRequest{Node: n})
 }
 
 // reportSelf tells the cluster how the node is: every few seconds, and at once when that changes. A cluster that does not listen is tried again
@@ -72,16 +77,18 @@ func (d *Daemon) reportSelf(ctx context.Context) error {
 	var told *clusterv1.Node
 	var at time.Time
 	var open, said string
+	var ordered *clusterv1.ReportResponse
 	t := time.NewTicker(reportLook)
 	defer t.Stop()
 	for {
-		due := time.Since(at) >= reportPause
-		if due {
+		due := time.Since(at) >= reportPause || ordered.GetSoon()
+		if time.Since(at) >= reportPause {
 			open = security.Trouble(security.Report(d.cfg.facts())) // many files, which seldom change
 		}
 		if n := d.self(open); n != nil && (due || told == nil || n.GetState() != told.GetState() || n.GetDetail() != told.GetDetail()) {
 			call, cancel := context.WithTimeout(ctx, reportTime)
-			err := d.report(call, n)
+			var err error
+			ordered, err = d.report(call, n)
 			cancel()
 			if ctx.Err() != nil {
 				return ctx.Err()
@@ -92,6 +99,7 @@ func (d *Daemon) reportSelf(ctx context.Context) error {
 				d.cfg.Log.Warn("node not reported to the cluster", "err", text)
 			}
 			said = errs.Text(err)
+			d.follow(ordered.GetOrder())
 		}
 		select {
 		case <-ctx.Done():
@@ -101,7 +109,41 @@ func (d *Daemon) reportSelf(ctx context.Context) error {
 	}
 }
 
-func (d *Daemon) report(ctx context.Context, n *clusterv1.Node) error {
+// follow restarts the machine if the cluster says so, and means this boot. The same order comes again as long as it is not followed.
+func (d *Daemon) follow(o *clusterv1.Order) {
+	if o == nil || o.GetBootId() == "" || o.GetBootId() != d.cfg.past.ID() {
+		return
+	}
+	text := o.GetText()
+	if !fit(text) {
+		text = "restart: a rolling change"
+	}
+	if !d.following.CompareAndSwap(false, true) {
+		return // it takes a moment until all has stopped
+	}
+	err := d.order(func() error {
+		d.noteOrder(text)
+		err := d.cfg.init.Reboot()
+		if errors.Is(err, initctl.Halting) { // it goes down already
+			return nil
+		}
+		d.following.Store(err == nil)
+		return err
+	})
+	if err != nil { // another order is being carried out; this one comes again
+		d.following.Store(false)
+		return
+	}
+	d.cfg.Log.Info("power order", "step", text)
+	d.events.say("machined", typePower, text)
+}
+
+// fit reports whether a text from elsewhere may stand in a line.
+func fit(text string) bool {
+	return text != "" && len(text) <= maxDetail && utf8.ValidString(text) && !strings.ContainsFunc(text, unicode.IsControl)
+}
+
+func (d *Daemon) report(ctx context.Context, n *clusterv1.Node) (*clusterv1.ReportResponse, error) {
 	var err error
 	if n.Addresses, err = d.cfg.cluster.Addresses(ctx); err != nil {
 		d.cfg.Log.Debug("addresses not known", "err", errs.Text(err)) // the control planes see one anyway

@@ -3,6 +3,7 @@ package machined
 import (
 	"context"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -20,8 +21,9 @@ import (
 type modelCluster struct {
 	mu      sync.Mutex
 	reports chan *clusterv1.Node
-	refuse  error         // guarded by mu
-	refused chan struct{} // gets something at each refusal
+	refuse  error                     // guarded by mu
+	refused chan struct{}             // gets something at each refusal
+	answer  *clusterv1.ReportResponse // guarded by mu
 }
 
 func newModelCluster() *modelCluster {
@@ -32,18 +34,18 @@ func (m *modelCluster) Addresses(context.Context) ([]string, error) {
 	return []string{"10.5.0.11"}, nil
 }
 
-func (m *modelCluster) Report(_ context.Context, n *clusterv1.Node) error {
+func (m *modelCluster) Report(_ context.Context, n *clusterv1.Node) (*clusterv1.ReportResponse, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.refuse != nil {
 		m.refused <- struct{}{}
-		return m.refuse
+		return nil, m.refuse
 	}
 	select {
 	case m.reports <- n:
 	default: // nobody looks
 	}
-	return nil
+	return m.answer, nil
 }
 
 // until waits for a report.
@@ -109,6 +111,47 @@ func reportSelf(t *testing.T) {
 	n.cluster.until(t, func(*clusterv1.Node) bool { return true })
 	if wait := time.Since(began); wait > reportPause+reportLook {
 		t.Errorf("reported again after %s, want at most %s", wait, reportPause)
+	}
+}
+
+// An order restarts the boot that it means, once, and is asked for more often while one may come.
+func TestFollowsOrder(t *testing.T) { synctest.Test(t, followsOrder) }
+
+func followsOrder(t *testing.T) {
+	n := newNode(t)
+	n.host.mounted = true
+	d, stop := n.start()
+	defer stop()
+	if _, err := apply(d, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n"); err != nil {
+		t.Fatal(err)
+	}
+	answer := func(boot, text string) {
+		n.cluster.mu.Lock()
+		n.cluster.answer = &clusterv1.ReportResponse{Soon: true, Order: &clusterv1.Order{Id: "x", BootId: boot, Text: text}}
+		n.cluster.mu.Unlock()
+		time.Sleep(2 * reportPause) // synctest's
+		synctest.Wait()
+	}
+	answer("another boot", "restart: late")
+	if did := n.init.did(); slices.Contains(did, "reboot") {
+		t.Fatalf("an order for another boot was followed: %v", did)
+	}
+	for len(n.cluster.reports) > 0 {
+		<-n.cluster.reports
+	}
+	time.Sleep(reportPause)
+	synctest.Wait()
+	if got := len(n.cluster.reports); got < int(reportPause/reportLook)-1 {
+		t.Errorf("%d reports in %s while an order may come, want one each %s", got, reportPause, reportLook)
+	}
+	answer("boot-a", "restart: rolling reboot x, ordered by alice")
+	if did := n.init.did(); !slices.Contains(did, "reboot") {
+		t.Fatalf("orders to PID 1: %v, want a reboot", did)
+	}
+	time.Sleep(2 * reportPause)
+	synctest.Wait()
+	if did := n.init.did(); strings.Count(strings.Join(did, ","), "reboot") != 1 {
+		t.Errorf("orders to PID 1: %v, want one reboot although the order came again", did)
 	}
 }
 

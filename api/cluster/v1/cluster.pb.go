@@ -155,8 +155,12 @@ type Node struct {
 	// The first check that fails, "" if none does.
 	Detail string `protobuf:"bytes,6,opt,name=detail,proto3" json:"detail,omitempty"`
 	// The running boot.
-	BootId        string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
-	Seen          *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=seen,proto3" json:"seen,omitempty"`
+	BootId string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	Seen   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=seen,proto3" json:"seen,omitempty"`
+	// The version that lies ready, and that the next boot tries; "" if it starts the running one.
+	NextVersion string `protobuf:"bytes,9,opt,name=next_version,json=nextVersion,proto3" json:"next_version,omitempty"`
+	// The running version has not been found good yet.
+	Trial         bool `protobuf:"varint,10,opt,name=trial,proto3" json:"trial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -247,6 +251,20 @@ func (x *Node) GetSeen() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Node) GetNextVersion() string {
+	if x != nil {
+		return x.NextVersion
+	}
+	return ""
+}
+
+func (x *Node) GetTrial() bool {
+	if x != nil {
+		return x.Trial
+	}
+	return false
+}
+
 type ReportRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// seen is set by the server; state is "ready" or "not ready".
@@ -293,7 +311,11 @@ func (x *ReportRequest) GetNode() *Node {
 }
 
 type ReportResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Set if the node is to restart now: see Rolling.
+	Order *Order `protobuf:"bytes,1,opt,name=order,proto3" json:"order,omitempty"`
+	// An order may come soon: report again in a few seconds.
+	Soon          bool `protobuf:"varint,2,opt,name=soon,proto3" json:"soon,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -328,16 +350,30 @@ func (*ReportResponse) Descriptor() ([]byte, []int) {
 	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{5}
 }
 
+func (x *ReportResponse) GetOrder() *Order {
+	if x != nil {
+		return x.Order
+	}
+	return nil
+}
+
+func (x *ReportResponse) GetSoon() bool {
+	if x != nil {
+		return x.Soon
+	}
+	return false
+}
+
 var File_cluster_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\n" +
 	"\x18cluster/v1/cluster.proto\x12\n" +
-	"cluster.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n" +
+	"cluster.v1\x1a\x12auth/v1/auth.proto\x1a\x18cluster/v1/rolling.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n" +
 	"\x10ListNodesRequest\";\n" +
 	"\x11ListNodesResponse\x12&\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x10.cluster.v1.NodeR\x05nodes\"\x13\n" +
-	"\x11WatchNodesRequest\"\xdd\x01\n" +
+	"\x11WatchNodesRequest\"\x96\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x1c\n" +
@@ -346,10 +382,15 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x05state\x18\x05 \x01(\tR\x05state\x12\x16\n" +
 	"\x06detail\x18\x06 \x01(\tR\x06detail\x12\x17\n" +
 	"\aboot_id\x18\a \x01(\tR\x06bootId\x12.\n" +
-	"\x04seen\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04seen\"5\n" +
+	"\x04seen\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04seen\x12!\n" +
+	"\fnext_version\x18\t \x01(\tR\vnextVersion\x12\x14\n" +
+	"\x05trial\x18\n" +
+	" \x01(\bR\x05trial\"5\n" +
 	"\rReportRequest\x12$\n" +
-	"\x04node\x18\x01 \x01(\v2\x10.cluster.v1.NodeR\x04node\"\x10\n" +
-	"\x0eReportResponse2\xb4\x02\n" +
+	"\x04node\x18\x01 \x01(\v2\x10.cluster.v1.NodeR\x04node\"M\n" +
+	"\x0eReportResponse\x12'\n" +
+	"\x05order\x18\x01 \x01(\v2\x11.cluster.v1.OrderR\x05order\x12\x12\n" +
+	"\x04soon\x18\x02 \x01(\bR\x04soon2\xb4\x02\n" +
 	"\bRegistry\x12c\n" +
 	"\tListNodes\x12\x1c.cluster.v1.ListNodesRequest\x1a\x1d.cluster.v1.ListNodesResponse\"\x19\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\v\x12\t/v1/nodes\x90\x02\x01\x12m\n" +
 	"\n" +
@@ -377,22 +418,24 @@ var file_cluster_v1_cluster_proto_goTypes = []any{
 	(*ReportRequest)(nil),         // 4: cluster.v1.ReportRequest
 	(*ReportResponse)(nil),        // 5: cluster.v1.ReportResponse
 	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
+	(*Order)(nil),                 // 7: cluster.v1.Order
 }
 var file_cluster_v1_cluster_proto_depIdxs = []int32{
 	3, // 0: cluster.v1.ListNodesResponse.nodes:type_name -> cluster.v1.Node
 	6, // 1: cluster.v1.Node.seen:type_name -> google.protobuf.Timestamp
 	3, // 2: cluster.v1.ReportRequest.node:type_name -> cluster.v1.Node
-	0, // 3: cluster.v1.Registry.ListNodes:input_type -> cluster.v1.ListNodesRequest
-	2, // 4: cluster.v1.Registry.WatchNodes:input_type -> cluster.v1.WatchNodesRequest
-	4, // 5: cluster.v1.Registry.Report:input_type -> cluster.v1.ReportRequest
-	1, // 6: cluster.v1.Registry.ListNodes:output_type -> cluster.v1.ListNodesResponse
-	1, // 7: cluster.v1.Registry.WatchNodes:output_type -> cluster.v1.ListNodesResponse
-	5, // 8: cluster.v1.Registry.Report:output_type -> cluster.v1.ReportResponse
-	6, // [6:9] is the sub-list for method output_type
-	3, // [3:6] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	7, // 3: cluster.v1.ReportResponse.order:type_name -> cluster.v1.Order
+	0, // 4: cluster.v1.Registry.ListNodes:input_type -> cluster.v1.ListNodesRequest
+	2, // 5: cluster.v1.Registry.WatchNodes:input_type -> cluster.v1.WatchNodesRequest
+	4, // 6: cluster.v1.Registry.Report:input_type -> cluster.v1.ReportRequest
+	1, // 7: cluster.v1.Registry.ListNodes:output_type -> cluster.v1.ListNodesResponse
+	1, // 8: cluster.v1.Registry.WatchNodes:output_type -> cluster.v1.ListNodesResponse
+	5, // 9: cluster.v1.Registry.Report:output_type -> cluster.v1.ReportResponse
+	7, // [7:10] is the sub-list for method output_type
+	4, // [4:7] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_cluster_v1_cluster_proto_init() }
@@ -400,6 +443,7 @@ func file_cluster_v1_cluster_proto_init() {
 	if File_cluster_v1_cluster_proto != nil {
 		return
 	}
+	file_cluster_v1_rolling_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -37,7 +37,8 @@ type RegistryClient interface {
 	// WatchNodes sends the whole list now and after each change, a few times a second at most; a new time of seen alone is none. UNAVAILABLE when
 	// the list cannot be known any more: there is no quorum.
 	WatchNodes(ctx context.Context, in *WatchNodesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListNodesResponse], error)
-	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's.
+	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's. The answer has what the node is to do
+	// now, as of a moment after the call.
 	Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error)
 }
 
@@ -99,7 +100,8 @@ type RegistryServer interface {
 	// WatchNodes sends the whole list now and after each change, a few times a second at most; a new time of seen alone is none. UNAVAILABLE when
 	// the list cannot be known any more: there is no quorum.
 	WatchNodes(*WatchNodesRequest, grpc.ServerStreamingServer[ListNodesResponse]) error
-	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's.
+	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's. The answer has what the node is to do
+	// now, as of a moment after the call.
 	Report(context.Context, *ReportRequest) (*ReportResponse, error)
 	mustEmbedUnimplementedRegistryServer()
 }

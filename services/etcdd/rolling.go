@@ -1,0 +1,69 @@
+package etcdd
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/services/etcdd/rolling"
+)
+
+// newRolling is this node's part of changing all nodes, which it may carry out while its own member votes.
+func (d *Daemon) newRolling(kubernetes rolling.Drainer) *rolling.Coordinator {
+	if kubernetes == nil {
+		kubernetes = noPods{}
+	}
+	return rolling.New(rolling.Config{
+		Log:   d.env.Log,
+		Name:  func() string { s, _ := d.loop.Spec(); return s.Name },
+		Store: d.kernel.store,
+		Follow: func(ctx context.Context, prefix string, f func(*storev1.WatchResponse) error) error {
+			c, err := d.kernel.store()
+			if err != nil {
+				return err
+			}
+			return watch(ctx, c, prefix, f)
+		},
+		Nodes: d.registry.list, Voters: d.spare, Kubernetes: kubernetes,
+	})
+}
+
+// spare returns the leader's name, and why no member may be away for a moment.
+func (d *Daemon) spare(ctx context.Context) (string, error) {
+	all, err := d.kernel.voices(ctx)
+	if err != nil {
+		return "", err
+	}
+	return maySpare(all)
+}
+
+// maySpare wants all members to vote, to answer, and to follow a leader: one of three that is away already makes the next one the last. It is pure.
+func maySpare(all []voice) (leader string, err error) {
+	var wrong []string
+	for _, v := range all {
+		switch {
+		case v.learner || v.name == "":
+			wrong = append(wrong, fmt.Sprintf("%s is only joining", v))
+		case !v.answers:
+			wrong = append(wrong, fmt.Sprintf("%s does not answer", v))
+		}
+		if v.leads {
+			leader = v.name
+		}
+	}
+	switch {
+	case len(wrong) > 0:
+		return leader, errs.New(errs.Precondition, "etcd can spare no member: %s", strings.Join(wrong, ", "))
+	case leader == "":
+		return "", errs.New(errs.Unavailable, "etcd has no leader")
+	}
+	return leader, nil
+}
+
+// noPods is a cluster without Kubernetes.
+type noPods struct{}
+
+func (noPods) Drain(context.Context, string, string) ([]string, error) { return nil, nil }
+func (noPods) Release(context.Context, string, string) error           { return nil }
