@@ -57,6 +57,7 @@ func startFake(t testing.TB) (*fakeCluster, contexts) {
 	machinev1.RegisterMachineServer(s, f)
 	trustv1.RegisterMembershipServer(s, f)
 	clusterv1.RegisterRegistryServer(s, f)
+	clusterv1.RegisterRollingServer(s, &fakeRolling{})
 	etcdv1.RegisterEtcdServer(s, fakeEtcd{f: f})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
