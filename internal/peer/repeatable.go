@@ -26,6 +26,8 @@ var repeatable = []string{
 	"etcd.v1.Peers/Promote",
 	"keys.v1.KeyService/Unseal",
 	"keys.v1.Relay/Unseal",
+	"kubernetes.v1.Drain/Empty",
+	"kubernetes.v1.Drain/Release",
 	"kubernetes.v1.Kubernetes/GetStatus",
 	"kubernetes.v1.Kubernetes/WatchStatus",
 	"machine.v1.Machine/GetHealth",

@@ -22,6 +22,7 @@ import (
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
@@ -81,7 +82,12 @@ func Run(ctx context.Context, env daemon.Env) error {
 		return err
 	}
 	defer others.Close()
-	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Peers: etcdv1.NewPeersClient(others)})
+	kubeletd, err := peer.Dial(peer.Socket("kubeletd"))
+	if err != nil {
+		return err
+	}
+	defer kubeletd.Close()
+	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Peers: etcdv1.NewPeersClient(others), Kubernetes: pods{kubernetesv1.NewDrainClient(kubeletd)}})
 	if err != nil {
 		return err
 	}

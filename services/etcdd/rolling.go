@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 
+	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/services/etcdd/rolling"
@@ -67,3 +69,23 @@ type noPods struct{}
 
 func (noPods) Drain(context.Context, string, string) ([]string, error) { return nil, nil }
 func (noPods) Release(context.Context, string, string) error           { return nil }
+
+// pods is Kubernetes, of which this node's kubeletd knows.
+type pods struct{ kubeletd kubernetesv1.DrainClient }
+
+// drainTime bounds one call.
+const drainTime = 20 * time.Second
+
+func (p pods) Drain(ctx context.Context, node, id string) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, drainTime)
+	defer cancel()
+	r, err := p.kubeletd.Empty(ctx, &kubernetesv1.EmptyRequest{Node: node, Change: id})
+	return r.GetLeft(), err
+}
+
+func (p pods) Release(ctx context.Context, node, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, drainTime)
+	defer cancel()
+	_, err := p.kubeletd.Release(ctx, &kubernetesv1.ReleaseRequest{Node: node, Change: id})
+	return err
+}
