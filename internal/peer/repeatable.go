@@ -40,6 +40,7 @@ var repeatable = []string{
 	"machine.v1.Machine/StreamEvents",
 	"machine.v1.Machine/StreamKernelLog",
 	"machine.v1.Machine/StreamLogs",
+	"machine.v1.Trial/Witness",
 	"network.v1.Network/GetStatus",
 	"network.v1.Network/WatchStatus",
 	"slot.v1.Slots/Abort",

@@ -23,6 +23,7 @@ import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
@@ -42,6 +43,8 @@ type Config struct {
 	Peers etcdv1.PeersClient
 	// Kubernetes empties nodes of pods before they restart; nil: there is none.
 	Kubernetes rolling.Drainer
+	// Witness shows a node whose version is on trial that its API can be called; nil: nothing does.
+	Witness func(ctx context.Context, node string) error
 	// DataDir is etcd's folder on VAR; it is waited for, not made. Default /var/lib/etcd.
 	DataDir string
 	// RunDir is where certificates go; etcd reads them anew at each handshake. Default /run/bulkhead/etcdd.
@@ -87,7 +90,8 @@ func Run(ctx context.Context, env daemon.Env) error {
 		return err
 	}
 	defer kubeletd.Close()
-	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Peers: etcdv1.NewPeersClient(others), Kubernetes: pods{kubernetesv1.NewDrainClient(kubeletd)}})
+	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Peers: etcdv1.NewPeersClient(others),
+		Kubernetes: pods{kubernetesv1.NewDrainClient(kubeletd)}, Witness: witness(machinev1.NewTrialClient(others))})
 	if err != nil {
 		return err
 	}
@@ -114,7 +118,7 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	d := &Daemon{env: cfg.Env, kernel: newMember(cfg), status: newStatus(cfg.Env.Metrics), snapshots: make(chan struct{}, 1)}
 	d.registry = newRegistry(d.kernel, cfg.Now)
-	d.rolling = d.newRolling(cfg.Kubernetes)
+	d.rolling = d.newRolling(cfg.Kubernetes, cfg.Witness)
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
 		Parse: parse, Observe: d.kernel.Read, Plan: plan, Apply: d.kernel.Do, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)

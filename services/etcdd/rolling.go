@@ -6,14 +6,18 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc/metadata"
+
 	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/services/etcdd/rolling"
 )
 
 // newRolling is this node's part of changing all nodes, which it may carry out while its own member votes.
-func (d *Daemon) newRolling(kubernetes rolling.Drainer) *rolling.Coordinator {
+func (d *Daemon) newRolling(kubernetes rolling.Drainer, witness func(context.Context, string) error) *rolling.Coordinator {
 	if kubernetes == nil {
 		kubernetes = noPods{}
 	}
@@ -28,7 +32,7 @@ func (d *Daemon) newRolling(kubernetes rolling.Drainer) *rolling.Coordinator {
 			}
 			return watch(ctx, c, prefix, f)
 		},
-		Nodes: d.registry.list, Voters: d.spare, Kubernetes: kubernetes,
+		Nodes: d.registry.list, Voters: d.spare, Kubernetes: kubernetes, Witness: witness,
 	})
 }
 
@@ -88,4 +92,17 @@ func (p pods) Release(ctx context.Context, node, id string) error {
 	defer cancel()
 	_, err := p.kubeletd.Release(ctx, &kubernetesv1.ReleaseRequest{Node: node, Change: id})
 	return err
+}
+
+// witnessTime bounds one call.
+const witnessTime = 5 * time.Second
+
+// witness calls another node's machined through both apids.
+func witness(c machinev1.TrialClient) func(context.Context, string) error {
+	return func(ctx context.Context, node string) error {
+		ctx, cancel := context.WithTimeout(metadata.AppendToOutgoingContext(ctx, peer.NodeKey, node), witnessTime)
+		defer cancel()
+		_, err := c.Witness(ctx, &machinev1.WitnessRequest{})
+		return err
+	}
 }

@@ -124,7 +124,7 @@ func Run(ctx context.Context, env daemon.Env) error {
 			elsewhere.etcd = etcdv1.NewEtcdClient(l.conn)
 		}
 	}
-	cfg.cluster = newFar(conns["networkd"], conns["apid"])
+	cfg.cluster = newFar(conns["networkd"], conns["updated"], conns["apid"])
 	d, err := New(cfg)
 	if err != nil {
 		return err
@@ -198,6 +198,7 @@ var callers = peer.List{
 // Register adds machined's services to a server.
 func (d *Daemon) Register(s *grpc.Server) {
 	machinev1.RegisterMachineServer(s, &machineServer{d: d})
+	machinev1.RegisterTrialServer(s, &trialServer{d: d})
 	configv1.RegisterConfigServer(s, &configServer{d: d})
 }
 

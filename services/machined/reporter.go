@@ -15,6 +15,7 @@ import (
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -24,17 +25,20 @@ import (
 
 // The register of nodes takes a node for lost after 30 s without a report.
 const (
-	reportPause = 10 * time.Second // between two reports that say the same
-	reportLook  = 2 * time.Second  // between two looks at whether there is something else to say
-	reportTime  = 5 * time.Second  // for one report
-	maxDetail   = 1024             // bytes; the register takes no more
-	unanswered  = "api.answered"   // the check that says whether anybody called: a node that nobody needs is none the worse
+	reportPause  = 10 * time.Second // between two reports that say the same
+	reportLook   = 2 * time.Second  // between two looks at whether there is something else to say
+	reportTime   = 5 * time.Second  // for one report
+	versionsTime = time.Second      // of that, for updated
+	maxDetail    = 1024             // bytes; the register takes no more
+	unanswered   = "api.answered"   // the check that says whether anybody called: a node that nobody needs is none the worse
 )
 
 // A cluster is what the node reports to.
 type cluster interface {
 	// Addresses returns those at which others could reach the node.
 	Addresses(context.Context) ([]string, error)
+	// Versions returns the version that the next boot tries, "" if it starts the running one, and whether that one has not been found good yet.
+	Versions(context.Context) (next string, trial bool, err error)
 	// Report tells how the node is, and returns what it is to do.
 	Report(context.Context, *clusterv1.Node) (*clusterv1.ReportResponse, error)
 }
@@ -42,17 +46,42 @@ type cluster interface {
 // far is the cluster's register, at whichever control plane answers.
 type far struct {
 	network  networkv1.NetworkClient
+	update   updatev1.UpdateClient
 	registry clusterv1.RegistryClient
 }
 
-// newFar speaks to networkd and, through apid, to control planes.
-func newFar(networkd, apid *grpc.ClientConn) far {
-	return far{networkv1.NewNetworkClient(networkd), clusterv1.NewRegistryClient(apid)}
+// newFar speaks to networkd, updated and, through apid, to control planes.
+func newFar(networkd, updated, apid *grpc.ClientConn) far {
+	return far{networkv1.NewNetworkClient(networkd), updatev1.NewUpdateClient(updated), clusterv1.NewRegistryClient(apid)}
 }
 
 func (f far) Addresses(ctx context.Context) ([]string, error) {
 	st, err := f.network.GetStatus(ctx, &networkv1.GetStatusRequest{})
 	return addresses(st), err
+}
+
+func (f far) Versions(ctx context.Context) (string, bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, versionsTime)
+	defer cancel()
+	st, err := f.update.GetStatus(ctx, &updatev1.GetStatusRequest{})
+	next, trial := versions(st)
+	return next, trial, err
+}
+
+// versions: a machine that no boot loader starts has no slots, and neither; then updated says why. One that says nothing at all has not looked yet.
+func versions(st *updatev1.Status) (next string, trial bool) {
+	if len(st.GetSlots()) == 0 {
+		return "", st.GetError() == ""
+	}
+	for _, s := range st.GetSlots() {
+		switch {
+		case s.GetRunning():
+			trial = s.GetStatus() == "on trial"
+		case s.GetNext():
+			next = s.GetVersion()
+		}
+	}
+	return next, trial
 }
 
 // addresses are those that the document or a lease gave; pods' bridges and the loopback interface have others.
@@ -148,7 +177,26 @@ func (d *Daemon) report(ctx context.Context, n *clusterv1.Node) (*clusterv1.Repo
 	if n.Addresses, err = d.cfg.cluster.Addresses(ctx); err != nil {
 		d.cfg.Log.Debug("addresses not known", "err", errs.Text(err)) // the control planes see one anyway
 	}
+	if n.NextVersion, n.Trial, err = d.cfg.cluster.Versions(ctx); err != nil {
+		d.cfg.Log.Debug("versions not known", "err", errs.Text(err))
+		n.Trial = true // not known to be good
+	}
 	return d.cfg.cluster.Report(ctx, n)
+}
+
+// trialServer is machine.v1.Trial.
+type trialServer struct {
+	machinev1.UnimplementedTrialServer
+	d *Daemon
+}
+
+// Witness takes a control plane's word only: the proof is that somebody else gets through.
+func (s *trialServer) Witness(ctx context.Context, _ *machinev1.WitnessRequest) (*machinev1.WitnessResponse, error) {
+	if name, control, ok := peer.NodeFrom(ctx); !ok || !control {
+		return nil, errs.New(errs.Denied, "witness: control planes may call it; this caller is %q", name)
+	}
+	s.d.witness(ctx)
+	return &machinev1.WitnessResponse{}, nil
 }
 
 // self is the node as it would report itself; nil while it has no configuration and so no name.

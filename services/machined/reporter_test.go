@@ -13,6 +13,7 @@ import (
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 )
@@ -24,6 +25,9 @@ type modelCluster struct {
 	refuse  error                     // guarded by mu
 	refused chan struct{}             // gets something at each refusal
 	answer  *clusterv1.ReportResponse // guarded by mu
+	next    string                    // guarded by mu; a version
+	trial   bool                      // guarded by mu
+	unsure  error                     // guarded by mu
 }
 
 func newModelCluster() *modelCluster {
@@ -32,6 +36,12 @@ func newModelCluster() *modelCluster {
 
 func (m *modelCluster) Addresses(context.Context) ([]string, error) {
 	return []string{"10.5.0.11"}, nil
+}
+
+func (m *modelCluster) Versions(context.Context) (string, bool, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.next, m.trial, m.unsure
 }
 
 func (m *modelCluster) Report(_ context.Context, n *clusterv1.Node) (*clusterv1.ReportResponse, error) {
@@ -152,6 +162,51 @@ func followsOrder(t *testing.T) {
 	synctest.Wait()
 	if did := n.init.did(); strings.Count(strings.Join(did, ","), "reboot") != 1 {
 		t.Errorf("orders to PID 1: %v, want one reboot although the order came again", did)
+	}
+}
+
+// What lies ready, and whether the running version was found good, is in each report. If that is not known, it is not good.
+func TestReportsVersions(t *testing.T) { synctest.Test(t, reportsVersions) }
+
+func reportsVersions(t *testing.T) {
+	n := newNode(t)
+	n.host.mounted = true
+	n.cluster.next, n.cluster.trial = "2", true
+	d, stop := n.start()
+	defer stop()
+	if _, err := apply(d, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n"); err != nil {
+		t.Fatal(err)
+	}
+	n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetNextVersion() == "2" && r.GetTrial() })
+	n.cluster.mu.Lock()
+	n.cluster.next, n.cluster.trial = "", false
+	n.cluster.mu.Unlock()
+	n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetNextVersion() == "" && !r.GetTrial() })
+	n.cluster.mu.Lock()
+	n.cluster.unsure = errs.New(errs.Unavailable, "updated does not answer")
+	n.cluster.mu.Unlock()
+	n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetTrial() })
+}
+
+func TestVersions(t *testing.T) {
+	running := &updatev1.Slot{Version: "1", Status: "good", Running: true, Next: true}
+	for _, c := range []struct {
+		name  string
+		slots []*updatev1.Slot
+		next  string
+		trial bool
+	}{
+		{"not looked yet", nil, "", true},
+		{"nothing ready", []*updatev1.Slot{running, {Version: "0", Status: "good"}}, "", false},
+		{"one is ready", []*updatev1.Slot{{Version: "1", Status: "good", Running: true}, {Version: "2", Status: "on trial", Next: true}}, "2", false},
+		{"it is on trial", []*updatev1.Slot{{Version: "1", Status: "good"}, {Version: "2", Status: "on trial", Running: true, Next: true}}, "", true},
+	} {
+		if next, trial := versions(&updatev1.Status{Slots: c.slots}); next != c.next || trial != c.trial {
+			t.Errorf("%s: %q %v, want %q %v", c.name, next, trial, c.next, c.trial)
+		}
+	}
+	if next, trial := versions(&updatev1.Status{Error: "this machine was not started by UEFI"}); next != "" || trial {
+		t.Errorf("no slots: %q %v, want neither", next, trial)
 	}
 }
 

@@ -28,7 +28,7 @@ type Drainer interface {
 	Release(ctx context.Context, node, id string) error
 }
 
-// Config is fixed for the life of the process. All fields but Now are required.
+// Config is fixed for the life of the process. All fields but Witness and Now are required.
 type Config struct {
 	Log *slog.Logger
 	// Name returns what this node is called; "" while it has no name.
@@ -43,6 +43,8 @@ type Config struct {
 	Voters func(ctx context.Context) (leader string, err error)
 	// Kubernetes drains.
 	Kubernetes Drainer
+	// Witness makes a call to a node's API, which a version on trial there has to see: whoever ordered the change may be away. nil: nothing.
+	Witness func(ctx context.Context, node string) error
 	// Now is the clock; only how it goes on counts. nil means time.Now.
 	Now func() time.Time
 }
@@ -322,6 +324,11 @@ func (c *Coordinator) decide(ctx context.Context, r record, s sight) record {
 	var t turn
 	if i >= 0 {
 		t = r.Nodes[i]
+	}
+	if n := s.node(t.Name); t.Step == settling && n.GetTrial() && c.cfg.Witness != nil {
+		if err := c.cfg.Witness(ctx, t.Name); err != nil { // the node's own proof tells what is missing
+			c.cfg.Log.Debug("no witness", "step", t.Name, "err", errs.Text(err))
+		}
 	}
 	s.held = c.step.since(strings.Join([]string{r.ID, t.Name, string(t.Step), string(r.Phase), strconv.Itoa(r.Resumed)}, " "), s.now)
 	next, what := plan(r, s)

@@ -79,6 +79,9 @@ func planPending(r record, i int, n *clusterv1.Node, s sight) record {
 	case n == nil:
 		t.Step, t.Why, t.Ended = skipped, "it is not in the cluster any more", s.now
 		return r
+	case r.Kind == reboot && n.GetNextVersion() != "":
+		r.halt(t, n.GetNextVersion()+" lies ready on it, and a restart would try it. Either that is wanted: bhctl upgrade --cluster; or it is cancelled: bhctl -n "+t.Name+" rollback", s.now)
+		return r
 	case r.Kind == upgrade && n.GetVersion() == r.Version && !n.GetTrial():
 		t.Step, t.Why, t.Ended = skipped, "it runs "+r.Version+" already", s.now
 		return r
@@ -207,7 +210,7 @@ func planSettling(r record, i int, n *clusterv1.Node, s sight) (record, op) {
 	case n.GetState() != "ready":
 		wait = strings.TrimSuffix(fmt.Sprintf("it is %s: %s", n.GetState(), n.GetDetail()), ": ")
 	case n.GetTrial():
-		wait = r.Version + " has not been found good yet"
+		wait = n.GetVersion() + " has not been found good yet"
 	case s.trouble != "":
 		wait = s.trouble
 	case s.released == nil:

@@ -183,6 +183,9 @@ func TestUpgrade(t *testing.T) {
 	if r := w.record(); w.reboots() != "n1:0 n2:1 n3:0 w1:0" || !strings.Contains(r.Nodes[0].Why, "2 has not been found good yet") && !strings.Contains(r.Nodes[1].Why, "2 has not been found good yet") {
 		t.Errorf("on trial: %s, %+v", w.reboots(), r.Nodes)
 	}
+	if n := w.node("n2").witnessed; n < 10 || w.node("n3").witnessed > 0 {
+		t.Errorf("its API was called %d times while it has to prove that it can be", n)
+	}
 	w.node("n2").trial = false
 	for w.node("n3").reboots == 0 {
 		w.round(nil)
@@ -206,6 +209,17 @@ func TestUpgrade(t *testing.T) {
 	w.until(done, nil)
 	if got := w.reboots(); got != "n1:0 n2:1 n3:2 w1:1" {
 		t.Errorf("restarts: %s", got)
+	}
+}
+
+// A plain restart does not try a version by the way.
+func TestRebootWithVersionReady(t *testing.T) {
+	w := newWorld(t, startEtcd(t))
+	w.node("n3").next = "2"
+	w.order(start())
+	r := w.until(halted, nil)
+	if !strings.Contains(r.Why, "n3: 2 lies ready on it, and a restart would try it") || !strings.Contains(r.Why, "bhctl -n n3 rollback") || w.reboots() != "n1:0 n2:1 n3:0 w1:0" {
+		t.Errorf("%q, restarts %s", r.Why, w.reboots())
 	}
 }
 

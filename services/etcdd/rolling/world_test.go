@@ -68,6 +68,7 @@ const (
 type machine struct {
 	name, role, version, next string
 	boot                      int
+	witnessed                 int // calls to its API
 	away                      int // rounds until it is up again
 	sick                      int // rounds until it is ready after that
 	broken                    bool
@@ -106,7 +107,7 @@ func (w *world) boot(m *machine) {
 	client := clientv3.NewCtxClient(context.Background())
 	client.KV = fragile{w.store.KV, w, m, func() bool { return m.coordinator == c }}
 	c = New(Config{Log: slog.New(slog.DiscardHandler), Name: func() string { return m.name }, Store: func() (*clientv3.Client, error) { return client, nil },
-		Nodes: func() ([]*clusterv1.Node, error) { return w.registry(), nil }, Voters: w.voters, Kubernetes: w.kube, Now: func() time.Time { return w.now }})
+		Nodes: func() ([]*clusterv1.Node, error) { return w.registry(), nil }, Voters: w.voters, Kubernetes: w.kube, Witness: w.witness, Now: func() time.Time { return w.now }})
 	m.coordinator = c
 }
 
@@ -138,6 +139,11 @@ func (w *world) voters(context.Context) (string, error) {
 		}
 	}
 	return "n1", nil
+}
+
+func (w *world) witness(_ context.Context, node string) error {
+	w.node(node).witnessed++
+	return nil
 }
 
 // round is a second. Nodes go on, coordinators take their turns, and who is up reports and hears its orders.
