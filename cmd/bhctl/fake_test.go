@@ -26,6 +26,7 @@ import (
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/testca"
@@ -36,6 +37,9 @@ type fakeCluster struct {
 	machinev1.UnimplementedMachineServer
 	trustv1.UnimplementedMembershipServer
 	clusterv1.UnimplementedRegistryServer
+
+	rolling fakeRolling
+	update  fakeUpdate
 
 	mu      sync.Mutex
 	members []string             // guarded by mu
@@ -57,7 +61,8 @@ func startFake(t testing.TB) (*fakeCluster, contexts) {
 	machinev1.RegisterMachineServer(s, f)
 	trustv1.RegisterMembershipServer(s, f)
 	clusterv1.RegisterRegistryServer(s, f)
-	clusterv1.RegisterRollingServer(s, &fakeRolling{})
+	clusterv1.RegisterRollingServer(s, &f.rolling)
+	updatev1.RegisterUpdateServer(s, &f.update)
 	etcdv1.RegisterEtcdServer(s, fakeEtcd{f: f})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)

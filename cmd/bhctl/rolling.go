@@ -232,11 +232,28 @@ func (a *app) follow(ctx context.Context, st *clusterv1.RollingStatus, detach bo
 	}
 	switch last.GetState() {
 	case "halted":
-		return fmt.Errorf("halted at %s\n  %s. When it is mended: bhctl rolling resume; to leave it: bhctl rolling abort", last.GetDetail(), rollingCount(last))
+		return fmt.Errorf("halted at %s\n  %s. When it is mended: bhctl rolling resume; to leave it: bhctl rolling abort%s", last.GetDetail(), rollingCount(last), ready(last))
 	case "aborted":
-		return fmt.Errorf("%w: %s", errAborted, rollingCount(last))
+		return fmt.Errorf("%w: %s%s", errAborted, rollingCount(last), ready(last))
 	}
 	return a.say("%s is done: %s, in %s\n", rollingName(last), rollingCount(last), seconds(last.GetElapsedSeconds()))
+}
+
+// ready tells that nodes would try a version by themselves.
+func ready(st *clusterv1.RollingStatus) string {
+	if st.GetKind() != "upgrade" {
+		return ""
+	}
+	var names []string
+	for _, n := range st.GetNodes() {
+		if n.GetState() == "pending" {
+			names = append(names, n.GetName())
+		}
+	}
+	if len(names) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("\n  %s lies ready on %s still, and is tried at a restart; bhctl -n NAME rollback cancels that", st.GetVersion(), strings.Join(names, ", "))
 }
 
 // rollingView shows a change: on a terminal one line that is written again each second, elsewhere a line for each step of a node; as JSON each message.
