@@ -20,10 +20,9 @@ import (
 
 // reports is a node's machined: it says how the node is, and restarts when it is told to.
 type reports struct {
-	mu      sync.Mutex
-	boots   int      // guarded by mu
-	orders  []string // guarded by mu
-	version string
+	mu     sync.Mutex
+	boots  int      // guarded by mu
+	orders []string // guarded by mu
 }
 
 func (r *reports) run(ctx context.Context, t *testing.T, c clusterv1.RegistryClient, name, role string) {
