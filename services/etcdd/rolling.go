@@ -77,8 +77,8 @@ func (noPods) Release(context.Context, string, string) error           { return 
 // pods is Kubernetes, of which this node's kubeletd knows.
 type pods struct{ kubeletd kubernetesv1.DrainClient }
 
-// drainTime bounds one call.
-const drainTime = 20 * time.Second
+// drainTime bounds one call; two of them and a renewal are shorter than the lease of a coordinator (rolling.leaseTime).
+const drainTime = 10 * time.Second
 
 func (p pods) Drain(ctx context.Context, node, id string) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, drainTime)

@@ -235,7 +235,7 @@ func (c *cluster) evictAll(ctx context.Context, node string) ([]string, error) {
 		switch {
 		case p.Metadata.DeletionTimestamp != "":
 			text += " (it is going)"
-		case asked < maxEvict:
+		case asked < maxEvict && timeLeft(ctx):
 			asked++
 			switch err := c.evict(ctx, p); {
 			case errs.Is(err, errs.NotFound):
@@ -250,6 +250,15 @@ func (c *cluster) evictAll(ctx context.Context, node string) ([]string, error) {
 	}
 	slices.Sort(left)
 	return left, nil
+}
+
+// answerTime is what is kept of a call's time for the answer.
+const answerTime = 2 * time.Second
+
+// timeLeft reports whether a call has time for one more eviction.
+func timeLeft(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return !ok || time.Until(deadline) > answerTime
 }
 
 // aboutBudget tells a pod's disruption budget from an API server that has too much to do: both are answered with the same code.

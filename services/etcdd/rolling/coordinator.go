@@ -55,7 +55,7 @@ const (
 	least     = look / 5         // the same, when something changed
 	turnTime  = 30 * time.Second // of one round
 	renewal   = 5 * time.Second  // between two signs of life
-	leaseTime = 15 * time.Second // without one, measured by who waits: nobody's clock is compared with another's
+	leaseTime = 30 * time.Second // without one, measured by who waits: nobody's clock is compared with another's. Longer than what one round asks others
 	callTime  = 5 * time.Second  // of one access to etcd
 )
 
