@@ -158,9 +158,9 @@ type Node struct {
 	BootId string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	Seen   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=seen,proto3" json:"seen,omitempty"`
 	// The version that lies ready, and that the next boot tries; "" if it starts the running one.
-	NextVersion string `protobuf:"bytes,9,opt,name=next_version,json=nextVersion,proto3" json:"next_version,omitempty"`
+	NextVersion string `protobuf:"bytes,10,opt,name=next_version,json=nextVersion,proto3" json:"next_version,omitempty"`
 	// The running version has not been found good yet.
-	Trial         bool `protobuf:"varint,10,opt,name=trial,proto3" json:"trial,omitempty"`
+	Trial         bool `protobuf:"varint,11,opt,name=trial,proto3" json:"trial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -313,9 +313,9 @@ func (x *ReportRequest) GetNode() *Node {
 type ReportResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Set if the node is to restart now: see Rolling.
-	Order *Order `protobuf:"bytes,1,opt,name=order,proto3" json:"order,omitempty"`
+	Order *Order `protobuf:"bytes,2,opt,name=order,proto3" json:"order,omitempty"`
 	// An order may come soon: report again in a few seconds.
-	Soon          bool `protobuf:"varint,2,opt,name=soon,proto3" json:"soon,omitempty"`
+	Soon          bool `protobuf:"varint,3,opt,name=soon,proto3" json:"soon,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -383,14 +383,14 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x06detail\x18\x06 \x01(\tR\x06detail\x12\x17\n" +
 	"\aboot_id\x18\a \x01(\tR\x06bootId\x12.\n" +
 	"\x04seen\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04seen\x12!\n" +
-	"\fnext_version\x18\t \x01(\tR\vnextVersion\x12\x14\n" +
-	"\x05trial\x18\n" +
-	" \x01(\bR\x05trial\"5\n" +
+	"\fnext_version\x18\n" +
+	" \x01(\tR\vnextVersion\x12\x14\n" +
+	"\x05trial\x18\v \x01(\bR\x05trial\"5\n" +
 	"\rReportRequest\x12$\n" +
 	"\x04node\x18\x01 \x01(\v2\x10.cluster.v1.NodeR\x04node\"M\n" +
 	"\x0eReportResponse\x12'\n" +
-	"\x05order\x18\x01 \x01(\v2\x11.cluster.v1.OrderR\x05order\x12\x12\n" +
-	"\x04soon\x18\x02 \x01(\bR\x04soon2\xb4\x02\n" +
+	"\x05order\x18\x02 \x01(\v2\x11.cluster.v1.OrderR\x05order\x12\x12\n" +
+	"\x04soon\x18\x03 \x01(\bR\x04soon2\xb4\x02\n" +
 	"\bRegistry\x12c\n" +
 	"\tListNodes\x12\x1c.cluster.v1.ListNodesRequest\x1a\x1d.cluster.v1.ListNodesResponse\"\x19\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\v\x12\t/v1/nodes\x90\x02\x01\x12m\n" +
 	"\n" +
