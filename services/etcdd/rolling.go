@@ -32,7 +32,7 @@ func (d *Daemon) newRolling(kubernetes rolling.Drainer, witness func(context.Con
 			}
 			return watch(ctx, c, prefix, f)
 		},
-		Nodes: d.registry.list, Voters: d.spare, Kubernetes: kubernetes, Witness: witness,
+		Nodes: d.registry.list, Voters: d.spare, Kubernetes: kubernetes, Witness: witness, Tell: d.status.tellRolling,
 	})
 }
 

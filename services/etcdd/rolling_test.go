@@ -105,6 +105,15 @@ func TestRolling(t *testing.T) {
 	if names := fmt.Sprint(last.GetNodes()[0].GetName(), last.GetNodes()[1].GetName()); names != "n1w1" {
 		t.Errorf("order: %s, want control planes first", names)
 	}
+	figures := fmt.Sprint(n.cfg.Env.Metrics.Families())
+	for _, want := range []string{"bulkhead_etcdd_rolling_change", "bulkhead_etcdd_rolling_nodes_left"} {
+		if !strings.Contains(figures, want) {
+			t.Errorf("no metric %s", want)
+		}
+	}
+	if !strings.Contains(figures, `"done"`) || strings.Contains(figures, `"running"`) {
+		t.Errorf("metrics do not say that it is done, and nothing else: %s", figures)
+	}
 	for _, r := range []*reports{local, far} {
 		r.mu.Lock()
 		if len(r.orders) != 1 || !strings.HasPrefix(r.orders[0], "boot-0 restart: rolling reboot "+id+", ordered by alice") {
@@ -117,8 +126,9 @@ func TestRolling(t *testing.T) {
 // registered waits for nodes in the registry.
 func registered(ctx context.Context, t *testing.T, n *node, want int) {
 	t.Helper()
+	c := n.registry(t)
 	for ctx.Err() == nil {
-		l, err := n.registry(t).ListNodes(ctx, &clusterv1.ListNodesRequest{})
+		l, err := c.ListNodes(ctx, &clusterv1.ListNodesRequest{})
 		if err == nil && len(l.GetNodes()) == want {
 			return
 		}
@@ -130,8 +140,9 @@ func registered(ctx context.Context, t *testing.T, n *node, want int) {
 // followed waits until the member's daemon follows the record, which it begins to a moment after the member runs.
 func followed(ctx context.Context, t *testing.T, n *node) {
 	t.Helper()
+	c := clusterv1.NewRollingClient(n.dial(t, uid.Apid))
 	for ctx.Err() == nil {
-		w, err := clusterv1.NewRollingClient(n.dial(t, uid.Apid)).WatchStatus(ctx, &clusterv1.WatchStatusRequest{})
+		w, err := c.WatchStatus(ctx, &clusterv1.WatchStatusRequest{})
 		if err == nil {
 			_, err = w.Recv()
 		}

@@ -28,7 +28,7 @@ type Drainer interface {
 	Release(ctx context.Context, node, id string) error
 }
 
-// Config is fixed for the life of the process. All fields but Witness and Now are required.
+// Config is fixed for the life of the process. All fields but Witness, Tell and Now are required.
 type Config struct {
 	Log *slog.Logger
 	// Name returns what this node is called; "" while it has no name.
@@ -45,6 +45,8 @@ type Config struct {
 	Kubernetes Drainer
 	// Witness makes a call to a node's API, which a version on trial there has to see: whoever ordered the change may be away. nil: nothing.
 	Witness func(ctx context.Context, node string) error
+	// Tell hears where the last change is, "" if there never was one, and how many nodes are not done; for metrics. nil: nobody.
+	Tell func(phase string, left int)
 	// Now is the clock; only how it goes on counts. nil means time.Now.
 	Now func() time.Time
 }
@@ -132,6 +134,9 @@ func (c *Coordinator) follow(ctx context.Context) error {
 			}
 			for _, k := range m.GetDeleted() {
 				now.take(k, nil, m.GetRevision())
+			}
+			if c.cfg.Tell != nil {
+				c.cfg.Tell(string(now.record.Phase), now.record.left())
 			}
 			c.cell.Set(now)
 			return nil

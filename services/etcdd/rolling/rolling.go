@@ -114,6 +114,17 @@ func (r record) current() int {
 	return slices.IndexFunc(r.Nodes, func(t turn) bool { return t.Step != finished && t.Step != skipped })
 }
 
+// left is how many nodes are not done.
+func (r record) left() int {
+	n := 0
+	for _, t := range r.Nodes {
+		if t.Step != finished && t.Step != skipped {
+			n++
+		}
+	}
+	return n
+}
+
 // String names the change for people.
 func (r record) String() string {
 	what := "rolling " + r.Kind
