@@ -134,19 +134,22 @@ func (r record) String() string {
 	return fmt.Sprintf("%s %s, ordered by %s", what, r.ID, r.By)
 }
 
-// OrderFor returns what the record in value tells a node that reports: nil if nothing, and whether it should ask again soon. value may be empty; a record that cannot be
+// OrderFor returns what the record in value tells a node that reports: nil if nothing, and whether it should ask again soon: those whose turn it is, and comes next; all would be many
+// writes in a large cluster. value may be empty; a record that cannot be
 // read, which is of a later version, orders nothing.
 func OrderFor(value []byte, n *clusterv1.Node) (order *clusterv1.Order, soon bool) {
 	r, err := decode(value)
 	if err != nil || !r.active() {
 		return nil, false
 	}
-	if i := r.current(); i >= 0 {
-		if t := r.Nodes[i]; t.Name == n.GetName() && t.Step == restarting && t.Boot != "" && t.Boot == n.GetBootId() {
-			order = &clusterv1.Order{Id: r.ID, BootId: t.Boot, Text: "restart: " + r.String()}
-		}
+	i := r.current()
+	if i < 0 {
+		return nil, false
 	}
-	return order, true
+	if t := r.Nodes[i]; t.Name == n.GetName() && t.Step == restarting && t.Boot != "" && t.Boot == n.GetBootId() {
+		order = &clusterv1.Order{Id: r.ID, BootId: t.Boot, Text: "restart: " + r.String()}
+	}
+	return order, slices.ContainsFunc(r.Nodes[i:min(i+2, len(r.Nodes))], func(t turn) bool { return t.Name == n.GetName() })
 }
 
 // begin makes the record of a new change. nodes are those of the registry that it is about. Control planes come first: no kubelet may be newer than an API server

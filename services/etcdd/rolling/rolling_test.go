@@ -225,13 +225,13 @@ func TestRebootWithVersionReady(t *testing.T) {
 
 // A frozen or late word restarts nothing: it is for one boot, and only while the record says so.
 func TestOrderFor(t *testing.T) {
-	const value = `{"id":"a","kind":"reboot","by":"alice","phase":"%","nodes":[{"name":"n1","step":"done","boot":"b1"},{"name":"n2","step":"restarting","boot":"b2"},{"name":"n3","step":"pending"}]}`
+	const value = `{"id":"a","kind":"reboot","by":"alice","phase":"%","nodes":[{"name":"n1","step":"done","boot":"b1"},{"name":"n2","step":"restarting","boot":"b2"},{"name":"n3","step":"pending"},{"name":"n4","step":"pending"}]}`
 	for _, c := range []struct {
 		phase, name, boot string
 		want, soon        bool
 	}{
 		{"running", "n2", "b2", true, true}, {"aborting", "n2", "b2", true, true},
-		{"running", "n2", "b3", false, true}, {"running", "n2", "", false, true}, {"running", "n1", "b1", false, true}, {"running", "n3", "b2", false, true},
+		{"running", "n2", "b3", false, true}, {"running", "n2", "", false, true}, {"running", "n1", "b1", false, false}, {"running", "n3", "b2", false, true}, {"running", "n4", "b2", false, false},
 		{"halted", "n2", "b2", false, false}, {"aborted", "n2", "b2", false, false}, {"done", "n2", "b2", false, false},
 	} {
 		o, soon := OrderFor([]byte(strings.Replace(value, "%", c.phase, 1)), &clusterv1.Node{Name: c.name, BootId: c.boot})
