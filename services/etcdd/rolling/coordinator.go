@@ -395,7 +395,7 @@ func (c *Coordinator) hold(ctx context.Context, st state, nodes []*clusterv1.Nod
 		return true, c.take(ctx, st)
 	}
 	patience := leaseTime
-	if st.fence == 0 {
+	if st.fence == 0 || st.lease.Holder == c.cfg.Name() { // this node's, of a process that is over
 		patience = 0
 	}
 	if yields { // unless nobody else does it, though others are said to be ready

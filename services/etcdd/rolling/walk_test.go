@@ -48,12 +48,65 @@ func TestWalk(t *testing.T) {
 			}
 		})
 	}
-	// Whoever carries it out dies each few writes, and comes back with its node's restart only: one control plane is left in the end.
-	run(t, func(n int) accident {
-		if n == 6 || n == 12 {
-			return diesAfter
+	// Two die, one right after the other: one control plane is left, and carries out its own restart too.
+	t.Run("two die", func(t *testing.T) {
+		for k := 1; k <= total && !t.Failed(); k++ {
+			run(t, func(n int) accident {
+				switch n {
+				case k:
+					return diesAfter
+				case k + 1:
+					return diesBefore
+				}
+				return none
+			})
 		}
-		return none
 	})
 	t.Logf("%d writes", total)
+}
+
+// TestCrash has a control plane restart by itself, at each second of the change at which no other node is away: no node is taken while it is, and all have their turn in the end.
+func TestCrash(t *testing.T) {
+	store := startEtcd(t)
+	for second := 0; ; second++ {
+		w := newWorld(t, store)
+		w.order(&clusterv1.StartRequest{Kind: reboot})
+		crashed := false
+		for range 600 {
+			r := w.record()
+			if r.Phase == halted { // it restarted while it was drained: a person looks
+				if _, err := w.server().Resume(t.Context(), nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if r.Phase == done {
+				break
+			}
+			if !crashed && int(w.now.Unix()-1e9) >= second && w.away() == 0 {
+				m := w.node("n3")
+				m.boot, m.away, m.coordinator, crashed = m.boot+1, 6, nil, true
+			}
+			w.round(nil)
+		}
+		if !crashed { // it was done before
+			if second < 20 {
+				t.Errorf("the change took %d s: there was no time for a crash", second)
+			}
+			return
+		}
+		if r := w.record(); r.Phase != done || w.reboots() != "n1:1 n2:1 n3:1 w1:1" || w.most != 1 || len(w.kube.cordoned) > 0 {
+			t.Fatalf("crash after %d s: %s %s, restarts %s, %d down at once, cordoned %v", second, r.Phase, r.Why, w.reboots(), w.most, w.kube.cordoned)
+		}
+	}
+}
+
+// away is how many nodes are down.
+func (w *world) away() int {
+	n := 0
+	for _, m := range w.nodes {
+		if m.away > 0 {
+			n++
+		}
+	}
+	return n
 }
