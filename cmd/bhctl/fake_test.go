@@ -29,6 +29,7 @@ import (
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/testca"
@@ -40,7 +41,9 @@ type fakeCluster struct {
 	trustv1.UnimplementedMembershipServer
 	clusterv1.UnimplementedRegistryServer
 
-	access *fakeAccess
+	access  *fakeAccess
+	rolling fakeRolling
+	update  fakeUpdate
 
 	mu      sync.Mutex
 	members []string             // guarded by mu
@@ -63,6 +66,8 @@ func startFake(t testing.TB) (*fakeCluster, contexts) {
 	trustv1.RegisterMembershipServer(s, f)
 	clusterv1.RegisterRegistryServer(s, f)
 	accessv1.RegisterAccessServer(s, f.access)
+	clusterv1.RegisterRollingServer(s, &f.rolling)
+	updatev1.RegisterUpdateServer(s, &f.update)
 	etcdv1.RegisterEtcdServer(s, fakeEtcd{f: f})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)

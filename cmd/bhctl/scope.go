@@ -43,7 +43,7 @@ var scopes = func() map[string]scope {
 		&local: {"up", "down", "status", "lan-switch", "config list", "config show", "config ca", "config path", "config endpoints", "config use", "config remove", "login", "logout",
 			"completion bash", "completion zsh", "completion fish", "completion powershell", "help"},
 		&cluster: {"bootstrap", "token", "certificate", "kubeconfig", "jointoken create", "jointoken list", "jointoken revoke", "node remove", "revoke",
-			"etcd members", "etcd remove", "etcd alarms", "etcd forfeit-leadership"},
+			"rolling status", "rolling resume", "rolling abort", "etcd members", "etcd remove", "etcd alarms", "etcd forfeit-leadership"},
 		&one: {"secureboot enroll", "storage keys add", "storage keys remove", "storage keys rotate", "storage keys recovery", "etcd rejoin"},
 		&all: {"whoami", "version", "health", "services", "service restart", "diff", "get", "why", "mark-good", "storage keys list", "etcd status", "etcd snapshots"},
 	} {

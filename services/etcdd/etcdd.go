@@ -2,7 +2,7 @@
 // process, and keeps the users and roles in it as the table in plan.go says.
 //
 // It joins the cluster that other control planes have, and leaves it in order. On its socket it lends a part of etcd to daemons that have no network (store.v1), and
-// keeps the register of nodes (cluster.v1).
+// keeps the register of nodes (cluster.v1), by which it has them restart one after the other.
 //
 // It may write /var/lib/etcd and its runtime folder, and listen for clients on the loopback address and for members on all. It knows nothing of what Kubernetes
 // or Bulkhead keep in etcd but the prefixes of their keys, and the register.
@@ -21,6 +21,8 @@ import (
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
@@ -30,6 +32,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/services/etcdd/rolling"
 )
 
 // Config is fixed for the life of the process. The zero values of optional fields are what a node uses.
@@ -38,6 +41,10 @@ type Config struct {
 	Signer trustv1.SignerClient // required: trustd
 	// Peers are the other control planes, through apid. It is needed to join them.
 	Peers etcdv1.PeersClient
+	// Kubernetes empties nodes of pods before they restart; nil: there is none.
+	Kubernetes rolling.Drainer
+	// Witness shows a node whose version is on trial that its API can be called; nil: nothing does.
+	Witness func(ctx context.Context, node string) error
 	// DataDir is etcd's folder on VAR; it is waited for, not made. Default /var/lib/etcd.
 	DataDir string
 	// RunDir is where certificates go; etcd reads them anew at each handshake. Default /run/bulkhead/etcdd.
@@ -62,6 +69,7 @@ type Daemon struct {
 
 	registry *registry
 	keeper   *keeper
+	rolling  *rolling.Coordinator
 }
 
 // Run builds the daemon as on a node and runs it.
@@ -76,7 +84,13 @@ func Run(ctx context.Context, env daemon.Env) error {
 		return err
 	}
 	defer others.Close()
-	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Peers: etcdv1.NewPeersClient(others)})
+	kubeletd, err := peer.Dial(peer.Socket("kubeletd"))
+	if err != nil {
+		return err
+	}
+	defer kubeletd.Close()
+	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Peers: etcdv1.NewPeersClient(others),
+		Kubernetes: pods{kubernetesv1.NewDrainClient(kubeletd)}, Witness: witness(machinev1.NewTrialClient(others))})
 	if err != nil {
 		return err
 	}
@@ -103,6 +117,7 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	d := &Daemon{env: cfg.Env, kernel: newMember(cfg), status: newStatus(cfg.Env.Metrics)}
 	d.registry = newRegistry(d.kernel, cfg.Now)
+	d.rolling = d.newRolling(cfg.Kubernetes, cfg.Witness)
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
 		Parse: parse, Observe: d.observe, Plan: plan, Apply: d.kernel.Do, Conditions: conditions, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)
@@ -119,11 +134,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.registry.run(ctx) })
 	g.Go(func() error { return d.keeper.run(ctx) })
 	g.Go(func() error { return d.registry.publish(ctx) })
+	g.Go(func() error { return d.rolling.Run(ctx) })
 	g.Go(func() error {
 		return daemon.Serve(ctx, d.env, callers, func(s *grpc.Server) {
 			etcdv1.RegisterEtcdServer(s, &server{d: d})
 			etcdv1.RegisterPeersServer(s, &peersServer{d: d})
 			clusterv1.RegisterRegistryServer(s, &registryServer{d: d})
+			clusterv1.RegisterRollingServer(s, &rolling.Server{C: d.rolling})
 			storev1.RegisterStoreServer(s, &storeServer{d: d})
 			controlv1.RegisterControlServer(s, &reconcile.Control[spec, State, Step]{Loop: d.loop, Metrics: d.env.Metrics})
 		})

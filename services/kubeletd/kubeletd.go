@@ -153,8 +153,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 		g.Go(func() error { return d.keepVirtual(ctx) })
 	}
 	g.Go(func() error {
-		return daemon.Serve(ctx, d.cfg.Env, nil, func(s *grpc.Server) {
+		return daemon.Serve(ctx, d.cfg.Env, callers, func(s *grpc.Server) {
 			kubernetesv1.RegisterKubernetesServer(s, &server{d: d})
+			kubernetesv1.RegisterDrainServer(s, newDrainServer(d))
 			controlv1.RegisterControlServer(s, &reconcile.Control[spec, State, Step]{Loop: d.loop, Metrics: d.cfg.Env.Metrics})
 		})
 	})

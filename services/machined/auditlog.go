@@ -84,7 +84,7 @@ func (d *Daemon) lastReport() {
 	n.Audit = d.auditHead(true)
 	ctx, cancel := context.WithTimeout(context.Background(), lastWord)
 	defer cancel()
-	if err := d.report(ctx, n); err != nil {
+	if _, err := d.report(ctx, n); err != nil { // it goes down already, whatever it is told to do
 		d.cfg.Log.Warn("end of the audit log not told to the cluster", "err", errs.Text(err))
 	}
 }

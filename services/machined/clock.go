@@ -7,12 +7,9 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/version"
 )
 
-// heardClock notes how far the clock of a control plane is from this node's. at is zero if it did not say. The report took from before until now: what lies in
+// heardClock notes how far the clock of a control plane is from this node's. The report took from before until now: what lies in
 // between is no difference.
 func (d *Daemon) heardClock(at, before time.Time) {
-	if at.IsZero() {
-		return
-	}
 	now := time.Now()
 	var off time.Duration
 	switch {

@@ -74,6 +74,7 @@ type Daemon struct {
 	since   atomic.Int64 // when the kernel's lines begin that the journal does not have yet, in nanoseconds as time.Time.UnixNano has them
 
 	resetting atomic.Bool  // STATE is not to be used any more
+	following atomic.Bool  // PID 1 was told to restart by an order of the cluster
 	skew      atomic.Int64 // how far the control plane's clock was ahead at the last report, in nanoseconds
 	answered  atomic.Bool  // a call with credentials has come through apid since the start of this process
 
@@ -128,7 +129,7 @@ func Run(ctx context.Context, env daemon.Env) error {
 		}
 	}
 	elsewhere.departure = trustv1.NewDepartureClient(conns["apid"])
-	cfg.cluster = newFar(conns["networkd"], conns["apid"])
+	cfg.cluster = newFar(conns["networkd"], conns["updated"], conns["apid"])
 	d, err := New(cfg)
 	if err != nil {
 		return err
@@ -204,6 +205,7 @@ var callers = peer.List{
 // Register adds machined's services to a server.
 func (d *Daemon) Register(s *grpc.Server) {
 	machinev1.RegisterMachineServer(s, &machineServer{d: d})
+	machinev1.RegisterTrialServer(s, &trialServer{d: d})
 	configv1.RegisterConfigServer(s, &configServer{d: d})
 }
 

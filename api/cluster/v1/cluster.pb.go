@@ -158,7 +158,11 @@ type Node struct {
 	BootId string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
 	Seen   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=seen,proto3" json:"seen,omitempty"`
 	// The end of the node's audit log; only in reports.
-	Audit         *AuditHead `protobuf:"bytes,9,opt,name=audit,proto3" json:"audit,omitempty"`
+	Audit *AuditHead `protobuf:"bytes,9,opt,name=audit,proto3" json:"audit,omitempty"`
+	// The version that lies ready, and that the next boot tries; "" if it starts the running one.
+	NextVersion string `protobuf:"bytes,10,opt,name=next_version,json=nextVersion,proto3" json:"next_version,omitempty"`
+	// The running version has not been found good yet.
+	Trial         bool `protobuf:"varint,11,opt,name=trial,proto3" json:"trial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -254,6 +258,20 @@ func (x *Node) GetAudit() *AuditHead {
 		return x.Audit
 	}
 	return nil
+}
+
+func (x *Node) GetNextVersion() string {
+	if x != nil {
+		return x.NextVersion
+	}
+	return ""
+}
+
+func (x *Node) GetTrial() bool {
+	if x != nil {
+		return x.Trial
+	}
+	return false
 }
 
 // AuditHead is the newest record of an audit log that is on the disk.
@@ -518,7 +536,11 @@ func (x *ReportRequest) GetNode() *Node {
 type ReportResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The clock of the control plane that took the report.
-	Clock         *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=clock,proto3" json:"clock,omitempty"`
+	Clock *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=clock,proto3" json:"clock,omitempty"`
+	// Set if the node is to restart now: see Rolling.
+	Order *Order `protobuf:"bytes,2,opt,name=order,proto3" json:"order,omitempty"`
+	// An order may come soon: report again in a few seconds.
+	Soon          bool `protobuf:"varint,3,opt,name=soon,proto3" json:"soon,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -560,16 +582,30 @@ func (x *ReportResponse) GetClock() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *ReportResponse) GetOrder() *Order {
+	if x != nil {
+		return x.Order
+	}
+	return nil
+}
+
+func (x *ReportResponse) GetSoon() bool {
+	if x != nil {
+		return x.Soon
+	}
+	return false
+}
+
 var File_cluster_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\n" +
 	"\x18cluster/v1/cluster.proto\x12\n" +
-	"cluster.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n" +
+	"cluster.v1\x1a\x12auth/v1/auth.proto\x1a\x18cluster/v1/rolling.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n" +
 	"\x10ListNodesRequest\";\n" +
 	"\x11ListNodesResponse\x12&\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x10.cluster.v1.NodeR\x05nodes\"\x13\n" +
-	"\x11WatchNodesRequest\"\x8a\x02\n" +
+	"\x11WatchNodesRequest\"\xc3\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x1c\n" +
@@ -579,7 +615,10 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x06detail\x18\x06 \x01(\tR\x06detail\x12\x17\n" +
 	"\aboot_id\x18\a \x01(\tR\x06bootId\x12.\n" +
 	"\x04seen\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04seen\x12+\n" +
-	"\x05audit\x18\t \x01(\v2\x15.cluster.v1.AuditHeadR\x05audit\"e\n" +
+	"\x05audit\x18\t \x01(\v2\x15.cluster.v1.AuditHeadR\x05audit\x12!\n" +
+	"\fnext_version\x18\n" +
+	" \x01(\tR\vnextVersion\x12\x14\n" +
+	"\x05trial\x18\v \x01(\bR\x05trial\"e\n" +
 	"\tAuditHead\x12\x14\n" +
 	"\x05chain\x18\x01 \x01(\tR\x05chain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x12\n" +
@@ -593,9 +632,11 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x04head\x18\x01 \x01(\v2\x15.cluster.v1.AuditHeadR\x04head\x12*\n" +
 	"\x02at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"5\n" +
 	"\rReportRequest\x12$\n" +
-	"\x04node\x18\x01 \x01(\v2\x10.cluster.v1.NodeR\x04node\"B\n" +
+	"\x04node\x18\x01 \x01(\v2\x10.cluster.v1.NodeR\x04node\"\x7f\n" +
 	"\x0eReportResponse\x120\n" +
-	"\x05clock\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05clock2\xb5\x03\n" +
+	"\x05clock\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05clock\x12'\n" +
+	"\x05order\x18\x02 \x01(\v2\x11.cluster.v1.OrderR\x05order\x12\x12\n" +
+	"\x04soon\x18\x03 \x01(\bR\x04soon2\xb5\x03\n" +
 	"\bRegistry\x12c\n" +
 	"\tListNodes\x12\x1c.cluster.v1.ListNodesRequest\x1a\x1d.cluster.v1.ListNodesResponse\"\x19\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\v\x12\t/v1/nodes\x90\x02\x01\x12m\n" +
 	"\n" +
@@ -628,6 +669,7 @@ var file_cluster_v1_cluster_proto_goTypes = []any{
 	(*ReportRequest)(nil),            // 8: cluster.v1.ReportRequest
 	(*ReportResponse)(nil),           // 9: cluster.v1.ReportResponse
 	(*timestamppb.Timestamp)(nil),    // 10: google.protobuf.Timestamp
+	(*Order)(nil),                    // 11: cluster.v1.Order
 }
 var file_cluster_v1_cluster_proto_depIdxs = []int32{
 	3,  // 0: cluster.v1.ListNodesResponse.nodes:type_name -> cluster.v1.Node
@@ -638,19 +680,20 @@ var file_cluster_v1_cluster_proto_depIdxs = []int32{
 	10, // 5: cluster.v1.AuditAnchor.at:type_name -> google.protobuf.Timestamp
 	3,  // 6: cluster.v1.ReportRequest.node:type_name -> cluster.v1.Node
 	10, // 7: cluster.v1.ReportResponse.clock:type_name -> google.protobuf.Timestamp
-	0,  // 8: cluster.v1.Registry.ListNodes:input_type -> cluster.v1.ListNodesRequest
-	2,  // 9: cluster.v1.Registry.WatchNodes:input_type -> cluster.v1.WatchNodesRequest
-	5,  // 10: cluster.v1.Registry.ListAuditAnchors:input_type -> cluster.v1.ListAuditAnchorsRequest
-	8,  // 11: cluster.v1.Registry.Report:input_type -> cluster.v1.ReportRequest
-	1,  // 12: cluster.v1.Registry.ListNodes:output_type -> cluster.v1.ListNodesResponse
-	1,  // 13: cluster.v1.Registry.WatchNodes:output_type -> cluster.v1.ListNodesResponse
-	6,  // 14: cluster.v1.Registry.ListAuditAnchors:output_type -> cluster.v1.ListAuditAnchorsResponse
-	9,  // 15: cluster.v1.Registry.Report:output_type -> cluster.v1.ReportResponse
-	12, // [12:16] is the sub-list for method output_type
-	8,  // [8:12] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	11, // 8: cluster.v1.ReportResponse.order:type_name -> cluster.v1.Order
+	0,  // 9: cluster.v1.Registry.ListNodes:input_type -> cluster.v1.ListNodesRequest
+	2,  // 10: cluster.v1.Registry.WatchNodes:input_type -> cluster.v1.WatchNodesRequest
+	5,  // 11: cluster.v1.Registry.ListAuditAnchors:input_type -> cluster.v1.ListAuditAnchorsRequest
+	8,  // 12: cluster.v1.Registry.Report:input_type -> cluster.v1.ReportRequest
+	1,  // 13: cluster.v1.Registry.ListNodes:output_type -> cluster.v1.ListNodesResponse
+	1,  // 14: cluster.v1.Registry.WatchNodes:output_type -> cluster.v1.ListNodesResponse
+	6,  // 15: cluster.v1.Registry.ListAuditAnchors:output_type -> cluster.v1.ListAuditAnchorsResponse
+	9,  // 16: cluster.v1.Registry.Report:output_type -> cluster.v1.ReportResponse
+	13, // [13:17] is the sub-list for method output_type
+	9,  // [9:13] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_cluster_v1_cluster_proto_init() }
@@ -658,6 +701,7 @@ func file_cluster_v1_cluster_proto_init() {
 	if File_cluster_v1_cluster_proto != nil {
 		return
 	}
+	file_cluster_v1_rolling_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

@@ -41,7 +41,8 @@ type RegistryClient interface {
 	// ListAuditAnchors returns what the cluster remembers of the end of a node's audit log, oldest first: a log that does not have these records with these hashes
 	// was changed or cut. NOT_FOUND if there is none.
 	ListAuditAnchors(ctx context.Context, in *ListAuditAnchorsRequest, opts ...grpc.CallOption) (*ListAuditAnchorsResponse, error)
-	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's.
+	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's. The answer has what the node is to do
+	// now, as of a moment after the call.
 	Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error)
 }
 
@@ -116,7 +117,8 @@ type RegistryServer interface {
 	// ListAuditAnchors returns what the cluster remembers of the end of a node's audit log, oldest first: a log that does not have these records with these hashes
 	// was changed or cut. NOT_FOUND if there is none.
 	ListAuditAnchors(context.Context, *ListAuditAnchorsRequest) (*ListAuditAnchorsResponse, error)
-	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's.
+	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's. The answer has what the node is to do
+	// now, as of a moment after the call.
 	Report(context.Context, *ReportRequest) (*ReportResponse, error)
 	mustEmbedUnimplementedRegistryServer()
 }
