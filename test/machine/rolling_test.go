@@ -3,22 +3,11 @@ package machine
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 )
-
-// TestRolling has four machines restart one after the other, without Kubernetes, while the one who ordered it goes away and others go on writing.
-func TestRolling(t *testing.T) {
-	n := newNode(t)
-	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
-	c := &cluster{n: n, image: n.build(t, otherImage{version: "9.1.0"}), nodes: []string{"test-1", "test-2", "test-3", "test-w1"}}
-	c.up(t)
-	c.states(t, 2*time.Minute, c.ready())
-	c.rolls(t)
-}
 
 // Bounds under software emulation. A node's restart takes a minute or two there.
 const (
