@@ -27,7 +27,7 @@ import (
 const (
 	reportPause  = 10 * time.Second // between two reports that say the same
 	reportLook   = 2 * time.Second  // between two looks at whether there is something else to say
-	reportTime   = 5 * time.Second  // for one report
+	reportTime   = 12 * time.Second // for one report: apid gives a control plane that does not answer five, then asks the next
 	versionsTime = time.Second      // of that, for updated
 	maxDetail    = 1024             // bytes; the register takes no more
 	unanswered   = "api.answered"   // the check that says whether anybody called: a node that nobody needs is none the worse
