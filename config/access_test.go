@@ -26,7 +26,7 @@ func TestAccessRefuses(t *testing.T) {
 			`n.yaml:5: Access.roles[1].name: "a" stands here twice; the first is Access.roles[0]`},
 		{"a role for nothing", role(""), `n.yaml:5: Access.roles[0].allow: is empty: the role may do nothing; allowed: SERVICE/METHOD with * for any characters, like "machine.v1.Machine/Get*"`},
 		{"no such service", role("/bulkhead.machine.v1.Machine/Get*"),
-			`n.yaml:5: Access.roles[0].allow[0]: "/bulkhead.machine.v1.Machine/Get*" matches nothing: there is no such service; nearest: machine.v1.Machine, update.v1.Update, etcd.v1.Etcd`},
+			`n.yaml:5: Access.roles[0].allow[0]: "/bulkhead.machine.v1.Machine/Get*" matches nothing: there is no such service; nearest: machine.v1.Machine, update.v1.Update, cluster.v1.Rolling`},
 		{"no such method", role("machine.v1.Machine/GetVersoin"),
 			`n.yaml:5: Access.roles[0].allow[0]: "machine.v1.Machine/GetVersoin" matches nothing: there is no such method of machine.v1.Machine; nearest: GetVersion, GetAudit, GetHealth`},
 		{"what is for nodes", role("trust.v1.Nodes/*, cluster.v1.Registry/Report"),
