@@ -81,7 +81,7 @@ test: ## every test that needs no virtual machine
 test-vm: image ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
 	@test/tools/install.sh
 	@out/bin/mkimage fetch && rm -rf out/test-kernel && dpkg-deb -x $(KERNEL_DEB) out/test-kernel && ln -s usr/lib out/test-kernel/lib
-	@BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 60m -p 1 \
+	@BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 75m -p 1 \
 	  -run 'VM|Boot|Node|Fault|Cut|Flood|Full|Firmware|Upgrade|Poison|Install|Reset' ./init ./storaged ./services/kubeletd ./deploy/qemu ./deploy/image ./test/machine | REPORT_LIVE=1 go run ./test/report
 
 test-faults: KUBERNETES = none
