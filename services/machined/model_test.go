@@ -37,7 +37,7 @@ type node struct {
 	init    *modelInit
 	host    *modelHost
 	past    *modelPast
-	facts   security.Facts
+	facts   security.Facts // guarded by cluster.mu once the daemon runs
 	runtime string
 	others  *modelOthers
 	cluster *modelCluster
@@ -54,12 +54,18 @@ func newNode(t *testing.T) *node {
 	return n
 }
 
+func (n *node) hardening() security.Facts {
+	n.cluster.mu.Lock()
+	defer n.cluster.mu.Unlock()
+	return n.facts
+}
+
 // start runs machined until the returned function is called.
 func (n *node) start() (*Daemon, func()) {
 	n.t.Helper()
 	cfg := Config{
 		Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("machined"), Runtime: n.runtime,
-		host: n.host, past: n.past, init: n.init, links: map[string]link{}, facts: func() security.Facts { return n.facts }, others: n.others, cluster: n.cluster,
+		host: n.host, past: n.past, init: n.init, links: map[string]link{}, facts: n.hardening, others: n.others, cluster: n.cluster,
 	}
 	for name, l := range n.links {
 		cfg.links[name] = l

@@ -104,15 +104,15 @@ func (f far) Report(ctx context.Context, n *clusterv1.Node) (*clusterv1.ReportRe
 // at the next turn: the node does its job without.
 func (d *Daemon) reportSelf(ctx context.Context) error {
 	var told *clusterv1.Node
-	var at time.Time
+	var at, looked time.Time // of the last report, and of the last look at the hardening
 	var open, said string
 	var ordered *clusterv1.ReportResponse
 	t := time.NewTicker(reportLook)
 	defer t.Stop()
 	for {
 		due := time.Since(at) >= reportPause || ordered.GetSoon()
-		if time.Since(at) >= reportPause {
-			open = security.Trouble(security.Report(d.cfg.facts())) // many files, which seldom change
+		if time.Since(looked) >= reportPause {
+			open, looked = security.Trouble(security.Report(d.cfg.facts())), time.Now() // many files, which seldom change
 		}
 		if n := d.self(open); n != nil && (due || told == nil || n.GetState() != told.GetState() || n.GetDetail() != told.GetDetail()) {
 			call, cancel := context.WithTimeout(ctx, reportTime)

@@ -171,6 +171,31 @@ func followsOrder(t *testing.T) {
 	}
 }
 
+// What changes in the hardening is told in time, also while the cluster wants to hear of the node every second: a machine closes the kernel's modules late in its boot.
+func TestReportsHardening(t *testing.T) { synctest.Test(t, reportsHardening) }
+
+func reportsHardening(t *testing.T) {
+	n := newNode(t)
+	n.host.mounted = true
+	good := n.facts
+	n.facts.Lockdown = "[none] integrity confidentiality"
+	n.cluster.answer = &clusterv1.ReportResponse{Soon: true}
+	d, stop := n.start()
+	defer stop()
+	if _, err := apply(d, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n"); err != nil {
+		t.Fatal(err)
+	}
+	n.cluster.until(t, func(r *clusterv1.Node) bool { return strings.Contains(r.GetDetail(), "lockdown") })
+	n.cluster.mu.Lock()
+	n.facts = good
+	n.cluster.mu.Unlock()
+	began := time.Now() // synctest's
+	n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetState() == "ready" })
+	if wait := time.Since(began); wait > reportPause+reportLook {
+		t.Errorf("told after %s, want at most %s", wait, reportPause+reportLook)
+	}
+}
+
 // What lies ready, and whether the running version was found good, is in each report. If that is not known, it is not good.
 func TestReportsVersions(t *testing.T) { synctest.Test(t, reportsVersions) }
 
