@@ -245,6 +245,7 @@ func (c *cluster) replaces(t *testing.T, before map[string]string) {
 // keepsQuorum has one member away: the cluster must refuse to give up another.
 func (c *cluster) keepsQuorum(t *testing.T) {
 	m := c.machine(t, "test-2")
+	killed := c.mustBoots(t)["test-2"]
 	if err := m.Kill(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -264,6 +265,14 @@ func (c *cluster) keepsQuorum(t *testing.T) {
 	if err := m.Start(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
+	// The register may still hold what the killed boot said last, which was ready.
+	eventually(t, 4*time.Minute, "test-2 reports its new boot", func() error {
+		now, err := c.boots(t)
+		if err == nil && now["test-2"] == killed {
+			err = fmt.Errorf("the register still tells boot %s", killed)
+		}
+		return err
+	})
 	c.states(t, 4*time.Minute, c.ready())
 }
 

@@ -21,26 +21,36 @@ type rollingStatus struct {
 	Nodes                          []struct{ Name, State, Detail string }
 }
 
-// boots are the boots that run, by node.
-func (c *cluster) boots(t *testing.T) map[string]string {
+// boots are the boots that run, by node, as the register tells them: a node that was killed keeps its last until it reports again.
+func (c *cluster) boots(t *testing.T) (map[string]string, error) {
 	t.Helper()
 	var nodes []struct {
 		Name   string
 		BootID string `json:"bootId"`
 	}
 	if err := c.ask(t, &nodes, "get", "nodes"); err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	out := map[string]string{}
 	for _, n := range nodes {
 		out[n.Name] = n.BootID
 	}
-	return out
+	return out, nil
+}
+
+// mustBoots is boots where every control plane is up.
+func (c *cluster) mustBoots(t *testing.T) map[string]string {
+	t.Helper()
+	boots, err := c.boots(t)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return boots
 }
 
 // rolls orders a rolling restart, kills the client in the middle of it, and watches.
 func (c *cluster) rolls(t *testing.T) {
-	before := c.boots(t)
+	before := c.mustBoots(t)
 	w := &appender{c: c}
 	writing, stop := context.WithCancel(t.Context())
 	var g sync.WaitGroup
@@ -83,7 +93,7 @@ func (c *cluster) rolls(t *testing.T) {
 		return nil
 	})
 	c.states(t, time.Minute, c.ready())
-	after := c.boots(t)
+	after := c.mustBoots(t)
 	for _, name := range c.nodes {
 		if after[name] == before[name] || after[name] == "" {
 			t.Errorf("%s: boot %q before, %q after", name, before[name], after[name])
