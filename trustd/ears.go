@@ -1,0 +1,93 @@
+package trustd
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/pem"
+	"slices"
+	"sync"
+
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
+)
+
+// ears are the daemons of this node that follow what is trusted, and how far each has got. The zero value is none.
+type ears struct {
+	mu      sync.Mutex
+	by      map[uid.ID]*ear // guarded by mu
+	changed latest.Cell[uint64]
+	count   uint64 // guarded by mu
+}
+
+type ear struct {
+	streams int
+	said    *trustv1.ReportTrustRequest // nil: nothing since it began to listen
+}
+
+// open notes that a daemon listens, until the function that is returned is called.
+func (e *ears) open(who uid.ID) (done func()) {
+	e.change(func() {
+		if e.by == nil {
+			e.by = map[uid.ID]*ear{}
+		}
+		if e.by[who] == nil {
+			e.by[who] = &ear{}
+		}
+		e.by[who].streams++
+		e.by[who].said = nil
+	})
+	return func() {
+		e.change(func() {
+			if e.by[who].streams--; e.by[who].streams == 0 {
+				delete(e.by, who) // it does not run, or begins anew
+			}
+		})
+	}
+}
+
+// say notes how far a daemon has got.
+func (e *ears) say(who uid.ID, r *trustv1.ReportTrustRequest) {
+	e.change(func() {
+		if b := e.by[who]; b != nil {
+			b.said = r
+		}
+	})
+}
+
+func (e *ears) change(f func()) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	f()
+	e.count++
+	e.changed.Set(e.count)
+}
+
+// heard says which daemon does not act by t yet, or shows a certificate of an authority that signs no more; nil if all do.
+func (e *ears) heard(t *trustv1.TrustState) error {
+	signers := map[string]bool{}
+	for _, bundle := range []string{t.GetOsCa(), t.GetEtcdCa(), t.GetKubernetesCa(), t.GetFrontProxyCa()} {
+		if block, _ := pem.Decode([]byte(bundle)); block != nil {
+			sum := sha256.Sum256(pemCert(block.Bytes))
+			signers[hex.EncodeToString(sum[:])] = true
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var late []string
+	for who, b := range e.by {
+		ok := b.said.GetAuthorities() == t.GetAuthorities()
+		for _, h := range b.said.GetHeld() {
+			ok = ok && signers[h.GetAuthority()]
+		}
+		if !ok {
+			late = append(late, who.Name())
+		}
+	}
+	if len(late) == 0 {
+		return nil
+	}
+	slices.Sort(late)
+	return errs.New(errs.Unavailable, "daemons of this node that do not act by the authorities of now yet: %q", late)
+}
