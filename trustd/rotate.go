@@ -43,10 +43,12 @@ func (d *Daemon) rotate(ctx context.Context) error {
 		} else {
 			pause = firstPause
 		}
-		if text != said && err != nil {
+		if err == nil {
+			said = ""
+		} else if text != said && pause > waitsLong { // what passes by itself is no news
 			d.log.Warn("replacement of authorities waits", "err", text)
+			said = text
 		}
-		said = text
 		var timer <-chan time.Time
 		if !at.IsZero() {
 			timer = time.After(min(max(at.Sub(d.cfg.Now()), firstPause), time.Hour))
@@ -62,6 +64,9 @@ func (d *Daemon) rotate(ctx context.Context) error {
 		}
 	}
 }
+
+// waitsLong is the pause between two tries from which on it is said why.
+const waitsLong = 2 * time.Second
 
 // rotateWorker confirms what a worker heard, once its daemons act by it. told is what was confirmed last.
 func (d *Daemon) rotateWorker(ctx context.Context, k *keyring, t *trustv1.TrustState, told string) (string, error) {
@@ -250,8 +255,8 @@ func (d *Daemon) orphan(ctx context.Context, k *keyring) error {
 func (d *Daemon) takePart(ctx context.Context, list *roster.State, k *keyring) error {
 	r := list.Rotation
 	switch r.Stage {
-	case roster.Aborted, roster.Abort:
-		return d.enter(&rotation{id: r.ID, stage: roster.Aborted})
+	case roster.Aborted, roster.Abort: // it never had the new ones
+		return d.enter(&rotation{id: r.ID, stage: r.Stage})
 	case roster.Finish, roster.Done:
 		return d.enter(&rotation{id: r.ID, stage: roster.Finish}) // it joined when the old ones were gone
 	}

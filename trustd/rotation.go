@@ -201,7 +201,7 @@ func parseRotation(data []byte) (*rotation, error) {
 		}
 		r.turns[name] = turn{old: old, new: next}
 	}
-	if len(r.turns) == 0 && !r.final() {
+	if len(r.turns) == 0 && !r.final() && r.stage != roster.Abort {
 		return nil, errors.New("there are no keys in it")
 	}
 	for _, k := range []struct {

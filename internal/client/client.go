@@ -6,7 +6,6 @@ package client
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"net"
 	"time"
@@ -35,6 +34,8 @@ type Credentials struct {
 	Certificate, Key []byte
 	// Token is a bearer token from trust.v1.Trust/MintToken.
 	Token string
+	// Learn is called with an authority (PEM) that takes the place of one in CA, as that one says; whoever keeps CA should keep both. It is called in a handshake, possibly several at once. nil: nobody keeps it.
+	Learn func(authority []byte)
 }
 
 // String keeps secrets out of logs.
@@ -62,11 +63,10 @@ func Address(endpoint string) (string, error) {
 
 // TLS returns the configuration with which a client of apid or gateway recognises a node, and shows its own certificate if it has one.
 func TLS(c Credentials) (*tls.Config, error) {
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(c.CA) {
-		return nil, fmt.Errorf("credentials: ca: no PEM certificate in it")
+	cfg := &tls.Config{MinVersion: tls.VersionTLS13, ServerName: ServerName}
+	if err := recognise(cfg, c); err != nil {
+		return nil, err
 	}
-	cfg := &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool, ServerName: ServerName}
 	if len(c.Certificate) > 0 || len(c.Key) > 0 {
 		pair, err := tls.X509KeyPair(c.Certificate, c.Key)
 		if err != nil {

@@ -182,8 +182,8 @@ func stale(p *Pair, roots *Roots, now time.Time) bool {
 		return true
 	}
 	for _, ca := range []string{roots.State.GetOsCa(), roots.State.GetEtcdCa(), roots.State.GetKubernetesCa(), roots.State.GetFrontProxyCa()} {
-		if strings.HasPrefix(ca, string(p.CA)) {
-			return false
+		if strings.HasPrefix(ca, string(p.CA)) { // once the old authority is gone, nothing is to lead to it
+			return len(p.TLS.Certificate) > 1 && len(ca) == len(p.CA)
 		}
 	}
 	return true

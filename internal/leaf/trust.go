@@ -111,6 +111,9 @@ func (t *Trust) words() (*trustv1.ReportTrustRequest, bool) {
 	r := &trustv1.ReportTrustRequest{Authorities: roots.State.GetAuthorities()}
 	for _, l := range leaves {
 		if p, _ := l.Pair(); p != nil {
+			if stale(p, roots, time.Now()) {
+				return nil, false // another one is on its way
+			}
 			sum := sha256.Sum256(p.CA)
 			r.Held = append(r.Held, &trustv1.HeldCertificate{Profile: l.cfg.Profile, Authority: hex.EncodeToString(sum[:])})
 		}
