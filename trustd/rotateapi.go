@@ -21,6 +21,9 @@ import (
 // they ask for no other.
 const overlap = day
 
+// goingBack is how long the new authority is still believed after an abort, so that whoever has a certificate of it can get another one.
+const goingBack = 5 * time.Second
+
 // rotatable are the authorities that can be replaced; the others' users do not follow yet.
 var rotatable = []string{"os"}
 
@@ -126,6 +129,9 @@ func (s authoritiesServer) AbortRotation(ctx context.Context, _ *trustv1.AbortRo
 			return false, nil
 		case roster.Finish, roster.Done:
 			return false, errs.New(errs.Precondition, "stage %q: the old authorities are removed already; to have others again, replace these", rot.Stage)
+		}
+		if rot.Wait = 0; rot.Stage == roster.Issue {
+			rot.Wait = uint64(goingBack / time.Second)
 		}
 		rot.Stage, rot.Entered = roster.Abort, now
 		return true, nil

@@ -43,7 +43,9 @@ func (a *app) dial() (*grpc.ClientConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return client.DialAny(c.all(), c.credentials())
+	cred := c.credentials()
+	cred.Learn = a.learn
+	return client.DialAny(c.all(), cred)
 }
 
 // target is the context to use, with the flags' values in it.
@@ -116,14 +118,14 @@ func explain(err error) string {
 	text := errs.Text(err)
 	switch status.Code(err) {
 	case codes.Unauthenticated:
-		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  or ask an administrator for bhctl token / bhctl certificate."
+		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  or ask an administrator for bhctl token / bhctl certificate.\n  Credentials of before the cluster's authority was replaced (bhctl trust rotate-ca) are worth nothing any more."
 	case codes.PermissionDenied:
 		if strings.Contains(text, "needs role") { // others say themselves what to do
 			return text + "\n  Ask an administrator for a credential with that role: bhctl token --role ROLE."
 		}
 	case codes.Unavailable:
 		if strings.Contains(text, "certificate") {
-			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, was it reset, or is its volume STATE\n  locked? Its console says so; then: bhctl unlock."
+			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, was it reset, or is its volume STATE\n  locked? Its console says so; then: bhctl unlock. Or the cluster's authority was replaced (bhctl trust rotate-ca) and this context has slept\n  through it: then ask an administrator for a new context (bhctl certificate NAME --as CONTEXT), or for the authority of now (bhctl config ca)."
 		}
 		return text + "\n  Is the node up, and the endpoint right? bhctl config show; for a local machine: bhctl status."
 	case codes.DeadlineExceeded:

@@ -41,7 +41,7 @@ type Rotation struct {
 	By      string    `json:"by"`
 	Started time.Time `json:"started"`
 	Entered time.Time `json:"entered"` // the stage
-	// Wait is how many seconds Issue lasts at least.
+	// Wait is how many seconds Issue lasts at least, or Abort.
 	Wait uint64 `json:"wait"`
 
 	revision uint64
@@ -153,6 +153,9 @@ func Advance(s *State, now time.Time) (next string, at time.Time) {
 	case Finish:
 		return Done, time.Time{}
 	case Abort:
+		if at := s.Rotation.Entered.Add(time.Duration(s.Rotation.Wait) * time.Second); now.Before(at) {
+			return "", at
+		}
 		return Aborted, time.Time{}
 	}
 	return "", time.Time{}
