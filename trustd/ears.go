@@ -64,13 +64,18 @@ func (e *ears) change(f func()) {
 	e.changed.Set(e.count)
 }
 
+// pemSum is how a daemon names an authority: HeldCertificate.authority.
+func pemSum(text []byte) string {
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:])
+}
+
 // heard says which daemon does not act by t yet, or shows a certificate of an authority that signs no more; nil if all do.
 func (e *ears) heard(t *trustv1.TrustState) error {
 	signers := map[string]bool{}
 	for _, bundle := range []string{t.GetOsCa(), t.GetEtcdCa(), t.GetKubernetesCa(), t.GetFrontProxyCa()} {
 		if block, _ := pem.Decode([]byte(bundle)); block != nil {
-			sum := sha256.Sum256(pemCert(block.Bytes))
-			signers[hex.EncodeToString(sum[:])] = true
+			signers[pemSum(pemCert(block.Bytes))] = true
 		}
 	}
 	e.mu.Lock()
