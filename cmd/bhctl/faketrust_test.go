@@ -28,8 +28,8 @@ func (f *fakeAuthorities) StartRotation(_ context.Context, r *trustv1.StartRotat
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, w := range r.Which {
-		if w != "os" {
-			return nil, status.Errorf(codes.InvalidArgument, "which: %q; allowed are [\"os\"]", w)
+		if w != "os" && w != "etcd" {
+			return nil, status.Errorf(codes.InvalidArgument, "which: %q; allowed are [\"etcd\" \"os\"]", w)
 		}
 	}
 	if f.r.Stage == "" || f.r.Stage == "aborted" {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -38,6 +39,13 @@ type Trust struct {
 	mu     sync.Mutex
 	leaves []*Leaf           // guarded by mu
 	acts   func(*Roots) bool // guarded by mu; nil: at once
+}
+
+// Bundle is the text of authorities (PEM) in an order that does not depend on which one signs, for programs that must start anew when it changes.
+func Bundle(text string) string {
+	parts := strings.SplitAfter(text, "-----END CERTIFICATE-----\n")
+	slices.Sort(parts)
+	return strings.Join(parts, "")
 }
 
 // NewTrust returns a Trust that knows nothing yet.

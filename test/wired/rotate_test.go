@@ -137,10 +137,13 @@ func (c *cluster) rotate(ctx context.Context, f func(trustv1.AuthoritiesClient) 
 	return r
 }
 
-func (c *cluster) begin(ctx context.Context, now bool) *trustv1.Rotation {
+func (c *cluster) begin(ctx context.Context, now bool, which ...string) *trustv1.Rotation {
 	c.n1.t.Helper()
+	if len(which) == 0 {
+		which = []string{"os"}
+	}
 	return c.rotate(ctx, func(a trustv1.AuthoritiesClient) (*trustv1.Rotation, error) {
-		return a.StartRotation(ctx, &trustv1.StartRotationRequest{Which: []string{"os"}, SkipWait: now})
+		return a.StartRotation(ctx, &trustv1.StartRotationRequest{Which: which, SkipWait: now})
 	})
 }
 
@@ -186,10 +189,13 @@ func (c *cluster) hammer(ctx context.Context, t *testing.T) (stop func() int64) 
 	return func() int64 { cancel(); wait.Wait(); return count.Load() }
 }
 
-func authorityLines(r *trustv1.ListCertificatesResponse) string {
+func authorityLines(r *trustv1.ListCertificatesResponse, of ...string) string {
 	var out []string
+	if len(of) == 0 {
+		of = []string{"os-ca"}
+	}
 	for _, c := range r.GetCertificates() {
-		if c.GetPem() != "" && c.GetProfile() == "os-ca" {
+		if c.GetPem() != "" && slices.Contains(of, c.GetProfile()) {
 			out = append(out, strings.Join([]string{string(rune('0' + c.GetGeneration())), c.GetState()}, " "))
 		}
 	}
@@ -262,6 +268,16 @@ func TestRotateAuthority(t *testing.T) {
 			if f.Name() == "rotation.json" && strings.Contains(string(data), "PRIVATE") {
 				t.Errorf("%s still has keys", f.Name())
 			}
+		}
+	}
+	// Another authority is another replacement.
+	c.begin(ctx, true, "etcd")
+	c.until(ctx, "done")
+	for _, n := range []string{"n1", "n2", "n3"} {
+		r, err := c.call(ctx, c.n1, c.owner.get(), n)
+		c.n1.must(err)
+		if got := authorityLines(r, "os-ca", "etcd-ca"); got != "2 signs, 2 signs" {
+			t.Errorf("authorities of %s in the end: %q", n, got)
 		}
 	}
 }
