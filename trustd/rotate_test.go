@@ -141,6 +141,9 @@ func TestNewKeysAreSealed(t *testing.T) {
 	_, err := n1.authorities().StartRotation(n1.admin(), &trustv1.StartRotationRequest{Which: []string{"os"}, SkipWait: true})
 	n1.must(err)
 	n2.stage("prepare")
+	for s, changed := n1.d.list.Get(); len(s.Sealed) > 0 || len(s.Wants) > 0; s, changed = n1.d.list.Get() { // until n2 has taken them
+		<-changed
+	}
 	k1, _ := n1.d.keys.Get()
 	k2, _ := n2.d.keys.Get()
 	if a, b := k1.rot.turns["os-ca"].new, k2.rot.turns["os-ca"].new; !a.cert.Equal(b.cert) || !a.key.Equal(b.key) {
