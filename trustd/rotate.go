@@ -78,7 +78,7 @@ func (d *Daemon) rotateWorker(ctx context.Context, k *keyring, t *trustv1.TrustS
 	if !d.keeps(t) {
 		return told, errs.New(errs.Unavailable, "what was heard of the cluster is not on the disk yet")
 	}
-	if err := d.ears.heard(t); err != nil {
+	if err := d.ears.heard(t, d.cfg.Now()); err != nil {
 		return told, err
 	}
 	roots := d.osRoots(k)
@@ -120,6 +120,8 @@ func (d *Daemon) rotateControlPlane(ctx context.Context, list *roster.State, k *
 	}
 	if stage != k.rot.stage && !k.rot.final() {
 		return at, d.enter(k.rot.at(stage))
+	} else if stage != k.rot.stage {
+		return at, d.ahead(ctx, k.rot)
 	}
 	if len(k.rot.turns) > 0 {
 		if err := d.give(ctx, list, k); err != nil {
@@ -131,7 +133,7 @@ func (d *Daemon) rotateControlPlane(ctx context.Context, list *roster.State, k *
 	}
 	me := list.Nodes[k.node.name]
 	if me.Key == k.node.digest() && !list.HasConfirmed(me.Name) && k.rot.stage == r.Stage {
-		if err := d.ears.heard(t); err != nil {
+		if err := d.ears.heard(t, d.cfg.Now()); err != nil {
 			return at, err
 		}
 		l, _, err := d.roster()
@@ -249,6 +251,21 @@ func (d *Daemon) orphan(ctx context.Context, k *keyring) error {
 	}
 	slices.Sort(rot.Which)
 	return l.Restore(ctx, rot)
+}
+
+// ahead tells the list in etcd that a replacement has come to its end, if it has forgotten that: an older snapshot was restored. There is no way back from there.
+func (d *Daemon) ahead(ctx context.Context, r *rotation) error {
+	l, _, err := d.roster()
+	if err != nil {
+		return err
+	}
+	return l.Change(ctx, func(_ *roster.State, rot *roster.Rotation) (bool, error) {
+		if rot.ID != r.id || rot.Stage == r.stage || rot.Stage == roster.Done {
+			return false, nil
+		}
+		rot.Stage, rot.Entered = r.stage, d.cfg.Now()
+		return true, nil
+	})
 }
 
 // takePart gets the new keys from another control plane. When the replacement is over there is nothing to get: the node has the right ones, or its own word is worth nothing.

@@ -233,7 +233,7 @@ func TestRotationWaitsForDaemons(t *testing.T) {
 	_, err = n1.authorities().StartRotation(n1.admin(), &trustv1.StartRotationRequest{Which: []string{"os"}, SkipWait: true})
 	n1.must(err)
 	s := n1.stage("prepare")
-	if err := n1.d.ears.heard(s); err == nil || !strings.Contains(err.Error(), `["etcdd"]`) {
+	if err := n1.d.ears.heard(s, time.Now()); err == nil || !strings.Contains(err.Error(), `["etcdd"]`) {
 		t.Errorf("while etcdd has said nothing: %v", err)
 	}
 	report := func(s *trustv1.TrustState, authority string) {
@@ -246,7 +246,7 @@ func TestRotationWaitsForDaemons(t *testing.T) {
 	report(s, pemSum(turn.old.pem))
 	s = n1.stage("issue")
 	report(s, pemSum(turn.old.pem))
-	if err := n1.d.ears.heard(s); err == nil {
+	if err := n1.d.ears.heard(s, time.Now()); err == nil {
 		t.Error("a certificate of the old authority is enough")
 	}
 	report(s, pemSum(turn.new.pem))

@@ -247,7 +247,11 @@ type signerServer struct {
 
 func (s signerServer) WatchTrust(_ *trustv1.WatchTrustRequest, out grpc.ServerStreamingServer[trustv1.TrustState]) error {
 	if who, ok := peer.From(out.Context()); ok {
-		defer s.d.ears.open(who)()
+		done, err := s.d.ears.open(who)
+		if err != nil {
+			s.d.log.Warn("who listens is not kept", "err", err.Error())
+		}
+		defer done()
 	}
 	return s.d.trust.Watch(out.Context(), func(t *trustv1.TrustState) error {
 		if t == nil {

@@ -143,6 +143,9 @@ func New(cfg Config) (*Daemon, error) {
 	if _, err := io.ReadFull(cfg.Random, d.instance); err != nil {
 		return nil, err
 	}
+	if err := d.ears.load(cfg.Runtime, cfg.Now()); err != nil {
+		d.log.Warn("who listened before is not known", "err", err.Error())
+	}
 	d.keys.Set(&keyring{})
 	d.spec.Set(&spec{})
 	d.report()

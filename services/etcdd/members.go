@@ -159,7 +159,7 @@ func (m *member) leave(ctx context.Context) error {
 	if errors.Is(err, rpctypes.ErrUnhealthy) {
 		m.stay()
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, rpctypes.ErrStopped) { // a member that is gone may not answer any more
 		// Unless it was refused, whether it was done is not known: the phase stays, and the loop goes on.
 		return memberError("leave", err)
 	}

@@ -28,6 +28,7 @@ import (
 
 // wallet is an operator's context: what it learns it keeps.
 type wallet struct {
+	using sync.RWMutex // held while somebody calls with what there is
 	mu    sync.Mutex
 	creds client.Credentials // guarded by mu
 	learn int                // guarded by mu; how often
@@ -62,6 +63,8 @@ func (w *wallet) renew(ctx context.Context, n *node) {
 	n.must(err)
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	n.must(err)
+	w.using.Lock() // whoever calls with the old one has done
+	defer w.using.Unlock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.creds.Certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.GetCertificate()})
@@ -181,7 +184,9 @@ func (c *cluster) hammer(ctx context.Context, t *testing.T) (stop func() int64) 
 	}{{c.n1, ""}, {c.n1, "n2"}, {c.n1, "n3"}, {c.n3, "n2"}, {c.n2, ""}} {
 		wait.Go(func() {
 			for ctx.Err() == nil {
+				c.owner.using.RLock()
 				_, err := c.call(ctx, to.n, c.owner.get(), to.on)
+				c.owner.using.RUnlock()
 				check("new connection, answered by "+to.on, err)
 			}
 		})
@@ -204,7 +209,7 @@ func authorityLines(r *trustv1.ListCertificatesResponse, of ...string) string {
 
 // An authority is replaced while people and nodes call all the time; nobody who looks now and then notices, and who has slept meanwhile is told what to do.
 func TestRotateAuthority(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	c := newCluster(ctx, t)
 	asleep := c.owner.get()
@@ -284,7 +289,7 @@ func TestRotateAuthority(t *testing.T) {
 
 // Whatever is restarted while authorities are replaced, it goes on; and until the old ones are gone there is a way back.
 func TestRotationGoesOnAfterRestarts(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	c := newCluster(ctx, t)
 	stop := c.hammer(ctx, t)
