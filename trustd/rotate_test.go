@@ -197,7 +197,11 @@ func TestNewKeysAreSealed(t *testing.T) {
 		t.Error("a forged answer was taken")
 	}
 
-	// The worker that is away is named, and removing it lets the rest go on.
+	lostWorker(t, n1, n2, k1)
+}
+
+// lostWorker: the worker that is away is named, and removing it lets the rest go on.
+func lostWorker(t *testing.T, n1, n2 *box, k1 *keyring) {
 	r, err := n2.authorities().GetRotation(n2.admin(), &trustv1.GetRotationRequest{})
 	n2.must(err)
 	if !slices.Contains(r.GetWaiting(), "n3") || r.GetStage() != "prepare" {
