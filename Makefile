@@ -6,6 +6,7 @@ LEVEL      ?= 9# of zstd for the root; 3 packs in half the time and is 8 % large
 FUZZTIME   ?= 20s
 POISON     ?= init/panic# for "make poison": what is wrong with it, a file of test/machine/testdata/poison
 KEYS       ?= out/keys# to sign the image with: a folder of "mkimage keys"; development keys are made if this one is not there
+BUILT      ?= $(shell TZ=UTC0 git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null)# time of the commit: a node whose clock is before it says so
 EPOCH      ?= 1# 1 to 63: raise it when no node may go back behind this image
 IMAGE      := out/image
 CACHE       = $(or $(BULKHEAD_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulkhead)
@@ -13,7 +14,7 @@ KERNEL_DEB  = $(CACHE)/debian/$(shell awk '/^linux-image-[0-9]/ { print $$4 }' d
 
 export CGO_ENABLED ?= 0
 # With tracing grpc links html/template, and the linker then keeps every method there is: 2.6 MB.
-GOBUILD = go build -tags grpcnotrace -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION)"
+GOBUILD = go build -tags grpcnotrace -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION) -X github.com/bulkhead-os/bulkhead/internal/version.Built=$(BUILT)"
 IMAGEFLAGS = --version $(VERSION) --level $(LEVEL) --keys $(KEYS) --epoch $(EPOCH)
 POISONED = $(patsubst %/,%,$(dir $(POISON)))
 POISONED_SOURCE = $(if $(filter init,$(POISONED)),init,cmd/$(POISONED))
@@ -21,7 +22,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-rollback test-powercut bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-rollback test-powercut bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -75,13 +76,18 @@ reproducible: dist ## build the image a second time, elsewhere and from nothing,
 
 test: export CGO_ENABLED = 1
 test: ## every test that needs no virtual machine
-	@go test -race -json ./... | go run ./test/report
+	@{ go test -race -json ./...; cd test/issuer && go test -race -json ./...; } | go run ./test/report
 
 test-vm: image ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
 	@test/tools/install.sh
 	@out/bin/mkimage fetch && rm -rf out/test-kernel && dpkg-deb -x $(KERNEL_DEB) out/test-kernel && ln -s usr/lib out/test-kernel/lib
 	@BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 60m -p 1 \
-	  -run 'VM|Boot|Node|Cut|Flood|Full|Firmware|Upgrade|Poison|Install|Reset' ./init ./storaged ./deploy/qemu ./deploy/image ./test/machine | REPORT_LIVE=1 go run ./test/report
+	  -run 'VM|Boot|Node|Fault|Cut|Flood|Full|Firmware|Upgrade|Poison|Install|Reset' ./init ./storaged ./services/kubeletd ./deploy/qemu ./deploy/image ./test/machine | REPORT_LIVE=1 go run ./test/report
+
+test-faults: KUBERNETES = none
+test-faults: IMAGE = out/image-none
+test-faults: image ## three control planes through ten minutes of faults while clients write; see docs/cluster.md
+	@BULKHEAD_VM=1 BULKHEAD_FAULTS=$${BULKHEAD_FAULTS:-10m} go test -json -count=1 -timeout 60m -run 'TestFaults$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
 
 test-rollback: image ## every poisoned version, each left by itself, and twenty good ones through power cuts (two hours)
 	@BULKHEAD_VM=1 BULKHEAD_ROLLBACK=1 go test -json -count=1 -timeout 4h -run 'TestPoison|TestRollback' ./test/machine | REPORT_LIVE=1 go run ./test/report
@@ -105,7 +111,7 @@ lint: ## gofmt, vet, staticcheck; generated code is what gen makes
 	@test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
 	@go vet ./...
 	@go tool staticcheck ./...
-	@$(MAKE) -s gen && git diff --exit-code -- '*.pb.go' '*.pb.gw.go' gateway/openapi.json init/units.go internal/peer/repeatable.go || { echo "lint: commit what \"make gen\" made" >&2; exit 1; }
+	@$(MAKE) -s gen && git diff --exit-code -- '*.pb.go' '*.pb.gw.go' gateway/openapi.json init/units.go internal/peer/repeatable.go config/methods.go || { echo "lint: commit what \"make gen\" made" >&2; exit 1; }
 
 gen: ## generated code: protocols, units
 	@go run ./api/gen

@@ -15,6 +15,7 @@ import (
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
@@ -22,13 +23,26 @@ import (
 // identity is a caller whose credentials were checked.
 type identity struct {
 	name    string
-	roles   []string  // "admin", "operator", "reader", "etcd-backup", or a node's; others are dropped
+	roles   []string  // "admin", "operator", "reader", "etcd-backup", or a node's; with grants.resolve the document's too. Others are dropped
 	expires time.Time // of the credentials
 	id      string    // serial of the certificate, or id of the token
 	node    string    // the node that it is; "" for people and programs
 	key     string    // digest of that node's own key, so that another node that gets its name later is not taken for it
 	control bool      // that node is a control plane
+
+	how    string    // how it showed who it is
+	groups []string  // of who signed in at the issuer
+	custom []string  // names in the credentials that may be roles of the document
+	may    []*custom // those that are, see grants.resolve
 }
+
+// How callers show who they are, as access.v1.WhoAmIResponse has it.
+const (
+	howCertificate = "certificate"
+	howToken       = "token"
+	howIssuer      = "oidc"
+	howForwarded   = "forwarded"
+)
 
 // Of certificates and tokens; trustd makes them.
 const (
@@ -43,11 +57,11 @@ const (
 // roleNames are the roles as credentials write them.
 var roleNames = map[authv1.Role]string{
 	authv1.Role_ADMIN: "admin", authv1.Role_OPERATOR: "operator", authv1.Role_READER: "reader", authv1.Role_ETCD_BACKUP: "etcd-backup", authv1.Role_UNLOCK: "admin",
-	authv1.Role_NODE: peer.RoleNode,
+	authv1.Role_NODE: peer.RoleNode, authv1.Role_KNOWN: "of people and programs",
 }
 
 // personal are the roles that people and programs can have.
-var personal = []string{"admin", "operator", "reader", "etcd-backup"}
+var personal = config.BuiltinRoles
 
 // holders lists, for a role that a method needs, who holds it. What is not in it is held by nobody.
 var holders = map[authv1.Role][]string{
@@ -103,13 +117,19 @@ func allow(r *route, who identity, authErr error, trust *trustv1.TrustState) err
 		}
 		return errLocked
 	}
+	if r != nil && trust.GetClaimed() && slices.Contains(r.need, authv1.Role_ANYBODY) {
+		return nil
+	}
 	if authErr != nil {
 		return authErr
 	}
 	if r == nil {
 		return errNoMethod
 	}
-	if !holds(who.roles, r.need) {
+	if slices.Contains(r.need, authv1.Role_KNOWN) && !slices.Contains(who.roles, peer.RoleNode) {
+		return nil
+	}
+	if !holds(who.roles, r.need) && !who.mayCall(r) {
 		var names []string
 		for _, n := range r.need {
 			names = append(names, roleNames[n])
@@ -138,9 +158,14 @@ func fromCertificate(chain []*x509.Certificate, roots *x509.CertPool, now time.T
 		if _, e := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: late, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); e == nil && now.After(late) {
 			return identity{}, errs.New(errs.Unauthenticated, "your certificate expired at %s", chain[0].NotAfter.UTC().Format(time.RFC3339))
 		}
+		// And that it is not valid yet: then one of the two clocks is wrong, which nobody would guess.
+		early := chain[0].NotBefore.Add(time.Second)
+		if _, e := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: early, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); e == nil && now.Before(early) {
+			return identity{}, errNotYet(chain[0].NotBefore, now)
+		}
 		return identity{}, errStranger
 	}
-	id := identity{name: chain[0].Subject.CommonName, key: chain[0].Subject.SerialNumber, expires: chain[0].NotAfter, id: chain[0].SerialNumber.Text(16)}
+	id := identity{how: howCertificate, name: chain[0].Subject.CommonName, key: chain[0].Subject.SerialNumber, expires: chain[0].NotAfter, id: chain[0].SerialNumber.Text(16)}
 	var roles []string
 	for _, o := range chain[0].Subject.Organization {
 		if role, ok := strings.CutPrefix(o, rolePrefix); ok {
@@ -154,7 +179,7 @@ func fromCertificate(chain []*x509.Certificate, roots *x509.CertPool, now time.T
 func (id *identity) take(roles []string) error {
 	node, named := strings.CutPrefix(id.name, peer.NodePrefix)
 	if !named && !slices.ContainsFunc(roles, nodeRole) {
-		id.roles = known(roles)
+		id.roles, id.custom = known(roles), unknown(roles)
 		return nil
 	}
 	slices.Sort(roles)
@@ -227,7 +252,7 @@ func fromToken(text string, keys []*trustv1.TokenKey, now time.Time) (identity, 
 	case err != nil || claims.Subject == "" || strings.HasPrefix(claims.Subject, peer.NodePrefix):
 		return identity{}, errStranger
 	}
-	return identity{name: claims.Subject, roles: known(claims.Roles), expires: claims.ExpiresAt.Time, id: claims.ID}, nil
+	return identity{how: howToken, name: claims.Subject, roles: known(claims.Roles), custom: unknown(claims.Roles), expires: claims.ExpiresAt.Time, id: claims.ID}, nil
 }
 
 // known drops what is no role of people, and repetitions.

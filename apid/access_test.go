@@ -168,7 +168,8 @@ func TestFromCertificate(t *testing.T) {
 		{"foreign", make(theirs, client, -time.Hour, time.Hour), ours.pool(), errStranger.Error()},
 		{"expired", make(ours, client, -2*time.Hour, -time.Hour), ours.pool(), "your certificate expired at "},
 		{"foreign and expired", make(theirs, client, -2*time.Hour, -time.Hour), ours.pool(), errStranger.Error()},
-		{"not yet", make(ours, client, time.Hour, 2*time.Hour), ours.pool(), errStranger.Error()},
+		{"not yet", make(ours, client, time.Hour, 2*time.Hour), ours.pool(), "your certificate is valid from "},
+		{"foreign and not yet", make(theirs, client, time.Hour, 2*time.Hour), ours.pool(), errStranger.Error()},
 		{"a server's", make(ours, server, -time.Hour, time.Hour), ours.pool(), errStranger.Error()},
 		{"a long chain", many, ours.pool(), errStranger.Error()},
 	} {

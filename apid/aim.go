@@ -6,9 +6,11 @@ import (
 
 	"google.golang.org/grpc/metadata"
 
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
 // aim says which node answers a call. The zero value is this one.
@@ -27,7 +29,7 @@ const maxNamed = 16
 func aimOf(c *call, md metadata.MD, own string, trust *trustv1.TrustState) (aim, error) {
 	named := md.Get(peer.NodeKey)
 	if c.local != "" {
-		return aimOfDaemon(c, named, trust)
+		return aimOfDaemon(c, named, own, trust)
 	}
 	switch {
 	case len(named) == 0:
@@ -43,6 +45,8 @@ func aimOf(c *call, md metadata.MD, own string, trust *trustv1.TrustState) (aim,
 		return aim{}, errs.New(errs.Invalid, "%s: %.40q is no name of a node; leave it out to ask the node that you are connected with", peer.NodeKey, name)
 	case c.bound:
 		return aim{}, errs.New(errs.Invalid, "%s is tied to its connection and cannot be passed on to %q: connect with that node", c.route.name(), name)
+	case c.who.name == "":
+		return aim{}, errStranger // what anybody may ask of this node is not asked of others for them
 	case len(md.Get(peer.HopKey)) > 0:
 		return aim{}, errs.New(errs.Precondition, "this is node %q, and the call is for %q: what another node passed on is not passed on again", own, name)
 	case c.who.node != "":
@@ -92,13 +96,25 @@ func controlPlanes(trust *trustv1.TrustState) string {
 	return strings.Join(out, ", ")
 }
 
-// aimOfDaemon is for daemons of this node, which may ask a control plane and nobody else.
-func aimOfDaemon(c *call, named []string, trust *trustv1.TrustState) (aim, error) {
-	if len(named) != 1 || named[0] != peer.ControlPlanes {
-		return aim{}, errs.New(errs.Invalid, "%s calls through apid only with %s: %s", c.local, peer.NodeKey, peer.ControlPlanes)
-	}
+// mayName are the methods for which a daemon of a control plane may name the node that is to answer.
+var mayName = map[string]string{
+	machinev1.Trial_Witness_FullMethodName: uid.Etcdd.Name(), // whether a version on trial can be called is seen from another node only
+}
+
+// aimOfDaemon is for daemons of this node, which may ask a control plane, and for the methods of mayName another node.
+func aimOfDaemon(c *call, named []string, own string, trust *trustv1.TrustState) (aim, error) {
 	if trust.GetNodeName() == "" {
 		return aim{}, errs.New(errs.Unavailable, "this node has no place in a cluster yet")
+	}
+	if len(named) == 1 && named[0] != peer.ControlPlanes && mayName[c.route.name()] == c.local && trust.GetNodeRole() == controlPlane {
+		a, err := lookup(named[0], own, trust)
+		if err != nil && named[0] == own { // nobody has seen its address, so nobody else is there
+			return aim{}, nil
+		}
+		return a, err // itself too: over the network, as others would
+	}
+	if len(named) != 1 || named[0] != peer.ControlPlanes {
+		return aim{}, errs.New(errs.Invalid, "%s calls through apid only with %s: %s", c.local, peer.NodeKey, peer.ControlPlanes)
 	}
 	return aim{any: true}, nil
 }

@@ -108,8 +108,9 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	signer := trustv1.NewSignerClient(d.conns[trustd].first())
 	d.trust = leaf.NewTrust(signer, d.log)
-	d.leaf = leaf.New(leaf.Config{Signer: signer, Profile: "apid-server", Trust: d.trust, Log: d.log})
-	d.far = leaf.New(leaf.Config{Signer: signer, Profile: "apid-node", Trust: d.trust, Log: d.log})
+	expiry := leaf.NewExpiry(cfg.Env.Metrics, "apid")
+	d.leaf = leaf.New(leaf.Config{Signer: signer, Profile: "apid-server", Trust: d.trust, Log: d.log, Expiry: expiry})
+	d.far = leaf.New(leaf.Config{Signer: signer, Profile: "apid-node", Trust: d.trust, Log: d.log, Expiry: expiry})
 	d.pool = &pool{leaf: d.far, trust: d.trust, dial: cfg.Dial, log: d.log, nodes: map[string][]*remote{}}
 	d.tls = &identityCard{trust: d.trust, leaf: d.leaf, now: cfg.Now}
 	d.gate = gate.New(cfg.Env.TCP, maxConns, maxKnown, d.count.gate)
@@ -133,6 +134,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.leaf.Run(ctx) })
 	g.Go(func() error { return d.far.Run(ctx) })
 	g.Go(func() error { return d.followTrust(ctx) })
+	g.Go(func() error { return d.followClock(ctx) })
+	g.Go(func() error { return d.followIssuer(ctx) })
 	g.Go(func() error { return serve(ctx, d.localServer(ctx), daemon.Limit(d.cfg.Env.Listen, maxLocal)) })
 	g.Go(func() error {
 		// Until it is known whose certificate to show, callers wait in the listener's backlog.

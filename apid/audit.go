@@ -31,14 +31,16 @@ func newAuditor(log *slog.Logger, now func() time.Time, count figures) *auditor 
 	return &auditor{log: log, now: now, count: count, tokens: refusedBurst, at: now()}
 }
 
-// write is called before the client has the answer. refused says that the call was not let in.
+// write is called before the client has the answer. machined keeps the lines as a chain, each with the hash of the one before: it is not this process that could
+// change one later. refused says that the call was not let in.
 func (a *auditor) write(c *call, node string, err error, refused bool) {
 	if refused && !a.take() {
 		a.count.auditDropped.Add(1)
 		return
 	}
 	line := []any{"who", c.who.name, "roles", strings.Join(c.who.roles, ","), "method", c.method, "peer", c.peer, "node", node,
-		"code", codeOf(err).String(), "dur", a.now().Sub(c.start).String()}
+		"code", codeOf(err).String(), "dur", a.now().Sub(c.start).String(),
+		"change", c.route != nil && !c.route.reads}
 	if c.via != "" {
 		line = append(line, "via", c.via) // the node that passed it on; its log has the same call with this node as target
 	}

@@ -40,17 +40,18 @@ func BenchmarkCall(b *testing.B) {
 	for _, c := range []struct {
 		name string
 		conn *grpc.ClientConn
-	}{{"direct", direct}, {"apid", n.dial(creds)}, {"apid-token", n.dial(n.trustd.mint("ann", "admin"))}} {
+		call func(context.Context, *grpc.ClientConn, ...grpc.CallOption) error
+	}{{"direct", direct, getVersion}, {"apid", n.dial(creds), getVersion}, {"apid-token", n.dial(n.trustd.mint("ann", "admin")), getVersion}, {"apid-audited", n.dial(creds), reboot}} {
 		b.Run(c.name, func(b *testing.B) {
 			ctx := context.Background()
-			if err := getVersion(ctx, c.conn); err != nil {
+			if err := c.call(ctx, c.conn); err != nil {
 				b.Fatal(err)
 			}
 			took := make([]time.Duration, 0, b.N)
 			b.ReportAllocs()
 			for b.Loop() {
 				start := time.Now()
-				if err := getVersion(ctx, c.conn); err != nil {
+				if err := c.call(ctx, c.conn); err != nil {
 					b.Fatal(err)
 				}
 				took = append(took, time.Since(start))
@@ -64,4 +65,10 @@ func BenchmarkCall(b *testing.B) {
 			}
 		})
 	}
+}
+
+// reboot is a call that is audited; the daemon behind does nothing.
+func reboot(ctx context.Context, conn *grpc.ClientConn, opts ...grpc.CallOption) error {
+	_, err := machinev1.NewMachineClient(conn).Reboot(ctx, &machinev1.RebootRequest{}, opts...)
+	return err
 }

@@ -15,6 +15,7 @@ import (
 
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -167,6 +168,48 @@ func TestDaemonsThroughApid(t *testing.T) {
 	c.tell(func(s *trustv1.TrustState) { s.Nodes = s.Nodes[1:] })
 	n.waitTrust(func(s *trustv1.TrustState) bool { return len(s.GetNodes()) == 1 })
 	says(t, "no control plane is known", report(any, uid.Machined), codes.Unavailable, "none is known yet")
+}
+
+// fakeTrial is a node's machined, for a version on trial.
+type fakeTrial struct {
+	machinev1.UnimplementedTrialServer
+	seen atomic.Pointer[string]
+}
+
+func (f *fakeTrial) Witness(ctx context.Context, _ *machinev1.WitnessRequest) (*machinev1.WitnessResponse, error) {
+	name, control, _ := peer.NodeFrom(ctx)
+	name = fmt.Sprint(name, " ", control)
+	f.seen.Store(&name)
+	return &machinev1.WitnessResponse{}, nil
+}
+
+// etcdd of a control plane shows a node that it can be called, itself too, over the network; nobody else may name a node, and it for nothing else.
+func TestWitness(t *testing.T) {
+	c := newCluster(t, "cp1", "cp2", "w1")
+	trials := map[string]*fakeTrial{}
+	for name, n := range c.nodes {
+		trials[name] = &fakeTrial{}
+		n.serve(n.bind("machined"), func(s *grpc.Server) { machinev1.RegisterTrialServer(s, trials[name]) })
+	}
+	witness := func(from string, id uid.ID, to string) error {
+		n := c.nodes[from]
+		_, err := machinev1.NewTrialClient(n.as(id)).Witness(on(n.ctx(), to), &machinev1.WitnessRequest{}, grpc.WaitForReady(false))
+		return err
+	}
+	for _, to := range []string{"w1", "cp2", "cp1"} {
+		if err := witness("cp1", uid.Etcdd, to); err != nil {
+			t.Errorf("to %s: %v", to, err)
+		} else if seen := *trials[to].seen.Load(); seen != "cp1 true" {
+			t.Errorf("%s saw %q, want cp1, a control plane", to, seen)
+		}
+	}
+	says(t, "an unknown node", witness("cp1", uid.Etcdd, "w9"), codes.NotFound, `no node "w9"`)
+	says(t, "another daemon", witness("cp1", uid.Machined, "w1"), codes.InvalidArgument, "only with")
+	says(t, "from a worker", witness("w1", uid.Etcdd, "cp1"), codes.InvalidArgument, "only with")
+	_, err := clusterv1.NewRegistryClient(c.nodes["cp1"].as(uid.Etcdd)).Report(on(c.nodes["cp1"].ctx(), "cp2"), &clusterv1.ReportRequest{}, grpc.WaitForReady(false))
+	says(t, "another method", err, codes.InvalidArgument, "only with")
+	_, err = machinev1.NewTrialClient(c.admin("cp1")).Witness(on(c.nodes["cp1"].ctx(), "w1"), &machinev1.WitnessRequest{})
+	wantCode(t, "a person", err, codes.PermissionDenied)
 }
 
 func TestCandidates(t *testing.T) {

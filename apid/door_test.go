@@ -431,7 +431,7 @@ func TestAudit(t *testing.T) {
 			line += l
 		}
 	}
-	for _, want := range []string{"who=boss", "roles=operator", "method=/machine.v1.Machine/Reboot", "peer=127.0.0.1:", "code=OK", "dur="} {
+	for _, want := range []string{"who=boss", "roles=operator", "method=/machine.v1.Machine/Reboot", "peer=127.0.0.1:", "code=OK", "dur=", "change=true"} {
 		if !strings.Contains(line, want) {
 			t.Errorf("%q is not in %q", want, line)
 		}

@@ -23,10 +23,12 @@ import (
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
+	"github.com/bulkhead-os/bulkhead/internal/clock"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
+	release "github.com/bulkhead-os/bulkhead/internal/version"
 )
 
 const (
@@ -195,6 +197,9 @@ func (r *remote) connect(ctx context.Context, dial func(context.Context, string,
 
 // reason says it in the words of people.
 func reason(err error, limit time.Duration) string {
+	if text := clock.Handshake(err, time.Now(), release.BuildTime()); text != "" {
+		return text
+	}
 	var ne net.Error
 	if errors.As(err, &ne) && ne.Timeout() || errors.Is(err, context.DeadlineExceeded) {
 		return "no answer within " + limit.Round(100*time.Millisecond).String()

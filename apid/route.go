@@ -8,9 +8,11 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
+	"google.golang.org/protobuf/types/descriptorpb"
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	// Linked for their descriptors: what is not linked has no route. A new package is added here.
+	accessv1 "github.com/bulkhead-os/bulkhead/api/access/v1"
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/config/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/etcd/v1"
@@ -28,6 +30,7 @@ type route struct {
 	daemon          string // whose socket answers it; "": apid itself
 	need            []authv1.Role
 	stream          grpc.StreamDesc
+	reads           bool // calls change nothing
 }
 
 // name is the full method as grpc writes it.
@@ -36,7 +39,7 @@ func (r *route) name() string { return "/" + r.service + "/" + r.method }
 // audited reports whether calls are written into the audit log: all that a reader may not make.
 func (r *route) audited() bool {
 	for _, n := range r.need {
-		if n == authv1.Role_READER {
+		if n == authv1.Role_READER || n == authv1.Role_ANYBODY || n == authv1.Role_KNOWN {
 			return false
 		}
 	}
@@ -58,6 +61,8 @@ func linkedRoutes() map[string]*route {
 				service: string(s.FullName()), method: string(m.Name()), daemon: daemon, need: need(m),
 				stream: grpc.StreamDesc{StreamName: string(m.Name()), ServerStreams: m.IsStreamingServer(), ClientStreams: m.IsStreamingClient()},
 			}
+			o, _ := m.Options().(*descriptorpb.MethodOptions)
+			r.reads = daemon == "" || o.GetIdempotencyLevel() == descriptorpb.MethodOptions_NO_SIDE_EFFECTS
 			if public(r.need) {
 				routes[r.name()] = r
 			}
@@ -66,7 +71,11 @@ func linkedRoutes() map[string]*route {
 	protoregistry.GlobalFiles.RangeFiles(func(f protoreflect.FileDescriptor) bool {
 		for i := range f.Services().Len() {
 			s := f.Services().Get(i)
-			if by, _ := proto.GetExtension(s.Options(), authv1.E_ServedBy).(string); by != "" {
+			by, _ := proto.GetExtension(s.Options(), authv1.E_ServedBy).(string)
+			switch {
+			case string(s.FullName()) == accessv1.Access_ServiceDesc.ServiceName:
+				add(s, "", needOf) // apid's own
+			case by != "":
 				add(s, by, needOf)
 			}
 		}

@@ -1,6 +1,7 @@
 package apid
 
 import (
+	"cmp"
 	"context"
 	"net/netip"
 	"runtime/debug"
@@ -19,6 +20,7 @@ import (
 	reflectionv1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 	"google.golang.org/grpc/status"
 
+	accessv1 "github.com/bulkhead-os/bulkhead/api/access/v1"
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	outboundv1 "github.com/bulkhead-os/bulkhead/api/outbound/v1"
@@ -61,6 +63,7 @@ type call struct {
 	proved  identity // who showed credentials: who, or via
 	byToken bool
 	roots   *leaf.Roots // under which it was let in
+	grants  *grants     // what the document said then
 	cancel  context.CancelCauseFunc
 }
 
@@ -130,6 +133,7 @@ func (d *Daemon) server(stop context.Context, opts ...grpc.ServerOption) *grpc.S
 		}),
 	)...)
 	healthv1.RegisterHealthServer(s, healthServer{d: d})
+	accessv1.RegisterAccessServer(s, accessServer{})
 	services := reflection.ServerOptions{Services: listed(d.routes)}
 	reflectionv1.RegisterServerReflectionServer(s, reflection.NewServerV1(services))
 	reflectionv1alpha.RegisterServerReflectionServer(s, reflection.NewServer(services))
@@ -164,7 +168,9 @@ func (d *Daemon) guard(ctx context.Context, method string, next func(context.Con
 				c.cancel(distrusted{e})
 			}
 		}
+		done := d.endWithCredential(c)
 		err = outcome(ctx, d.run(ctx, c, next))
+		done()
 		d.live.remove(c)
 		c.cancel(nil)
 	}
@@ -187,6 +193,8 @@ func (d *Daemon) enter(ctx context.Context, c *call) error {
 	}
 	c.roots, _ = d.trust.Roots()
 	trust := c.roots.State
+	sp, _ := d.spec.Get()
+	c.grants = sp.grants
 	md, _ := metadata.FromIncomingContext(ctx)
 	authErr := d.recognise(ctx, c, md)
 	if err := allow(c.route, c.who, authErr, trust); err != nil {
@@ -197,6 +205,13 @@ func (d *Daemon) enter(ctx context.Context, c *call) error {
 	}
 	var err error
 	if c.aim, err = aimOf(c, md, d.ownName(trust), trust); err != nil {
+		return err
+	}
+	name, role := c.aim.node.GetName(), c.aim.node.GetRole()
+	if c.aim.node == nil {
+		name, role = d.ownName(trust), cmp.Or(trust.GetNodeRole(), sp.role)
+	}
+	if err := onNode(c, name, role); err != nil {
 		return err
 	}
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < leastTime {
@@ -224,7 +239,11 @@ func (d *Daemon) recognise(ctx context.Context, c *call, md metadata.MD) (err er
 	switch {
 	case has: // who shows a token means it: a wrong one is not made good by a certificate
 		c.byToken = true
-		c.who, err = d.tokens.who(text, c.roots, c.start)
+		if c.grants.takes(text) {
+			c.who, err = c.grants.issuer.who(ctx, text, c.roots.State, d.cfg.Now)
+		} else {
+			c.who, err = d.tokens.who(text, c.roots, c.start)
+		}
 	case c.conn != nil:
 		c.who, err = c.conn.who(c.roots, c.start)
 	default:
@@ -237,7 +256,9 @@ func (d *Daemon) recognise(ctx context.Context, c *call, md metadata.MD) (err er
 	if c.conn != nil && c.conn.conn != nil {
 		c.conn.conn.Know()
 	}
-	return c.behind(md)
+	err = c.behind(md)
+	c.grants.resolve(&c.who)
+	return err
 }
 
 // behind finds out for whom a control plane passed the call on. From all others such words count for nothing.
@@ -250,7 +271,8 @@ func (c *call) behind(md metadata.MD) error {
 		return errs.New(errs.Denied, "node %q passed a call on for nobody: %s is %.100q", c.who.node, peer.CallerKey, names)
 	}
 	c.via = c.who.node
-	c.who = identity{name: names[0], roles: known(md.Get(peer.RolesKey)), expires: c.who.expires}
+	roles := md.Get(peer.RolesKey)
+	c.who = identity{how: howForwarded, name: names[0], roles: known(roles), custom: unknown(roles), expires: c.who.expires}
 	return nil
 }
 

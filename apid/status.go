@@ -20,6 +20,9 @@ import (
 type spec struct {
 	generation uint64 // 0: there is none yet
 	hostname   string // for the audit log
+	role       string // of the node
+	access     *config.Access
+	grants     *grants // made of access
 }
 
 // figures are apid's metrics.
@@ -27,6 +30,7 @@ type figures struct {
 	desired, observed, converged *metrics.Vec
 	calls, forwarded, exchanges  *metrics.Vec
 	auditDropped                 *metrics.Vec
+	issuerRead, issuerFailed     *metrics.Vec
 	gate                         gate.Figures
 }
 
@@ -42,6 +46,8 @@ func newFigures(s *metrics.Set) figures {
 		auditDropped: s.Counter("bulkhead_apid_audit_refused_dropped_total", "Lines about refused calls that were not written, since the start."),
 	}
 	f.auditDropped.Add(0)
+	f.issuerRead = s.Gauge("bulkhead_apid_issuer_keys_read_timestamp_seconds", "When the issuer's keys were read last, Unix time; not there before that.")
+	f.issuerFailed = s.Counter("bulkhead_apid_issuer_failures_total", "How often the issuer's keys could not be read, since the start.")
 	return f
 }
 
@@ -105,7 +111,7 @@ type controlServer struct {
 	d *Daemon
 }
 
-// SetSpec takes the node's name. There is nothing that could fail to converge.
+// SetSpec takes the node's name, and who may do what. There is nothing that could fail to converge.
 func (s controlServer) SetSpec(_ context.Context, r *controlv1.SetSpecRequest) (*controlv1.SetSpecResponse, error) {
 	sp, err := parse(r.GetSpec())
 	if err != nil {
@@ -114,6 +120,8 @@ func (s controlServer) SetSpec(_ context.Context, r *controlv1.SetSpecRequest) (
 	if have, _ := s.d.spec.Get(); sp.generation < have.generation {
 		return nil, errs.New(errs.Conflict, "generation %d is older than %d, which runs", sp.generation, have.generation)
 	}
+	have, _ := s.d.spec.Get()
+	sp.grants.keep(have.grants)
 	s.d.spec.Set(sp)
 	s.d.state.Set(&controlv1.State{Generation: sp.generation, Converged: true})
 	s.d.count.desired.Set(float64(sp.generation))
@@ -128,9 +136,11 @@ func (s controlServer) PlanSpec(_ context.Context, r *controlv1.PlanSpecRequest)
 		return nil, err
 	}
 	out := &controlv1.PlanSpecResponse{}
-	if have, _ := s.d.spec.Get(); sp.hostname != have.hostname {
+	have, _ := s.d.spec.Get()
+	if sp.hostname != have.hostname {
 		out.Steps = []string{"audit log's node name " + sp.hostname}
 	}
+	out.Steps = append(out.Steps, config.Diff(config.Set{Access: have.access}, config.Set{Access: sp.access})...)
 	return out, nil
 }
 
@@ -150,5 +160,5 @@ func parse(s *controlv1.Spec) (spec, error) {
 	if err != nil {
 		return spec{}, errs.New(errs.Invalid, "%w", err)
 	}
-	return spec{generation: s.GetGeneration(), hostname: set.Machine.Hostname}, nil
+	return spec{generation: s.GetGeneration(), hostname: set.Machine.Hostname, role: string(set.Machine.Role), access: set.Access, grants: newGrants(set.Access)}, nil
 }

@@ -38,11 +38,11 @@ func TestParseRefuses(t *testing.T) {
 		{"twice", doc("Machine", "hostname: a\nhostname: b"),
 			`n.yaml:4: Machine.hostname: stands here twice; the first is in line 3`},
 		{"other version", "apiVersion: bulkhead.dev/v2\nkind: Machine\nfoo: 1",
-			`n.yaml:1: apiVersion: "bulkhead.dev/v2" is not known; the only version is bulkhead.dev/v1, with the kinds Machine, Network, Storage, Cluster, Kubernetes, Update`},
+			`n.yaml:1: apiVersion: "bulkhead.dev/v2" is not known; the only version is bulkhead.dev/v1, with the kinds Machine, Network, Storage, Cluster, Kubernetes, Update, Access`},
 		{"other kind", doc("Netwrk", ""),
-			`n.yaml:2: kind: "Netwrk": no such kind; nearest is Network; there are Machine, Network, Storage, Cluster, Kubernetes, Update (bulkhead.dev/v1)`},
+			`n.yaml:2: kind: "Netwrk": no such kind; nearest is Network; there are Machine, Network, Storage, Cluster, Kubernetes, Update, Access (bulkhead.dev/v1)`},
 		{"kind missing", "apiVersion: bulkhead.dev/v1",
-			`n.yaml:1: kind: missing; there are Machine, Network, Storage, Cluster, Kubernetes, Update`},
+			`n.yaml:1: kind: missing; there are Machine, Network, Storage, Cluster, Kubernetes, Update, Access`},
 		{"same kind twice", doc("Machine", "hostname: a") + "---\n" + doc("Machine", "role: worker"),
 			`n.yaml:6: kind: a second Machine; the first starts at line 1, write them as one`},
 		{"no mapping", "- a", `n.yaml:1: a document must be a mapping that starts with "apiVersion: bulkhead.dev/v1" and "kind: …"`},
@@ -106,6 +106,14 @@ func TestParseRefuses(t *testing.T) {
 			`n.yaml:3: Kubernetes.podSubnet: "10.244.0.0/25" is not within what is allowed: an IPv4 network like "10.244.0.0/16", from /8 to /24`},
 		{"address in the pods' subnet", doc("Network", "interfaces:\n- name: eth0\n  addresses: [10.244.0.3/24]"),
 			`n.yaml:5: Network.interfaces[0].addresses[0]: "10.244.0.3/24" overlaps with Kubernetes.podSubnet "10.244.0.0/16"; set one of them to a network that is free`},
+		{"virtual address of pods", doc("Cluster", "virtualIPs: [10.244.0.9]"),
+			`n.yaml:3: Cluster.virtualIPs[0]: "10.244.0.9" is among the addresses of pods (10.244.0.0/16) or Services (10.96.0.0/16); it must be one of the nodes' network`},
+		{"two virtual addresses of a family", doc("Cluster", "virtualIPs: [10.0.0.9, 10.0.0.10]"),
+			`n.yaml:3: Cluster.virtualIPs[1]: "10.0.0.10" is a second one of its family; the first is Cluster.virtualIPs[0]`},
+		{"virtual address of this machine", doc("Cluster", "virtualIPs: [10.0.0.9]") + "---\n" + doc("Network", "interfaces:\n- name: eth0\n  addresses: [10.0.0.9/24]"),
+			`n.yaml:3: Cluster.virtualIPs[0]: "10.0.0.9" is an address of this machine (Network.interfaces[0]); a virtual one belongs to none for good`},
+		{"virtual address of one link", doc("Cluster", "virtualIPs: [fe80::1]"),
+			`n.yaml:3: Cluster.virtualIPs[0]: "fe80::1" is of one link only; allowed: an address like "10.0.0.100" that no machine has`},
 		{"worker without endpoint", doc("Cluster", "name: a") + "---\n" + doc("Machine", "role: worker"),
 			`n.yaml:1: Cluster.endpoint: is missing; a worker (Machine.role) needs a URL like "https://10.0.0.5:6443"`},
 		{"endpoint", doc("Cluster", "endpoint: http://a:1"), `n.yaml:3: Cluster.endpoint: "http://a:1" is not valid; allowed: a URL like "https://10.0.0.5:6443"`},
@@ -175,7 +183,7 @@ func TestSectionStandsAlone(t *testing.T) {
 	}
 	for _, kinds := range [][]Kind{
 		{KindStorage}, {KindMachine, KindCluster}, {KindMachine, KindCluster, KindKubernetes},
-		{KindMachine, KindNetwork, KindCluster, KindKubernetes}, {KindUpdate},
+		{KindMachine, KindNetwork, KindCluster, KindKubernetes}, {KindUpdate}, {KindMachine, KindCluster, KindAccess},
 	} {
 		got, err := Parse("", Section(s, kinds...))
 		if err != nil {

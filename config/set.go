@@ -7,7 +7,7 @@ import (
 
 // Kinds returns the kinds there are, in the order in which they are written. The slice is the caller's.
 func Kinds() []Kind {
-	return []Kind{KindMachine, KindNetwork, KindStorage, KindCluster, KindKubernetes, KindUpdate}
+	return []Kind{KindMachine, KindNetwork, KindStorage, KindCluster, KindKubernetes, KindUpdate, KindAccess}
 }
 
 func kindNames() []string {
@@ -45,6 +45,10 @@ func (s *Set) fill() {
 	or(&s.Storage.StateSize, 256<<20)
 	or(&s.Storage.Encryption, EncryptionAuto)
 	or(&s.Cluster.Name, "bulkhead")
+	if sn := &s.Cluster.Etcd.Snapshots; sn.Every == nil {
+		sn.Every = new(6)
+	}
+	or(&s.Cluster.Etcd.Snapshots.Keep, 5)
 	k := s.Kubernetes
 	or(&k.PodSubnet, netip.MustParsePrefix("10.244.0.0/16"))
 	or(&k.ServiceSubnet, netip.MustParsePrefix("10.96.0.0/16"))
@@ -62,6 +66,13 @@ func (s *Set) fill() {
 		}
 	}
 	or(&s.Update.Patience, 10)
+	if o := &s.Access.OIDC; o.Wanted() {
+		or(&o.Audience, o.ClientID)
+		or(&o.UsernameClaim, "sub")
+		or(&o.GroupsClaim, "groups")
+		or(&o.UsernamePrefix, "oidc:")
+		or(&o.GroupsPrefix, "oidc:")
+	}
 }
 
 // or gives a field its default.

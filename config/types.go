@@ -16,6 +16,7 @@ const (
 	KindCluster    Kind = "Cluster"
 	KindKubernetes Kind = "Kubernetes"
 	KindUpdate     Kind = "Update"
+	KindAccess     Kind = "Access"
 )
 
 // Set is a whole configuration: at most one document of each kind. A kind that was not
@@ -27,6 +28,7 @@ type Set struct {
 	Cluster    *Cluster
 	Kubernetes *Kubernetes
 	Update     *Update
+	Access     *Access
 }
 
 // Role says what a node does in the cluster.
@@ -177,6 +179,25 @@ type Cluster struct {
 	Endpoint string `yaml:"endpoint,omitempty"`
 	// Names are further names and addresses in the server certificates (apid, gateway, API server).
 	Names []string `yaml:"names,omitempty"`
+	// VirtualIPs are addresses of the API server, one of each family at most, that are on no machine for good: one of the control planes whose
+	// API server is well has them. They are in the server certificates, and must be in a subnet that all control planes are in. None: no such address.
+	VirtualIPs []netip.Addr `yaml:"virtualIPs,omitempty"`
+	// Etcd is how the members care for the cluster's data.
+	Etcd Etcd `yaml:"etcd,omitempty"`
+}
+
+// Etcd is what can be chosen of etcd.
+type Etcd struct {
+	// Snapshots are those that each control plane makes by itself.
+	Snapshots Snapshots `yaml:"snapshots,omitempty"`
+}
+
+// Snapshots says how often each control plane saves the whole database on its own disk.
+type Snapshots struct {
+	// Every is how many hours lie between two; 0 makes none. 0 to 168; default 6.
+	Every *int `yaml:"every,omitempty"`
+	// Keep is how many stay, the newest. 1 to 100; default 5.
+	Keep int `yaml:"keep,omitempty"`
 }
 
 // Kubernetes is the cluster's Kubernetes.

@@ -106,8 +106,10 @@ func cross(s Set) []Problem {
 	if s.Machine.Role == Worker && s.Cluster.Endpoint == "" {
 		c.add("Cluster.endpoint", "is missing; a worker (Machine.role) needs %s", rule("Cluster.endpoint").allowed)
 	}
+	c.virtualIPs(s)
 	c.subnets(s)
 	c.keys(s.Storage)
+	c.access(s.Access)
 	return c
 }
 
@@ -161,6 +163,30 @@ func (c *checker) masked(at string, p netip.Prefix) {
 	}
 	if p.IsValid() && p.Addr().Is4In6() {
 		c.add(at, "%q is an IPv4 address in IPv6 form; write it as IPv4", p)
+	}
+}
+
+// virtualIPs checks that nothing else has them.
+func (c *checker) virtualIPs(s Set) {
+	list := s.Cluster.VirtualIPs
+	for i, a := range list {
+		at := index("Cluster.virtualIPs", i)
+		switch why := unusable(a); {
+		case why != "":
+			c.add(at, "%q %s", a, why)
+		case a.IsLinkLocalUnicast() || a.Zone() != "":
+			c.add(at, "%q is of one link only; allowed: %s", a, rule(at).allowed)
+		case s.Kubernetes.PodSubnet.Contains(a) || s.Kubernetes.ServiceSubnet.Contains(a):
+			c.add(at, "%q is among the addresses of pods (%s) or Services (%s); it must be one of the nodes' network", a, s.Kubernetes.PodSubnet, s.Kubernetes.ServiceSubnet)
+		}
+		if j := slices.IndexFunc(list, func(o netip.Addr) bool { return o.Is4() == a.Is4() }); j < i {
+			c.add(at, "%q is a second one of its family; the first is %s", a, index("Cluster.virtualIPs", j))
+		}
+		for k, l := range s.Network.Interfaces {
+			if slices.ContainsFunc(l.Addresses, func(p netip.Prefix) bool { return p.Addr() == a }) {
+				c.add(at, "%q is an address of this machine (%s); a virtual one belongs to none for good", a, index("Network.interfaces", k))
+			}
+		}
 	}
 }
 

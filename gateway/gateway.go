@@ -66,7 +66,7 @@ func Run(ctx context.Context, env daemon.Env) error {
 	defer trustd.Close()
 	signer := trustv1.NewSignerClient(trustd)
 	trust := leaf.NewTrust(signer, env.Log)
-	l := leaf.New(leaf.Config{Signer: signer, Profile: "gateway-server", Trust: trust, Log: env.Log})
+	l := leaf.New(leaf.Config{Signer: signer, Profile: "gateway-server", Trust: trust, Log: env.Log, Expiry: leaf.NewExpiry(env.Metrics, "gateway")})
 	g, err := New(Config{Env: env, Apid: apid, Leaf: l})
 	if err != nil {
 		return err

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
+	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
@@ -114,6 +115,7 @@ func serve(t *testing.T) *httptest.Server {
 	}
 	s := grpc.NewServer()
 	machinev1.RegisterMachineServer(s, door{})
+	clusterv1.RegisterRegistryServer(s, register{})
 	healthv1.RegisterHealthServer(s, door{})
 	configv1.RegisterConfigServer(s, door{})
 	go func() { _ = s.Serve(l) }()
@@ -181,7 +183,7 @@ func TestREST(t *testing.T) {
 		{"nothing on a node", "GET", "/v1/nodes/w1/nothing", good, 404, "application/problem+json", `/openapi.json`},
 		{"another node without token", "GET", "/v1/version?node=w1", nil, 401, "application/problem+json", `"code":"UNAUTHENTICATED"`},
 		{"another node's figures", "GET", "/metrics?node=w1", good, 200, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores", `bulkhead_x_on_total{daemon="x",node="w1"} 1`},
-		{"the list of nodes is no node", "GET", "/v1/nodes", good, 501, "application/problem+json", `"code":"UNIMPLEMENTED"`},
+		{"the list of nodes is no node", "GET", "/v1/nodes", good, 200, "application/json", `"nodes":[{"name":"cp1"`},
 
 		{"no such path", "GET", "/v1/nothing", good, 404, "application/problem+json", `/openapi.json`},
 		{"outside", "GET", "/", nil, 404, "application/problem+json", `/openapi.json`},

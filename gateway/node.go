@@ -4,13 +4,13 @@ import (
 	"context"
 	"net/http"
 	"net/url"
-	"regexp"
 	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/bulkhead-os/bulkhead/internal/pattern"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
 
@@ -27,7 +27,7 @@ func nodeOf(ctx context.Context) metadata.MD {
 const nodePrefix = "/v1/nodes/"
 
 // nodeName is that of RFC 1123; whether there is such a node is apid's to say.
-var nodeName = regexp.MustCompile(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
+var nodeName = pattern.Lazy(`^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$`)
 
 // onNode takes the node's name off a request: /v1/nodes/NAME/version and /v1/version?node=NAME are both /v1/version on that node.
 func onNode(next http.Handler) http.Handler {
@@ -56,7 +56,7 @@ func onNode(next http.Handler) http.Handler {
 		case len(names) > 1:
 			refuse(r.Context(), w, status.Errorf(codes.InvalidArgument, "%d nodes are named; a request is for one: either ?node=NAME or %sNAME/…", len(names), nodePrefix))
 			return
-		case !nodeName.MatchString(names[0]):
+		case !nodeName().MatchString(names[0]):
 			refuse(r.Context(), w, status.Errorf(codes.InvalidArgument, "node: %.100q is no name of a node: those have lower-case letters, digits, \"-\" and \".\"", names[0]))
 			return
 		}

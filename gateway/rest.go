@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	accessv1 "github.com/bulkhead-os/bulkhead/api/access/v1"
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
@@ -48,7 +49,7 @@ func (g *Gateway) routes() (http.Handler, error) {
 	ctx := context.Background() // the handlers close nothing: the connection is the caller's
 	for _, register := range []func(context.Context, *runtime.ServeMux, *grpc.ClientConn) error{
 		machinev1.RegisterMachineHandler, configv1.RegisterConfigHandler, networkv1.RegisterNetworkHandler, storagev1.RegisterStorageHandler, storagev1.RegisterKeysHandler, storagev1.RegisterSecureBootHandler,
-		trustv1.RegisterTrustHandler, trustv1.RegisterMembershipHandler, trustv1.RegisterAuthoritiesHandler, clusterv1.RegisterRegistryHandler, etcdv1.RegisterEtcdHandler, kubernetesv1.RegisterKubernetesHandler, updatev1.RegisterUpdateHandler,
+		accessv1.RegisterAccessHandler, trustv1.RegisterTrustHandler, trustv1.RegisterMembershipHandler, trustv1.RegisterAuthoritiesHandler, clusterv1.RegisterRegistryHandler, clusterv1.RegisterRollingHandler, etcdv1.RegisterEtcdHandler, kubernetesv1.RegisterKubernetesHandler, updatev1.RegisterUpdateHandler,
 	} {
 		if err := register(ctx, rest, g.cfg.Apid); err != nil {
 			return nil, err
@@ -61,6 +62,7 @@ func (g *Gateway) routes() (http.Handler, error) {
 		_, _ = w.Write(openAPI)
 	})
 	mux.Handle("GET /metrics", onNode(metricsHandler(g.cfg.Apid)))
+	mux.Handle("GET "+targetsPath, targetsHandler(g.cfg.Apid))
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, status.Newf(codes.NotFound, "nothing at %.100q; the paths are in /openapi.json", r.URL.Path))
 	})

@@ -15,6 +15,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/init/watchdog"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/internal/unmap"
 )
 
 //go:generate go run ../internal/unit/gen -tree .. -out units.go
@@ -40,7 +41,11 @@ func main() {
 func serve(dog *watchdog.Dog) {
 	defer func() { console.GiveUp("bulkhead: PID 1 is broken: ", reason(recover())) }()
 	boot.Second(dog)
-	s, err := supervise.New(units, dog.Feed, boot.Report)
+	program := unmap.Program()
+	s, err := supervise.New(units, dog.Feed, func() {
+		boot.Report()
+		program.Drop() // most of it was for the start
+	})
 	if err != nil {
 		console.GiveUp("bulkhead: cannot supervise: ", err.Error())
 	}

@@ -21,15 +21,41 @@ const (
 
 func (f Family) has(a netip.Addr) bool { return a.Is4() == (f == IPv4) }
 
-// chainPrefix begins the names of networkd's chains, and of no others. The rest is a hash of the rules: a chain's name says
-// what is in it, so the one in force is right or it is another one.
-const chainPrefix = "BULKHEAD-IN-"
+// Part is one of the places at which networkd has rules.
+type Part string
 
-// Table is the part of one family's filter table that is networkd's.
+const (
+	Ingress      Part = ""           // what may come in
+	Masquerading Part = "masquerade" // with which address pods leave the node
+)
+
+// place is where in iptables a part is.
+type place struct {
+	table string
+	hook  string // the chain of the table that enters networkd's
+	// prefix begins the names of the part's chains, and of no others. The rest is a hash of the rules: a chain's name says what is in
+	// it, so the one in force is right or it is another one.
+	prefix string
+}
+
+var places = map[Part]place{
+	Ingress:      {"filter", "INPUT", "BULKHEAD-IN-"},
+	Masquerading: {"nat", "POSTROUTING", "BULKHEAD-OUT-"},
+}
+
+// words is the text of an operation on this part.
+func (p Part) words(op Op) string {
+	if p == Ingress {
+		return string(op)
+	}
+	return strings.Replace(string(op), "firewall", string(p), 1)
+}
+
+// Table is the part of one family's table that is networkd's.
 type Table struct {
 	Family Family
 	Chains []Chain  // sorted by name
-	Jumps  []string // the chains that INPUT enters, in order; a chain may appear twice
+	Jumps  []string // the chains that the hook enters, in order; a chain may appear twice
 }
 
 // Chain is one chain as the kernel has it.
@@ -103,44 +129,54 @@ func accept(protocol string, port int, from netip.Prefix, f Family) rule {
 }
 
 // chainOf returns the chain with these rules.
-func chainOf(rules []rule) Chain {
+func chainOf(part Part, rules []rule) Chain {
 	var c Chain
 	h := sha256.New()
 	for _, r := range rules {
 		c.Rules = append(c.Rules, r.args)
 		h.Write([]byte(r.args + "\n"))
 	}
-	c.Name = chainPrefix + hex.EncodeToString(h.Sum(nil)[:4])
+	c.Name = places[part].prefix + hex.EncodeToString(h.Sum(nil)[:4])
 	return c
 }
 
-// planFirewall builds and enters the wanted chain, and only later leaves and deletes what was there before: at every moment
-// INPUT enters at least one whole chain, and each of them ends by dropping. A crash anywhere leaves
-// work for the next plan.
+// planFirewall is the plan for what may come in.
 func planFirewall(want Spec, have State, managed []Link) (now, later []Step) {
 	if have.NoFirewall != "" {
 		now = append(now, Step{Op: opFirewallWait, Content: have.NoFirewall})
 	}
 	for _, t := range have.Tables {
-		c := chainOf(ingress(want, managed, t.Family))
+		n, l := planChain(Ingress, t, ingress(want, managed, t.Family))
+		now, later = append(now, n...), append(later, l...)
+	}
+	return now, later
+}
+
+// planChain builds and enters the wanted chain, and only later leaves and deletes what was there before: at every moment the hook
+// enters at least one whole chain, and each of INPUT's ends by dropping. A crash anywhere leaves work for the next plan. Without rules
+// no chain is wanted.
+func planChain(part Part, t Table, rules []rule) (now, later []Step) {
+	var c Chain
+	if len(rules) > 0 {
+		c = chainOf(part, rules)
 		at := slices.IndexFunc(t.Chains, func(h Chain) bool { return h.Name == c.Name })
 		switch {
 		case !slices.Contains(t.Jumps, c.Name):
-			now = append(now, Step{Op: opJumpAdd, Family: t.Family, Name: c.Name, Rules: c.Rules})
+			now = append(now, Step{Op: opJumpAdd, Family: t.Family, Part: part, Name: c.Name, Rules: c.Rules})
 		case at < 0 || !slices.Equal(t.Chains[at].Rules, c.Rules):
-			now = append(now, Step{Op: opChainBuild, Family: t.Family, Name: c.Name, Rules: c.Rules})
+			now = append(now, Step{Op: opChainBuild, Family: t.Family, Part: part, Name: c.Name, Rules: c.Rules})
 		}
-		seen := false
-		for _, j := range t.Jumps {
-			if j != c.Name || seen {
-				later = append(later, Step{Op: opJumpDel, Family: t.Family, Name: j})
-			}
-			seen = seen || j == c.Name
+	}
+	seen := false
+	for _, j := range t.Jumps {
+		if j != c.Name || seen {
+			later = append(later, Step{Op: opJumpDel, Family: t.Family, Part: part, Name: j})
 		}
-		for _, h := range t.Chains {
-			if h.Name != c.Name {
-				later = append(later, Step{Op: opChainDel, Family: t.Family, Name: h.Name})
-			}
+		seen = seen || j == c.Name
+	}
+	for _, h := range t.Chains {
+		if h.Name != c.Name {
+			later = append(later, Step{Op: opChainDel, Family: t.Family, Part: part, Name: h.Name})
 		}
 	}
 	return now, later
@@ -149,14 +185,34 @@ func planFirewall(want Spec, have State, managed []Link) (now, later []Step) {
 // spelling makes protocols look the same whatever the version of iptables, and whether or not there is an /etc/protocols.
 var spelling = strings.NewReplacer("-p icmpv6 ", "-p ipv6-icmp ", "-p 58 ", "-p ipv6-icmp ", "-p 1 ", "-p icmp ", "-p 6 ", "-p tcp ", "-p 17 ", "-p udp ")
 
-// parseSave reads what iptables-save -c -t filter prints. Chains and rules of others are passed over.
-func parseSave(f Family, text string) (Table, error) {
-	t := Table{Family: f}
+// parseSave reads what iptables-save -c prints: networkd's part of each table. Chains and rules of others are passed over.
+func parseSave(f Family, text string) (map[Part]Table, error) {
+	out := map[Part]Table{}
+	_, text, _ = strings.Cut("\n"+text, "\n*") // behind remarks
+	for section := range strings.SplitSeq(text, "\n*") {
+		name, lines, _ := strings.Cut(section, "\n")
+		for part, at := range places {
+			if at.table != strings.TrimSpace(name) {
+				continue
+			}
+			t, err := parseTable(at, lines)
+			if err != nil {
+				return nil, err
+			}
+			t.Family = f
+			out[part] = t
+		}
+	}
+	return out, nil
+}
+
+func parseTable(at place, text string) (Table, error) {
+	var t Table
 	chains := map[string]*Chain{}
-	for _, line := range strings.Split(text, "\n") {
+	for line := range strings.SplitSeq(text, "\n") {
 		if name, ok := strings.CutPrefix(line, ":"); ok {
 			name, _, _ = strings.Cut(name, " ")
-			if strings.HasPrefix(name, chainPrefix) {
+			if strings.HasPrefix(name, at.prefix) {
 				chains[name] = &Chain{Name: name}
 			}
 			continue
@@ -166,8 +222,8 @@ func parseSave(f Family, text string) (Table, error) {
 			continue
 		}
 		chain, args, _ := strings.Cut(args, " ")
-		if target, ok := strings.CutPrefix(args, "-j "+chainPrefix); ok && chain == "INPUT" {
-			t.Jumps = append(t.Jumps, chainPrefix+target)
+		if target, ok := strings.CutPrefix(args, "-j "+at.prefix); ok && chain == at.hook {
+			t.Jumps = append(t.Jumps, at.prefix+target)
 			continue
 		}
 		c := chains[chain]

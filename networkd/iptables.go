@@ -30,13 +30,15 @@ type firewall struct {
 
 	mu     sync.Mutex
 	tables []Table   // guarded by mu; not changed in place
+	pods   []Table   // guarded by mu; not changed in place; masquerading
 	readAt time.Time // guarded by mu; zero: read again
-	failed bool      // guarded by mu; a chain could not be built or entered since the last reading
+	// failed has the parts of which a chain could not be built or entered since the last reading. Guarded by mu.
+	failed map[Part]bool
 	tools  map[Family]*iptables.IPTables
 }
 
 func newFirewall() *firewall {
-	f := &firewall{families: []Family{IPv4}, tools: map[Family]*iptables.IPTables{}}
+	f := &firewall{families: []Family{IPv4}, tools: map[Family]*iptables.IPTables{}, failed: map[Part]bool{}}
 	if _, err := os.Stat("/proc/self/net/if_inet6"); err == nil {
 		f.families = append(f.families, IPv6)
 	}
@@ -44,32 +46,35 @@ func newFirewall() *firewall {
 }
 
 // read returns the tables of the families that can be read, and what is wrong with the others: no IPv6 must not mean no firewall for IPv4.
-func (f *firewall) read(ctx context.Context) ([]Table, error) {
+func (f *firewall) read(ctx context.Context) (tables, pods []Table, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if !f.readAt.IsZero() && time.Since(f.readAt) < firewallFresh {
-		return f.tables, nil
+		return f.tables, f.pods, nil
 	}
-	var tables []Table
 	var failed []error
 	for _, family := range f.families {
-		out, err := run(ctx, program(family)+"-save", "", "-c", "-t", "filter")
-		var t Table
+		out, err := run(ctx, program(family)+"-save", "", "-c")
+		var parts map[Part]Table
 		if err == nil {
-			t, err = parseSave(family, out)
+			parts, err = parseSave(family, out)
 		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("read firewall: %w", err))
 			continue
 		}
-		tables = append(tables, t)
+		for part, list := range map[Part]*[]Table{Ingress: &tables, Masquerading: &pods} {
+			t := parts[part]
+			t.Family = family // a table that there is not yet is empty
+			*list = append(*list, t)
+		}
 	}
 	if len(failed) > 0 {
-		f.readAt, f.failed = time.Time{}, false
-		return tables, errors.Join(failed...)
+		f.readAt, f.failed = time.Time{}, map[Part]bool{}
+		return tables, pods, errors.Join(failed...)
 	}
-	f.tables, f.readAt, f.failed = tables, time.Now(), false
-	return tables, nil
+	f.tables, f.pods, f.readAt, f.failed = tables, pods, time.Now(), map[Part]bool{}
+	return tables, pods, nil
 }
 
 // do does one step. Once a new chain could not be built or entered, the old one stays until the next plan: steps that would open
@@ -81,20 +86,20 @@ func (f *firewall) do(ctx context.Context, s Step) error {
 	switch s.Op {
 	case opChainBuild, opJumpAdd:
 		err := f.install(ctx, s)
-		f.failed = f.failed || err != nil
+		f.failed[s.Part] = f.failed[s.Part] || err != nil
 		return err
 	}
-	if f.failed {
+	if f.failed[s.Part] {
 		return reconcile.ErrSkipped
 	}
 	if s.Op == opChainDel {
-		return restore(ctx, s.Family, ":"+s.Name+" - [0:0]", "-X "+s.Name)
+		return restore(ctx, s.Family, s.Part, ":"+s.Name+" - [0:0]", "-X "+s.Name)
 	}
 	t, err := f.tool(s.Family)
 	if err != nil {
 		return err
 	}
-	return gone(t.Delete("filter", "INPUT", "-j", s.Name))
+	return gone(t.Delete(places[s.Part].table, places[s.Part].hook, "-j", s.Name))
 }
 
 // install builds a chain, and enters it if the step says so, in one transaction.
@@ -104,14 +109,14 @@ func (f *firewall) install(ctx context.Context, s Step) error {
 		lines = append(lines, "-A "+s.Name+" "+r)
 	}
 	if s.Op == opJumpAdd {
-		lines = append(lines, "-I INPUT 1 -j "+s.Name)
+		lines = append(lines, "-I "+places[s.Part].hook+" 1 -j "+s.Name)
 	}
-	return restore(ctx, s.Family, lines...)
+	return restore(ctx, s.Family, s.Part, lines...)
 }
 
-// restore changes the filter table in one transaction. A chain that is declared there is empty at first, whether it was there or not.
-func restore(ctx context.Context, family Family, lines ...string) error {
-	_, err := run(ctx, program(family)+"-restore", "*filter\n"+strings.Join(lines, "\n")+"\nCOMMIT\n", "--noflush", "--wait", "5")
+// restore changes a part's table in one transaction. A chain that is declared there is empty at first, whether it was there or not.
+func restore(ctx context.Context, family Family, part Part, lines ...string) error {
+	_, err := run(ctx, program(family)+"-restore", "*"+places[part].table+"\n"+strings.Join(lines, "\n")+"\nCOMMIT\n", "--noflush", "--wait", "5")
 	return err
 }
 
@@ -158,7 +163,7 @@ func run(ctx context.Context, name, stdin string, args ...string) (string, error
 		return "", fmt.Errorf("%s: %w: %s", name, err, strings.TrimSpace(stderr.String()))
 	}
 	if stdout.Len() >= maxSave {
-		return "", fmt.Errorf("%s: printed more than %d bytes; somebody else has filled the filter table", name, maxSave)
+		return "", fmt.Errorf("%s: printed more than %d bytes; somebody else has filled its tables", name, maxSave)
 	}
 	return stdout.String(), nil
 }

@@ -19,7 +19,7 @@ func TestFirewallReadsWhatItCan(t *testing.T) {
 	}
 	f := &firewall{families: []Family{IPv6, IPv4}}
 	for range 2 { // the second time too: what is wrong is not to be forgotten
-		tables, err := f.read(t.Context())
+		tables, _, err := f.read(t.Context())
 		if err == nil || len(tables) != 1 || tables[0].Family != IPv4 {
 			t.Errorf("got %+v, %v; want the table of IPv4, and what is wrong with IPv6", tables, err)
 		}

@@ -24,6 +24,8 @@ import (
 type kernel interface {
 	// Read returns what there is. It may be called by several goroutines at once.
 	Read(context.Context) (State, error)
+	// ReadLinks returns the links, addresses and routes only, which never takes long. It may be called by several goroutines at once.
+	ReadLinks() (State, error)
 	// Do does one step; doing a done step succeeds.
 	Do(context.Context, Step) error
 	// Run calls wake after changes and runs what a step started, until ctx is done.
@@ -48,7 +50,8 @@ func newLinux(dir string, pool *dhcp.Pool) (*linux, error) {
 	return &linux{dir: dir, dhcp: pool, firewall: newFirewall(), events: events}, nil
 }
 
-func (k *linux) Read(ctx context.Context) (State, error) {
+// ReadLinks reads what the kernel says at once: no program is started for it.
+func (k *linux) ReadLinks() (State, error) {
 	var s State
 	var err error
 	if s.Links, err = readLinks(); err != nil {
@@ -57,7 +60,6 @@ func (k *linux) Read(ctx context.Context) (State, error) {
 	byIndex := map[int]config.LinkName{}
 	for _, l := range s.Links {
 		byIndex[l.Index] = l.Name
-		k.dhcp.Carrier(string(l.Name), l.Up && l.Carrier)
 	}
 	if s.Addresses, err = readAddresses(byIndex); err != nil {
 		return State{}, fmt.Errorf("read addresses: %w", err)
@@ -65,13 +67,25 @@ func (k *linux) Read(ctx context.Context) (State, error) {
 	if s.Routes, err = readRoutes(byIndex); err != nil {
 		return State{}, fmt.Errorf("read routes: %w", err)
 	}
+	s.DHCP = k.dhcp.Entries()
+	return s, nil
+}
+
+func (k *linux) Read(ctx context.Context) (State, error) {
+	s, err := k.ReadLinks()
+	if err != nil {
+		return State{}, err
+	}
+	for _, l := range s.Links {
+		k.dhcp.Carrier(string(l.Name), l.Up && l.Carrier)
+	}
 	if s.Files, err = readFiles(k.dir); err != nil {
 		return State{}, err
 	}
-	if s.Tables, err = k.firewall.read(ctx); err != nil {
+	if s.Tables, s.Masquerade, err = k.firewall.read(ctx); err != nil {
 		s.NoFirewall = err.Error()
 	}
-	s.DHCP = k.dhcp.Entries()
+	s.DHCP = k.dhcp.Entries() // anew: what a carrier changed is in there
 	return s, nil
 }
 
@@ -88,7 +102,7 @@ func (k *linux) Do(ctx context.Context, s Step) error {
 	}
 	name := s.Link
 	switch s.Op {
-	case opAddrAdd, opAddrDel:
+	case opAddrAdd, opAddrDel, opAddrHold, opAddrTell:
 		name = s.Address.Link
 	case opRouteAdd, opRouteDel:
 		name = s.Route.Link
@@ -108,6 +122,10 @@ func (k *linux) Do(ctx context.Context, s Step) error {
 		return k.dhcp.Start(string(s.Link), dhcp.Identity{Hardware: link.Attrs().HardwareAddr, Hostname: s.Content})
 	case opAddrAdd:
 		return addAddress(link.Attrs().Index, s.Address)
+	case opAddrHold:
+		return holdAddress(link.Attrs().Index, s.Address, s.Until)
+	case opAddrTell:
+		return announce(link.Attrs().Index, link.Attrs().HardwareAddr, s.Address.Prefix.Addr())
 	case opAddrDel:
 		return deleteAddress(link.Attrs().Index, s.Address)
 	case opRouteAdd:
@@ -127,7 +145,7 @@ func ignore(err error, done unix.Errno) error {
 
 // marks are the protocol numbers that the kernel keeps with networkd's routes and addresses (rtm_protocol, IFA_PROTO); nobody in
 // /etc/iproute2/rt_protos uses them. They are how networkd knows its own after a restart.
-var marks = map[Origin]uint8{OriginStatic: 66, OriginDHCP: 67}
+var marks = map[Origin]uint8{OriginStatic: 66, OriginDHCP: 67, OriginPod: 68, OriginVirtual: 69}
 
 func toRoute(index int, r Route) *netlink.Route {
 	n := &netlink.Route{
@@ -158,6 +176,8 @@ func readRoutes(byIndex map[int]config.LinkName) ([]Route, error) {
 			r.Origin = OriginStatic
 		case marks[OriginDHCP]:
 			r.Origin = OriginDHCP
+		case marks[OriginPod]:
+			r.Origin = OriginPod
 		case unix.RTPROT_KERNEL, unix.RTPROT_RA:
 			r.Origin = OriginKernel
 		}
@@ -230,12 +250,15 @@ func (k *linux) Run(ctx context.Context, wake func()) error {
 	defer func() { <-clients }()
 	buf := make([]byte, 4096) // what does not fit is lost, and nobody misses it: events only wake
 	for {
-		_, err := k.events.Read(buf)
+		n, err := k.events.Read(buf)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		if err != nil && !errors.Is(err, unix.ENOBUFS) { // ENOBUFS: there were more than fit
 			return fmt.Errorf("receive network events: %w", err)
+		}
+		if err == nil && prolonged(buf[:n]) {
+			continue
 		}
 		t := time.NewTimer(settle)
 		select {

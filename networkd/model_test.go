@@ -15,7 +15,7 @@ import (
 type model struct{ State }
 
 func newModel(links ...Link) *model {
-	m := &model{State{Files: map[string]string{}, Tables: []Table{{Family: IPv4}, {Family: IPv6}}}}
+	m := &model{State{Files: map[string]string{}, Tables: []Table{{Family: IPv4}, {Family: IPv6}}, Masquerade: []Table{{Family: IPv4}, {Family: IPv6}}}}
 	m.Links = append(m.Links, Link{Name: "lo", Index: 1, Kind: "device", Loopback: true, MTU: 65536})
 	m.Links = append(m.Links, links...)
 	slices.SortFunc(m.Links, func(a, b Link) int { return strings.Compare(string(a.Name), string(b.Name)) })
@@ -23,6 +23,7 @@ func newModel(links ...Link) *model {
 }
 
 func (m *model) Read(context.Context) (State, error)        { return m.State, nil }
+func (m *model) ReadLinks() (State, error)                  { return m.State, nil }
 func (m *model) Run(ctx context.Context, wake func()) error { <-ctx.Done(); return ctx.Err() }
 func (m *model) link(name config.LinkName) (*Link, error) {
 	for i := range m.Links {
@@ -108,7 +109,11 @@ func (m *model) reaches(r Route) bool {
 }
 
 func (m *model) firewall(s Step) error {
-	t := &m.Tables[slices.IndexFunc(m.Tables, func(t Table) bool { return t.Family == s.Family })]
+	tables := m.Tables
+	if s.Part == Masquerading {
+		tables = m.Masquerade
+	}
+	t := &tables[slices.IndexFunc(tables, func(t Table) bool { return t.Family == s.Family })]
 	at := slices.IndexFunc(t.Chains, func(c Chain) bool { return c.Name == s.Name })
 	jump := slices.Index(t.Jumps, s.Name)
 	switch s.Op {

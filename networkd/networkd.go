@@ -1,8 +1,8 @@
 // Package networkd brings the network to what the document says: links, addresses, routes, DHCP leases, the resolver's files
 // and the ingress firewall.
 //
-// It is the only daemon that changes the network and the only one that parses what DHCP servers send. It knows nothing of pods
-// but their subnet, and leaves their links, routes and chains alone. Until machined sends a spec it makes the node reachable: DHCP on
+// It is the only daemon that changes the network and the only one that parses what DHCP servers send. It knows of pods
+// what kubeletd tells it, the ways to other nodes' and with which address they leave this one, and leaves their links and chains alone. Until machined sends a spec it makes the node reachable: DHCP on
 // every physical interface, and a firewall that lets in what the node's own doors need.
 package networkd
 
@@ -14,6 +14,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -56,6 +58,9 @@ type Daemon struct {
 	loop   *reconcile.Loop[Spec, State, Step]
 	status latest.Cell[*networkv1.Status]
 	gauges gauges
+	pods   atomic.Pointer[Pods] // what kubeletd asked for; nil: nothing yet
+
+	holding sync.Mutex // held while virtual addresses come or go
 }
 
 // Run is networkd as PID 1 starts it.
@@ -93,6 +98,7 @@ func newDaemon(cfg Config, k kernel) *Daemon {
 		Parse: func(documents []byte) (Spec, error) { return parse(documents, cfg.Hostname) },
 		Observe: func(ctx context.Context) (State, error) {
 			have, err := k.Read(ctx)
+			have.Pods = d.pods.Load()
 			have.Young = time.Now().Before(settled)
 			return have, err
 		},
@@ -113,9 +119,11 @@ func (d *Daemon) Run(ctx context.Context) error {
 	defer time.AfterFunc(d.cfg.Grace, d.loop.Wake).Stop()
 	g.Go(func() error {
 		// kubeletd watches the node's addresses; both services are read by apid and, for control, by machined.
-		extra := peer.List{networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}}
+		extra := peer.List{networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}, networkv1.Pods_ServiceDesc.ServiceName: {uid.Kubeletd}, networkv1.Virtual_ServiceDesc.ServiceName: {uid.Kubeletd}}
 		return daemon.Serve(ctx, d.cfg.Env, extra, func(s *grpc.Server) {
 			networkv1.RegisterNetworkServer(s, &server{d: d})
+			networkv1.RegisterPodsServer(s, &pods{d: d})
+			networkv1.RegisterVirtualServer(s, &virtual{d: d})
 			controlv1.RegisterControlServer(s, &control{Control: reconcile.Control[Spec, State, Step]{Loop: d.loop, Metrics: d.metrics()}, d: d})
 		})
 	})

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/networkd/dhcp"
@@ -25,6 +26,10 @@ type State struct {
 	// NoFirewall says why a family has no table; "" if all have one. It does not keep the node from being reached, because nobody could
 	// repair it then, but it is never converged.
 	NoFirewall string
+	// Masquerade has the rules with which pods leave the node, one table for each family that the kernel knows.
+	Masquerade []Table
+	// Pods is what kubeletd has asked for; nil: it has not spoken to this process yet.
+	Pods *Pods
 	// Young is true as long as a spec may be on its way: see Config.Grace.
 	Young bool
 }
@@ -51,12 +56,15 @@ type Origin string
 const (
 	OriginStatic Origin = "static"
 	OriginDHCP   Origin = "dhcp"
-	OriginKernel Origin = "kernel"
-	OriginOther  Origin = "other"
+	OriginPod    Origin = "pod" // to the pods of another node
+	// OriginVirtual is an address of the cluster that this node has for some seconds: Hold says it again and again.
+	OriginVirtual Origin = "virtual"
+	OriginKernel  Origin = "kernel"
+	OriginOther   Origin = "other"
 )
 
 // own reports whether it is networkd's to remove.
-func (o Origin) own() bool { return o == OriginStatic || o == OriginDHCP }
+func (o Origin) own() bool { return o == OriginStatic || o == OriginDHCP || o == OriginPod }
 
 // Address is one address of a link.
 type Address struct {
@@ -84,6 +92,8 @@ const (
 	opLinkWait    Op = "link wait"
 	opAddrAdd     Op = "addr add"
 	opAddrDel     Op = "addr del"
+	opAddrHold    Op = "addr hold"
+	opAddrTell    Op = "addr announce"
 	opRouteAdd    Op = "route add"
 	opRouteDel    Op = "route del"
 	opDHCPStart   Op = "dhcp start"
@@ -102,9 +112,11 @@ type Step struct {
 	Op      Op
 	Link    config.LinkName // link, dhcp
 	MTU     int             // link mtu
+	Until   time.Duration   // addr hold; of CLOCK_BOOTTIME
 	Address Address
 	Route   Route
 	Family  Family   // firewall
+	Part    Part     // firewall; the zero value is Ingress
 	Name    string   // chain or file
 	Rules   []string // firewall build, firewall enter (which builds too)
 	Content string   // file write; hostname for dhcp start; why for the waits
@@ -116,7 +128,7 @@ func (s Step) String() string {
 		return fmt.Sprintf("link set mtu %d dev %s", s.MTU, s.Link)
 	case opLinkUp:
 		return fmt.Sprintf("link set up dev %s", s.Link)
-	case opAddrAdd, opAddrDel:
+	case opAddrAdd, opAddrDel, opAddrHold, opAddrTell:
 		return fmt.Sprintf("%s %s dev %s", s.Op, s.Address.Prefix, s.Address.Link)
 	case opRouteAdd, opRouteDel:
 		return fmt.Sprintf("%s %s", s.Op, s.Route)
@@ -125,7 +137,7 @@ func (s Step) String() string {
 	case opFirewallWait:
 		return string(s.Op)
 	case opChainBuild, opJumpAdd, opJumpDel, opChainDel:
-		return fmt.Sprintf("%s %s %s", s.Op, s.Family, s.Name)
+		return fmt.Sprintf("%s %s %s", s.Part.words(s.Op), s.Family, s.Name)
 	}
 	return fmt.Sprintf("%s dev %s", s.Op, s.Link)
 }
@@ -159,6 +171,8 @@ type target struct {
 	addresses []Address
 	routes    []Route
 	files     map[string]string
+	// waiting has a sentence for each route to other nodes' pods that cannot be.
+	waiting []string
 }
 
 // plan returns the steps that lead from have to want. Equal inputs give equal steps. It adds before it deletes: a link being
@@ -172,13 +186,16 @@ func plan(want Spec, have State) []Step {
 	// Before addresses: no IPv4 packet comes in that the firewall has not seen. After links and DHCP: these then work meanwhile.
 	now, later := planFirewall(want, have, t.managed)
 	add(now...)
+	now, left := planPods(want, have)
+	add(now...)
 	for _, a := range t.addresses {
 		if !slices.ContainsFunc(have.Addresses, func(h Address) bool { return h.Link == a.Link && h.Prefix == a.Prefix }) {
 			add(Step{Op: opAddrAdd, Address: a})
 		}
 	}
+	there, wanted := routeSet(have.Routes), routeSet(t.routes)
 	for _, r := range t.routes {
-		if !slices.ContainsFunc(have.Routes, r.equal) {
+		if !there[r.bare()] {
 			add(Step{Op: opRouteAdd, Route: r})
 		}
 	}
@@ -188,7 +205,7 @@ func plan(want Spec, have State) []Step {
 		}
 	}
 	for _, r := range have.Routes {
-		if r.Origin.own() && !slices.ContainsFunc(t.routes, r.equal) {
+		if r.Origin.own() && !wanted[r.bare()] {
 			add(Step{Op: opRouteDel, Route: r})
 		}
 	}
@@ -198,6 +215,7 @@ func plan(want Spec, have State) []Step {
 		}
 	}
 	add(later...) // nothing waits for it
+	add(left...)
 	return steps
 }
 
@@ -212,9 +230,21 @@ func planBare(hostname string, have State) []Step {
 }
 
 // equal ignores the origin: a route that somebody else made does as well.
-func (r Route) equal(o Route) bool {
-	r.Origin, o.Origin = "", ""
-	return r == o
+func (r Route) equal(o Route) bool { return r.bare() == o.bare() }
+
+// bare is the route without its origin.
+func (r Route) bare() Route {
+	r.Origin = ""
+	return r
+}
+
+// routeSet has the routes without their origins: there may be thousands, one for each node.
+func routeSet(routes []Route) map[Route]bool {
+	out := make(map[Route]bool, len(routes))
+	for _, r := range routes {
+		out[r.bare()] = true
+	}
+	return out
 }
 
 // resolve works out what the spec wants. Links come in the order of their names, so the first address is always the same one.
@@ -245,6 +275,7 @@ func resolve(want Spec, have State) target {
 		nameservers = append(nameservers, lease.Nameservers...)
 		domains = append(domains, lease.Domains...)
 	}
+	t.pods(want, have)
 	t.files = files(want.Hostname, t.addresses, nameservers, domains)
 	return t
 }
@@ -257,12 +288,18 @@ func (t *target) address(a Address) {
 }
 
 func (t *target) route(r Route) {
-	if r.To.Addr().Is6() && r.Metric == 0 {
-		r.Metric = ipv6Default
-	}
+	r = r.metric()
 	if !slices.ContainsFunc(t.routes, r.equal) {
 		t.routes = append(t.routes, r)
 	}
+}
+
+// metric gives the route the metric that it will be read back with.
+func (r Route) metric() Route {
+	if r.To.Addr().Is6() && r.Metric == 0 {
+		r.Metric = ipv6Default
+	}
+	return r
 }
 
 func leaseOf(have State, link config.LinkName) *dhcp.Lease {

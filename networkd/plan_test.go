@@ -207,7 +207,7 @@ func compare(t *testing.T, want Spec, m *model, golden string) {
 		}
 	}
 	for mark, f := range map[string]Family{"BULKHEAD-IN-$4": IPv4, "BULKHEAD-IN-$6": IPv6} {
-		golden = strings.ReplaceAll(golden, mark, chainOf(ingress(want, managed, f)).Name)
+		golden = strings.ReplaceAll(golden, mark, chainOf(Ingress, ingress(want, managed, f)).Name)
 	}
 	for _, tb := range m.Tables {
 		if len(tb.Jumps) > 0 && tb.Family == IPv4 {
@@ -240,7 +240,7 @@ firewall:
 	var b strings.Builder
 	for _, f := range []Family{IPv4, IPv6} {
 		rules := ingress(s, []Link{eth("eth0", 2)}, f)
-		b.WriteString("# " + string(f) + " " + chainOf(rules).Name + "\n")
+		b.WriteString("# " + string(f) + " " + chainOf(Ingress, rules).Name + "\n")
 		for _, r := range rules {
 			b.WriteString(r.args + "    # " + r.text + "\n")
 		}
@@ -300,6 +300,20 @@ func randomLeases(r *rand.Rand, m *model) {
 	}
 }
 
+// randomPods is what kubeletd may have asked for.
+func randomPods(t *testing.T, r *rand.Rand) *Pods {
+	if r.IntN(4) == 0 {
+		return nil
+	}
+	var routes []string
+	for _, to := range []string{"10.244.2.0/24", "10.244.3.0/24", "10.244.4.0/24"} {
+		if r.IntN(3) > 0 {
+			routes = append(routes, to+" via "+[]string{"10.0.0.3", "10.0.0.7", "10.0.2.7", "192.0.2.1"}[r.IntN(4)])
+		}
+	}
+	return asked(t, podSpec("10.244.0.0/16"), []string{"", "10.244.1.0/24"}[r.IntN(2)], routes...)
+}
+
 // The law: apply a plan, plan again, and nothing is left; wherever the world starts, and with every prefix of a plan
 // done before something else is wanted. Meanwhile the firewall never stands open.
 func FuzzPlanConverges(f *testing.F) {
@@ -319,6 +333,7 @@ func FuzzPlanConverges(f *testing.F) {
 		for range 4 {
 			want := randomSpec(r)
 			randomLeases(r, m)
+			m.Pods = randomPods(t, r)
 			steps := plan(want, m.State)
 			for _, s := range steps[:r.IntN(len(steps)+1)] { // power of a SIGKILL
 				if err := m.Do(t.Context(), s); err != nil {
@@ -342,6 +357,11 @@ func FuzzPlanConverges(f *testing.F) {
 				t.Errorf("%s: left %d chains and %d jumps, want one each", tb.Family, len(tb.Chains), len(tb.Jumps))
 			}
 		}
+		for _, tb := range m.Masquerade {
+			if len(tb.Chains) > 1 || len(tb.Jumps) > 1 {
+				t.Errorf("%s: left %d chains and %d jumps for pods, want one each at most", tb.Family, len(tb.Chains), len(tb.Jumps))
+			}
+		}
 		if l, _ := m.link("cni0"); l.Up {
 			t.Error("touched cni0")
 		}
@@ -350,13 +370,14 @@ func FuzzPlanConverges(f *testing.F) {
 
 func FuzzParseSave(f *testing.F) {
 	f.Add("*filter\n:INPUT ACCEPT [0:0]\n:BULKHEAD-IN-aa - [0:0]\n[1:2] -A INPUT -j BULKHEAD-IN-aa\n[3:4] -A BULKHEAD-IN-aa -j DROP\nCOMMIT\n")
+	f.Add("# a remark\n*nat\n:BULKHEAD-OUT-aa - [0:0]\n[1:2] -A POSTROUTING -j BULKHEAD-OUT-aa\n[3:4] -A BULKHEAD-OUT-aa -j MASQUERADE\nCOMMIT\n*filter\n")
 	f.Add("[x] -A BULKHEAD-IN-aa -j DROP\n:BULKHEAD-IN-aa")
 	f.Fuzz(func(t *testing.T, text string) {
-		table, err := parseSave(IPv4, text)
+		parts, err := parseSave(IPv4, text)
 		if err != nil {
 			return
 		}
-		for _, c := range table.Chains {
+		for _, c := range slices.Concat(parts[Ingress].Chains, parts[Masquerading].Chains) {
 			if len(c.Rules) != len(c.Packets) || len(c.Rules) != len(c.Bytes) {
 				t.Errorf("chain %q: %d rules, %d and %d counters", c.Name, len(c.Rules), len(c.Packets), len(c.Bytes))
 			}

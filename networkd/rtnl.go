@@ -7,12 +7,15 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/networkd/dhcp"
 )
 
 // Messages that netlink's own types lack a field for: the origin of an address (IFA_PROTO, Linux 5.18), and promote_secondaries.
@@ -170,6 +173,8 @@ func originOf(v []byte) Origin {
 		return OriginStatic
 	case v[0] == marks[OriginDHCP]:
 		return OriginDHCP
+	case v[0] == marks[OriginVirtual]:
+		return OriginVirtual
 	case v[0] >= protoKernelLo && v[0] <= protoKernelLL:
 		return OriginKernel
 	}
@@ -185,6 +190,26 @@ func addAddress(index int, a Address) error {
 			b[i/8] |= 0x80 >> (i % 8)
 		}
 		req.AddData(nl.NewRtAttr(unix.IFA_BROADCAST, b[:]))
+	}
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
+}
+
+// holdAddress adds an address that the kernel takes away at a moment of CLOCK_BOOTTIME, or lets it stay until then. It is never chosen as the sender of
+// what the node sends by itself (its preferred time is over: RFC 6724 section 5, rule 3; in IPv4 it is the last of its link), and it is
+// used at once: whether another node still has it, etcd has decided.
+func holdAddress(index int, a Address, until time.Duration) error {
+	seconds := (until - dhcp.Now()) / time.Second // the kernel counts in these
+	if seconds < 1 {
+		return errs.New(errs.Precondition, "less than a second is left")
+	}
+	req := addressRequest(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE|unix.NLM_F_ACK, index, a)
+	req.AddData(nl.NewRtAttr(ifaProto, []byte{marks[a.Origin]}))
+	lifetimes := make([]byte, 16) // struct ifa_cacheinfo: preferred, valid, two time stamps
+	nl.NativeEndian().PutUint32(lifetimes[4:], uint32(seconds))
+	req.AddData(nl.NewRtAttr(unix.IFA_CACHEINFO, lifetimes))
+	if a.Prefix.Addr().Is6() {
+		req.AddData(nl.NewRtAttr(unix.IFA_FLAGS, nl.Uint32Attr(unix.IFA_F_NODAD|unix.IFA_F_NOPREFIXROUTE)))
 	}
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	return err
@@ -207,6 +232,27 @@ func addressRequest(kind, flags, index int, a Address) *nl.NetlinkRequest {
 	req.AddData(nl.NewRtAttr(unix.IFA_LOCAL, a.Prefix.Addr().AsSlice()))
 	req.AddData(nl.NewRtAttr(unix.IFA_ADDRESS, a.Prefix.Addr().AsSlice()))
 	return req
+}
+
+// prolonged reports whether an event says no more than that a virtual address is there, or there for longer: that happens every second, and
+// Hold itself wakes when one is new.
+func prolonged(event []byte) bool {
+	messages, err := syscall.ParseNetlinkMessage(event)
+	if err != nil || len(messages) == 0 {
+		return false
+	}
+	for _, m := range messages {
+		if m.Header.Type != unix.RTM_NEWADDR || len(m.Data) < unix.SizeofIfAddrmsg {
+			return false
+		}
+		attrs, err := nl.ParseRouteAttr(m.Data[unix.SizeofIfAddrmsg:])
+		if err != nil || !slices.ContainsFunc(attrs, func(a syscall.NetlinkRouteAttr) bool {
+			return a.Attr.Type == ifaProto && originOf(a.Value) == OriginVirtual
+		}) {
+			return false
+		}
+	}
+	return true
 }
 
 // nested returns the attributes within one; none if they are malformed, which the kernel does not do.

@@ -18,6 +18,8 @@ type Spec struct {
 	Pods netip.Prefix
 	// Bridge is true with the built-in pod network: then no pod's packet comes in over a managed interface.
 	Bridge bool
+	// VirtualIPs are the cluster's addresses that this node may have for a time.
+	VirtualIPs []netip.Addr
 }
 
 // The node's own ports.
@@ -46,6 +48,7 @@ func parse(documents []byte, hostname string) (Spec, error) {
 	s := Spec{
 		Hostname: set.Machine.Hostname, Network: *set.Network, Ports: []int{portAPI, portGateway, portKubelet},
 		Pods: set.Kubernetes.PodSubnet, Bridge: set.Kubernetes.CNI == "bridge",
+		VirtualIPs: set.Cluster.VirtualIPs,
 	}
 	if s.Hostname == "" {
 		s.Hostname = hostname

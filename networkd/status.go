@@ -138,7 +138,12 @@ func (d *Daemon) describe(have State) *networkv1.Status {
 		s.Routes = append(s.Routes, out)
 	}
 	s.Nameservers, s.SearchDomains = resolver(have.Files[fileResolver])
-	s.Rules = rules(want, managed, have.Tables)
+	s.Rules = append(rules(have.Tables, func(f Family) []rule { return ingress(want, managed, f) }), rules(have.Masquerade, func(f Family) []rule {
+		if p := d.pods.Load(); p != nil {
+			return masquerade(p, f)
+		}
+		return nil
+	})...)
 	for _, e := range have.DHCP {
 		out := &networkv1.Lease{Link: e.Link}
 		if l := e.Lease; l != nil {
@@ -154,11 +159,11 @@ func (d *Daemon) describe(have State) *networkv1.Status {
 }
 
 // rules lists the chains in force, IPv4 first. Rules that are not networkd's are shown as iptables writes them.
-func rules(want Spec, managed []Link, tables []Table) []*networkv1.Rule {
+func rules(tables []Table, written func(Family) []rule) []*networkv1.Rule {
 	var out []*networkv1.Rule
 	for _, t := range tables {
 		known := map[string]string{}
-		for _, r := range ingress(want, managed, t.Family) {
+		for _, r := range written(t.Family) {
 			known[r.args] = r.text
 		}
 		for _, c := range t.Chains {

@@ -89,18 +89,24 @@ type leaf struct {
 	usage   []x509.ExtKeyUsage
 	private asn1.ObjectIdentifier // a usage of our own
 	life    time.Duration
+	old     bool // valid since its authority is, see claim
 }
 
-// sign certifies a key. A leaf never outlives its authority.
+// sign certifies a key. A leaf never outlives its authority. A clock that is behind the making of the authority is wrong: then the leaf is of that time, so that it is
+// one at all, and the owner can get in to set the clock.
 func (a *authority) sign(key crypto.PublicKey, l leaf, random io.Reader, now time.Time) (*x509.Certificate, error) {
 	serial, err := newSerial(random)
 	if err != nil {
 		return nil, err
 	}
+	now = later(now, a.cert.NotBefore)
 	tmpl := &x509.Certificate{
 		SerialNumber: serial, Subject: l.subject, DNSNames: l.dns, IPAddresses: l.ips,
 		NotBefore: later(now.Add(-leafBackdate), a.cert.NotBefore), NotAfter: earlier(now.Add(l.life), a.cert.NotAfter),
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: l.usage, BasicConstraintsValid: true,
+	}
+	if l.old {
+		tmpl.NotBefore = a.cert.NotBefore
 	}
 	if l.private != nil {
 		tmpl.UnknownExtKeyUsage = []asn1.ObjectIdentifier{l.private}

@@ -20,8 +20,10 @@ import (
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
+	"github.com/bulkhead-os/bulkhead/internal/clock"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
+	"github.com/bulkhead-os/bulkhead/internal/version"
 	"github.com/bulkhead-os/bulkhead/trustd/roster"
 )
 
@@ -231,6 +233,9 @@ func (n *newcomer) accept(r *trustv1.JoinClusterRequest, id string, resp *trustv
 	}
 	// The certificate was made a moment ago. With another idea of the time this node would take nobody's certificate for valid, nor others its own.
 	if made := cert.NotBefore.Add(leafBackdate); now.Before(made.Add(-maxSkew)) || now.After(made.Add(maxSkew)) {
+		if text := clock.Built(now, version.BuildTime()); text != "" {
+			return nil, fmt.Errorf("the cluster's clock says %s, and this node's is wrong: %s. Then try again; the token stays good for this node until it expires", made.UTC().Format(time.RFC3339), text)
+		}
 		return nil, fmt.Errorf("the cluster's clock says %s and this node's %s: set the clock and try again; the token stays good for this node until it expires", made.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
 	}
 	if err := checkNode(r.GetName(), resp.GetRole()); err != nil {

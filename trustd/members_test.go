@@ -1,6 +1,7 @@
 package trustd
 
 import (
+	"context"
 	"crypto/rand"
 	"crypto/x509"
 	"net"
@@ -12,11 +13,14 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/metadata"
+
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
@@ -62,10 +66,12 @@ func TestSignForNode(t *testing.T) {
 		err     string
 		kind    errs.Kind
 	}{
-		{name: "kubelet", profile: "kubelet-client", tmpl: kubelet},
+		{name: "kubelet's first", profile: "kubelet-bootstrap"},
+		{name: "kubeletd of a node", profile: "kubeletd-node"},
 		{name: "kube-proxy", profile: "kube-proxy"},
-		{name: "an address it was not seen at", profile: "kubelet-serving", tmpl: x509.CertificateRequest{Subject: kubelet.Subject, IPAddresses: []net.IP{net.IPv4(10, 5, 0, 1)}}},
-		{name: "another kubelet", profile: "kubelet-client", tmpl: other, err: `must be "CN=system:node:n3`, kind: errs.Denied},
+		{name: "an address it was not seen at", profile: "apid-server", tmpl: x509.CertificateRequest{IPAddresses: []net.IP{net.IPv4(10, 5, 0, 1)}}},
+		{name: "kubelet, past the certificates API", profile: "kubelet-client", tmpl: kubelet, err: "may not have it", kind: errs.Denied},
+		{name: "another kubelet", profile: "kubelet-serving", tmpl: other, err: "may not have it", kind: errs.Denied},
 		{name: "another's DNS name", profile: "gateway-server", tmpl: x509.CertificateRequest{DNSNames: []string{"n1"}}, err: `DNS name "n1"`, kind: errs.Denied},
 		{name: "the cluster's name", profile: "gateway-server", tmpl: x509.CertificateRequest{DNSNames: []string{"api.example"}}, err: `"api.example"`, kind: errs.Denied},
 		{name: "control planes' name", profile: "apid-server", tmpl: x509.CertificateRequest{DNSNames: []string{join.ServerName}}, err: join.ServerName, kind: errs.Denied},
@@ -108,8 +114,8 @@ func TestSignForNode(t *testing.T) {
 			}
 			if err != nil {
 				t.Errorf("%s: %v", c.name, err)
-			} else if cert := parsePEM(t, resp.GetCertificate()); len(cert.IPAddresses) > 2 {
-				t.Errorf("%s: addresses %v", c.name, cert.IPAddresses)
+			} else if cert := parsePEM(t, resp.GetCertificate()); len(cert.IPAddresses) > 2 || c.profile == "kubeletd-node" && cert.Subject.String() != "CN=bulkhead:kubeletd:n3,O=bulkhead:kubeletd-nodes" {
+				t.Errorf("%s: %q, addresses %v", c.name, cert.Subject, cert.IPAddresses)
 			}
 		})
 	}
@@ -188,6 +194,42 @@ func TestRemoveMember(t *testing.T) {
 	n1.must(err)
 	n2.untilState("was removed from the cluster") // it does not put itself on the list again
 	n1.knows("n1", "n3")
+}
+
+// A node ends its own membership, and no other's; one that etcd has as a member does not.
+func TestLeave(t *testing.T) {
+	l := newLab(t)
+	n1 := l.box("n1", "1").found()
+	l.box("n2", "2").join(n1.token("controlplane", ""), n1)
+	n3 := l.box("n3", "3").join(n1.token("worker", ""), n1)
+	n1.knows("n1", "n2", "n3")
+	l.members.Set([]string{"n1", "n2"})
+	c := trustv1.NewDepartureClient(n1.conn[uid.Apid])
+	as := func(name string, roles ...string) context.Context {
+		md := metadata.Pairs(peer.CallerKey, name)
+		for _, r := range roles {
+			md.Append(peer.RolesKey, r)
+		}
+		return metadata.NewOutgoingContext(t.Context(), md)
+	}
+	if _, err := c.Leave(n1.admin(), &trustv1.LeaveRequest{}); !errs.Is(err, errs.Denied) || !strings.Contains(errs.Text(err), "bhctl node remove") {
+		t.Errorf("an administrator, who is no node: %v", err)
+	}
+	if _, err := c.Leave(as("node:n2", "node", "node-controlplane"), &trustv1.LeaveRequest{}); !errs.Is(err, errs.Precondition) || !strings.Contains(errs.Text(err), "member of etcd") {
+		t.Errorf("a member of etcd: %v", err)
+	}
+	for range 2 { // the answer may have been lost
+		if _, err := c.Leave(as("node:n3", "node", "node-worker"), &trustv1.LeaveRequest{}); err != nil {
+			t.Errorf("a worker: %v", err)
+		}
+	}
+	n1.knows("n1", "n2")
+	n3.untilState("it was removed")
+	l.members.Set([]string{"n1"})
+	if _, err := c.Leave(as("node:n2", "node", "node-controlplane"), &trustv1.LeaveRequest{}); err != nil {
+		t.Errorf("one that has left etcd: %v", err)
+	}
+	n1.knows("n1")
 }
 
 // A revocation is with all nodes at once, and stays with a node that restarts while nobody answers.

@@ -154,17 +154,36 @@ func (s membershipServer) read(ctx context.Context) (*roster.State, error) {
 	return list.Read(ctx)
 }
 
+// departureServer is for nodes that end their own membership.
+type departureServer struct {
+	trustv1.UnimplementedDepartureServer
+	d *Daemon
+}
+
+// Leave takes the name from the caller's certificate alone.
+func (s departureServer) Leave(ctx context.Context, _ *trustv1.LeaveRequest) (*trustv1.LeaveResponse, error) {
+	name, _, ok := peer.NodeFrom(ctx)
+	if !ok {
+		return nil, errs.New(errs.Denied, "only a node leaves the cluster so; to take one out, run: bhctl node remove NAME")
+	}
+	return &trustv1.LeaveResponse{}, s.d.removeMember(ctx, name)
+}
+
 func (s membershipServer) RemoveMember(ctx context.Context, r *trustv1.RemoveMemberRequest) (*trustv1.RemoveMemberResponse, error) {
-	list, _, err := s.d.roster()
+	return &trustv1.RemoveMemberResponse{}, s.d.removeMember(ctx, r.GetName())
+}
+
+func (d *Daemon) removeMember(ctx context.Context, name string) error {
+	list, _, err := d.roster()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	by := peer.CallerFrom(ctx).Name
-	if err := list.Remove(ctx, r.GetName(), by, s.d.cfg.Now(), func(n roster.Node) error { return s.d.checkNoMember(ctx, n) }); err != nil {
-		return nil, err
+	if err := list.Remove(ctx, name, by, d.cfg.Now(), func(n roster.Node) error { return d.checkNoMember(ctx, n) }); err != nil {
+		return err
 	}
-	s.d.log.Info("node removed", "name", r.GetName(), "by", by)
-	return &trustv1.RemoveMemberResponse{}, nil
+	d.log.Info("node removed", "name", name, "by", by)
+	return nil
 }
 
 // checkNoMember says whether etcd has left a node behind.

@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
@@ -40,6 +42,8 @@ type profile struct {
 	addresses bool
 	// worker lets a worker of the cluster have it.
 	worker bool
+	// kubelet makes it that of the member of the cluster which the request names, this node or another one: who asks for others' kubelets, too.
+	kubelet bool
 
 	life    time.Duration
 	maxLife time.Duration // 0: the request must not ask for another life
@@ -74,13 +78,15 @@ var profiles = map[string]profile{
 	"kube-scheduler":                {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:kube-scheduler", client: true, life: day},
 	"kube-proxy":                    {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:kube-proxy", client: true, life: day, worker: true},
 	"kubernetes-admin":              {who: uid.Kubeletd, ca: kubernetesCA, org: []string{"system:masters"}, client: true, life: day, maxLife: 30 * day},
-	// kubeletd's own identity towards the API server; what it may do there stands in its add-on "rbac".
-	"kubeletd": {who: uid.Kubeletd, ca: kubernetesCA, cn: "bulkhead:kubeletd", client: true, life: day},
+	// kubeletd's own identity towards the API server; what it may do there stands in its add-on "rbac". With the first, a control plane's, it approves
+	// certificates; with the second it only looks.
+	"kubeletd":      {who: uid.Kubeletd, ca: kubernetesCA, cn: "bulkhead:kubeletd", client: true, life: day},
+	"kubeletd-node": {who: uid.Kubeletd, ca: kubernetesCA, cn: "bulkhead:kubeletd:%s", org: []string{"bulkhead:kubeletd-nodes"}, client: true, life: day, worker: true},
 
-	// The kubelet's own: kubeletd passes on what the kubelet put into a CertificateSigningRequest.
+	// The kubelets': a control plane's kubeletd passes on what a kubelet put into a CertificateSigningRequest.
 	"kubelet-bootstrap": {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:bootstrap:%s", org: []string{"system:bootstrappers"}, client: true, life: time.Hour, worker: true},
-	"kubelet-client":    {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:node:%s", org: []string{"system:nodes"}, exact: true, client: true, life: day, worker: true},
-	"kubelet-serving":   {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:node:%s", org: []string{"system:nodes"}, exact: true, server: true, names: onlyHost, addresses: true, life: day, worker: true},
+	"kubelet-client":    {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:node:%s", org: []string{"system:nodes"}, exact: true, kubelet: true, client: true, life: day},
+	"kubelet-serving":   {who: uid.Kubeletd, ca: kubernetesCA, cn: "system:node:%s", org: []string{"system:nodes"}, exact: true, kubelet: true, server: true, names: onlyHost, addresses: true, life: day},
 }
 
 func osCA(k *keyring) *authority { return k.os }
@@ -137,9 +143,10 @@ type spec struct {
 	generation uint64 // 0: there is none yet
 	hostname   string
 	role       config.Role
-	names      []string // of the cluster, DNS and addresses, its endpoint's host included
+	names      []string // of the cluster, DNS and addresses, its endpoint's host and its virtual addresses included
 	domain     string
 	service    netip.Prefix
+	roles      []string // that the document makes, for people
 
 	// Not from the document: the node's role in its cluster, and the digest of its own key. "" while it is in none.
 	member, key string
@@ -153,6 +160,12 @@ func parseSpec(generation uint64, documents []byte) (*spec, error) {
 	}
 	s := &spec{generation: generation, hostname: set.Machine.Hostname, role: set.Machine.Role, domain: set.Kubernetes.Domain, service: set.Kubernetes.ServiceSubnet}
 	s.names = append(s.names, set.Cluster.Names...)
+	for _, a := range set.Cluster.VirtualIPs {
+		s.names = append(s.names, a.String())
+	}
+	for _, r := range set.Access.Roles {
+		s.roles = append(s.roles, r.Name)
+	}
 	if set.Cluster.Endpoint != "" {
 		u, err := url.Parse(set.Cluster.Endpoint)
 		if err != nil {
@@ -177,6 +190,27 @@ func decide(name string, who uid.ID, r *x509.CertificateRequest, life time.Durat
 		return leaf{}, errs.New(errs.Denied, "profile %q: user %q may not ask for it; %s", name, who.Name(), offers(who))
 	}
 	return p.issue(name, r, life, s)
+}
+
+// forKubelet returns the specification of the member of the cluster whose kubelet a request is for; list is the cluster's, own this node's. Of itself a
+// node knows its addresses; another one's count if the cluster has seen them. Denied: the name is no member's, or an address is not that member's. It is pure.
+func forKubelet(name string, r *x509.CertificateRequest, list *roster.State, own *spec) (*spec, error) {
+	if list == nil {
+		return nil, errs.New(errs.Precondition, "profile %q: the cluster's list of nodes is not known yet", name)
+	}
+	node := strings.TrimPrefix(r.Subject.CommonName, strings.TrimSuffix(profiles[name].cn, "%s"))
+	all := list.Cluster()
+	i := slices.IndexFunc(all, func(n *trustv1.ClusterNode) bool { return n.GetName() == node })
+	if i < 0 {
+		return nil, errs.New(errs.Denied, "profile %q: %.80q is no node of the cluster; those are %q", name, node, slices.Sorted(maps.Keys(list.Nodes)))
+	}
+	for _, ip := range r.IPAddresses {
+		a, _ := netip.AddrFromSlice(ip) // x509 has checked the length
+		if node != own.hostname && !slices.Contains(all[i].GetAddresses(), a.Unmap().String()) {
+			return nil, errs.New(errs.Denied, "profile %q: address %s: the cluster has seen node %q at %q", name, a.Unmap(), node, all[i].GetAddresses())
+		}
+	}
+	return &spec{hostname: node, member: all[i].GetRole(), key: all[i].GetKey()}, nil
 }
 
 // forNode returns what to sign for another node of the cluster, which is not trusted with its own names: they are from the cluster's record. Of the

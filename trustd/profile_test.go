@@ -138,3 +138,18 @@ func TestCheckName(t *testing.T) {
 		}
 	}
 }
+
+// The cluster's virtual addresses are in what servers show to clients, like its names.
+func TestSpecNames(t *testing.T) {
+	s, err := parseSpec(1, []byte("apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://10.5.0.100:6443\n"+
+		"names: [api.example]\nvirtualIPs: [10.5.0.100, \"fd00::100\"]\n---\napiVersion: bulkhead.dev/v1\nkind: Kubernetes\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, who := range map[string]uid.ID{"apid-server": uid.Apid, "gateway-server": uid.Gateway, "kube-apiserver-server": uid.Kubeletd} {
+		l, err := decide(name, who, &x509.CertificateRequest{}, 0, s)
+		if got := ips(l); err != nil || !slices.Contains(got, "10.5.0.100") || !slices.Contains(got, "fd00::100") || !slices.Contains(l.dns, "api.example") {
+			t.Errorf("%s: %v %v, %v", name, l.dns, got, err)
+		}
+	}
+}

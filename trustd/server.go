@@ -28,8 +28,14 @@ const (
 	tokenAudience = "bulkhead-api"
 )
 
-// roles that people and programs can have.
-var roles = []string{"admin", "operator", "reader", "etcd-backup"}
+// grantable are the roles that people and programs can have: those that there always are, and those of the document.
+func (d *Daemon) grantable() []string {
+	sp, _ := d.spec.Get()
+	return slices.Concat(config.BuiltinRoles, sp.roles)
+}
+
+// maxRoles bounds the roles in one credential.
+const maxRoles = 8
 
 type trustServer struct {
 	trustv1.UnimplementedTrustServer
@@ -97,7 +103,7 @@ func (s trustServer) MintToken(ctx context.Context, r *trustv1.MintTokenRequest)
 	if err := k.authority(); err != nil {
 		return nil, err
 	}
-	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles()); err != nil {
+	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles(), s.d.grantable()); err != nil {
 		return nil, err
 	}
 	life, err := lifetime(r.GetTtlSeconds(), time.Hour, 30*day)
@@ -129,7 +135,7 @@ func (s trustServer) IssueCertificate(ctx context.Context, r *trustv1.IssueCerti
 	if err := k.authority(); err != nil {
 		return nil, err
 	}
-	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles()); err != nil {
+	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles(), s.d.grantable()); err != nil {
 		return nil, err
 	}
 	life, err := lifetime(r.GetTtlSeconds(), day, ownerLife)
@@ -151,12 +157,12 @@ func (s trustServer) IssueCertificate(ctx context.Context, r *trustv1.IssueCerti
 }
 
 // checkGrant says whether a caller may hand out these roles: an admin all of them, others what they hold. It is pure.
-func checkGrant(c peer.Caller, name string, want []string) error {
+func checkGrant(c peer.Caller, name string, want, roles []string) error {
 	if err := checkName(name); err != nil {
 		return errs.New(errs.Invalid, "name: %w", err)
 	}
-	if len(want) == 0 || len(want) > len(roles) {
-		return errs.New(errs.Invalid, "roles: %d roles; give 1 to %d of %q", len(want), len(roles), roles)
+	if len(want) == 0 || len(want) > maxRoles {
+		return errs.New(errs.Invalid, "roles: %d roles; give 1 to %d of %q", len(want), maxRoles, roles)
 	}
 	for i, r := range want {
 		if !slices.Contains(roles, r) || slices.Contains(want[:i], r) {
@@ -275,7 +281,14 @@ func (s signerServer) SignCertificate(ctx context.Context, r *trustv1.SignCertif
 	if err != nil {
 		return nil, err
 	}
-	l, err := decide(r.GetProfile(), who, csr, time.Duration(r.GetTtlSeconds())*time.Second, sp)
+	if profiles[r.GetProfile()].kubelet && !k.worker() {
+		list, _ := s.d.list.Get()
+		sp, err = forKubelet(r.GetProfile(), csr, list, sp)
+	}
+	var l leaf
+	if err == nil {
+		l, err = decide(r.GetProfile(), who, csr, time.Duration(r.GetTtlSeconds())*time.Second, sp)
+	}
 	if errs.Is(err, errs.Precondition) { // too early is no offence
 		return nil, err
 	} else if err != nil {

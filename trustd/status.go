@@ -2,12 +2,14 @@ package trustd
 
 import (
 	"context"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/clock"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
 )
@@ -73,6 +75,11 @@ func (d *Daemon) publish() {
 	for _, a := range k.authorities() {
 		d.count.expires.Set(float64(a.cert.NotAfter.Unix()), a.name)
 	}
+	if k.worker() {
+		for _, c := range trusted(t) {
+			d.count.expires.Set(float64(c.GetNotAfter().GetSeconds()), c.GetProfile())
+		}
+	}
 	d.count.claimed.Set(number(t.Claimed))
 	d.count.bootstrapped.Set(number(t.Bootstrapped))
 }
@@ -105,11 +112,24 @@ func (d *Daemon) report() {
 	if d.where != durable {
 		s.Pending = pending(k)
 	}
+	s.Conditions = append(s.Conditions, &controlv1.Condition{Name: "clock", Trouble: clockTrouble(k, d.cfg.Now())})
 	s.Converged = sp.generation > 0 && len(s.Pending) == 0 && s.Error == ""
 	d.state.Set(s)
 	d.count.desired.Set(float64(sp.generation))
 	d.count.observed.Set(float64(sp.generation))
 	d.count.converged.Set(number(s.Converged))
+}
+
+// clockTrouble says that the clock is wrong, if the authority of this node was made later than it says. It is pure.
+func clockTrouble(k *keyring, now time.Time) string {
+	a := k.os
+	switch {
+	case a != nil:
+		return clock.Authority(now, a.cert.NotBefore, "the cluster's authority")
+	case k.node != nil && k.node.osCA != nil:
+		return clock.Authority(now, k.node.osCA.NotBefore, "the cluster's authority")
+	}
+	return ""
 }
 
 func pending(k *keyring) []string {

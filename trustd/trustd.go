@@ -173,6 +173,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 			trustv1.RegisterJoinServer(s, joinServer{d: d})
 			trustv1.RegisterNodesServer(s, nodesServer{d: d})
 			trustv1.RegisterMembershipServer(s, membershipServer{d: d})
+			trustv1.RegisterDepartureServer(s, departureServer{d: d})
 			externaljwtv1.RegisterExternalJWTSignerServer(s, jwtServer{d: d})
 			kmsv2.RegisterKeyManagementServiceServer(s, kmsServer{d: d})
 			controlv1.RegisterControlServer(s, controlServer{d: d})

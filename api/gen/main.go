@@ -72,7 +72,10 @@ func run(ctx context.Context) error {
 			return fmt.Errorf("%s: %w", p.tool, err)
 		}
 	}
-	return write("internal/peer/repeatable.go", repeatable(files))
+	if err := write("internal/peer/repeatable.go", repeatable(files)); err != nil {
+		return err
+	}
+	return write("config/methods.go", granted(files))
 }
 
 // repeatable lists the methods that may be repeated, as Go. A program that looked for them at run time would keep the descriptors of

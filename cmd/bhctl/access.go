@@ -11,15 +11,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 
-	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
@@ -83,7 +80,7 @@ func (a *app) tokenCmd() *cobra.Command {
 				return err
 			})
 		}}
-	c.Flags().StringSliceVar(&roles, "role", []string{"reader"}, "role of the token: "+strings.Join(roleNames, ", ")+"; may be given more than once")
+	c.Flags().StringSliceVar(&roles, "role", []string{"reader"}, "role of the token: "+strings.Join(roleNames, ", ")+", or one that the configuration makes (kind Access); may be given more than once")
 	c.Flags().DurationVar(&ttl, "ttl", time.Hour, "how long it is good; at most 720h")
 	c.Flags().StringVar(&name, "name", "token", "whom it is for, as the audit log shows it")
 	_ = c.RegisterFlagCompletionFunc("role", cobra.FixedCompletions(roleNames, cobra.ShellCompDirectiveNoFileComp))
@@ -116,7 +113,7 @@ func (a *app) certificateCmd() *cobra.Command {
 				return err
 			}
 			target.Certificate = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.Certificate}))
-			target.Key, target.Token = string(key), ""
+			target.Key, target.Token, target.SignIn = string(key), "", nil
 			cfg.Contexts[as] = target
 			if err := cfg.save(); err != nil {
 				return err
@@ -125,7 +122,7 @@ func (a *app) certificateCmd() *cobra.Command {
 			return err
 		})
 	}}
-	c.Flags().StringSliceVar(&roles, "role", []string{"reader"}, "role: "+strings.Join(roleNames, ", ")+"; may be given more than once")
+	c.Flags().StringSliceVar(&roles, "role", []string{"reader"}, "role: "+strings.Join(roleNames, ", ")+", or one that the configuration makes (kind Access); may be given more than once")
 	c.Flags().DurationVar(&ttl, "ttl", 24*time.Hour, "how long it is good; at most 8760h")
 	c.Flags().StringVar(&as, "as", "", "name of the context to make")
 	return c
@@ -177,36 +174,4 @@ func (a *app) kubeconfigCmd() *cobra.Command {
 	c.Flags().StringVar(&file, "file", "", "write it there, readable by you alone, instead of printing it")
 	c.Flags().DurationVar(&ttl, "ttl", 24*time.Hour, "how long it is good; at most 720h")
 	return c
-}
-
-// saveSnapshot leaves a whole file or none.
-func (a *app) saveSnapshot(ctx context.Context, conn *grpc.ClientConn, file string) error {
-	s, err := etcdv1.NewEtcdClient(conn).StreamSnapshot(ctx, &etcdv1.StreamSnapshotRequest{})
-	if err != nil {
-		return err
-	}
-	f, err := os.CreateTemp(filepath.Dir(file), ".snapshot-*")
-	if err != nil {
-		return err
-	}
-	var size uint64
-	for err == nil {
-		var c *etcdv1.Chunk
-		if c, err = s.Recv(); err == nil {
-			_, err = f.Write(c.Data)
-			size += uint64(len(c.Data))
-		}
-	}
-	if errors.Is(err, io.EOF) {
-		err = f.Sync()
-	}
-	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), file)
-	}
-	if err != nil {
-		os.Remove(f.Name())
-		return err
-	}
-	_, err = fmt.Fprintf(a.err, "%s: %s\n", file, bytesText(size))
-	return err
 }

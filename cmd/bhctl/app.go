@@ -26,6 +26,7 @@ type app struct {
 
 	contextName, endpoint, token, format string
 	timeout                              time.Duration
+	wrongClock                           bool // --wrong-clock
 
 	nodes    []string // --node
 	allNodes bool     // --all
@@ -38,12 +39,16 @@ type app struct {
 }
 
 // dial returns a connection to the node of the context, or of the flags. The caller closes it.
-func (a *app) dial() (*grpc.ClientConn, error) {
+func (a *app) dial(ctx context.Context) (*grpc.ClientConn, error) {
 	c, err := a.target()
 	if err != nil {
 		return nil, err
 	}
+	if err := a.freshen(ctx, c); err != nil {
+		return nil, err
+	}
 	cred := c.credentials()
+	cred.AnyTime = a.wrongClock
 	cred.Learn = a.learn
 	return client.DialAny(c.all(), cred)
 }
@@ -62,7 +67,7 @@ func (a *app) target() (*clusterContext, error) {
 		c.Endpoint, c.Endpoints = a.endpoint, nil
 	}
 	if a.token != "" {
-		c.Token, c.Certificate, c.Key = a.token, "", ""
+		c.Token, c.Certificate, c.Key, c.SignIn = a.token, "", "", nil
 	}
 	return c, nil
 }
@@ -83,7 +88,7 @@ func (a *app) stream(ctx context.Context, f func(context.Context, *grpc.ClientCo
 	conn := a.shared
 	if conn == nil {
 		var err error
-		if conn, err = a.dial(); err != nil {
+		if conn, err = a.dial(ctx); err != nil {
 			return err
 		}
 		defer conn.Close()
@@ -118,12 +123,19 @@ func explain(err error) string {
 	text := errs.Text(err)
 	switch status.Code(err) {
 	case codes.Unauthenticated:
-		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  or ask an administrator for bhctl token / bhctl certificate.\n  Credentials of before the cluster's authority was replaced (bhctl trust rotate-ca) are worth nothing any more."
+		if strings.Contains(text, "your ID token of") { // it says itself what to do
+			return text
+		}
+		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  bhctl login where the cluster has an issuer, or ask an administrator for bhctl token / bhctl certificate.\n  Credentials of before the cluster's authority was replaced (bhctl trust rotate-ca) are worth nothing any more."
 	case codes.PermissionDenied:
 		if strings.Contains(text, "needs role") { // others say themselves what to do
 			return text + "\n  Ask an administrator for a credential with that role: bhctl token --role ROLE."
 		}
 	case codes.Unavailable:
+		if strings.Contains(text, "certificate has expired or is not yet valid") {
+			return text + "\n  One of the two clocks is wrong, this machine's or the node's, or the node could not renew its certificate. This machine's says " +
+				time.Now().UTC().Format(time.RFC3339) + ";\n  the node's is set with the machine's own, in its firmware or hypervisor, and read when it starts."
+		}
 		if strings.Contains(text, "certificate") {
 			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, was it reset, or is its volume STATE\n  locked? Its console says so; then: bhctl unlock. Or the cluster's authority was replaced (bhctl trust rotate-ca) and this context has slept\n  through it: then ask an administrator for a new context (bhctl certificate NAME --as CONTEXT), or for the authority of now (bhctl config ca)."
 		}

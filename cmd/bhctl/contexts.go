@@ -34,9 +34,14 @@ type clusterContext struct {
 	Certificate string   `json:"certificate,omitempty"`
 	Key         string   `json:"key,omitempty"`
 	Token       string   `json:"token,omitempty"`
+	// SignIn is of who signed in at an issuer. Before it ends it is used instead of the rest.
+	SignIn *signIn `json:"signIn,omitempty"`
 }
 
 func (c *clusterContext) credentials() client.Credentials {
+	if c.SignIn != nil {
+		return client.Credentials{CA: []byte(c.CA), Token: c.SignIn.IDToken}
+	}
 	return client.Credentials{CA: []byte(c.CA), Certificate: []byte(c.Certificate), Key: []byte(c.Key), Token: c.Token}
 }
 
@@ -191,6 +196,9 @@ func (a *app) configCmd() *cobra.Command {
 				}
 				if ctx.Token != "" {
 					ctx.Token = "[secret]"
+				}
+				if ctx.SignIn != nil {
+					ctx.SignIn.IDToken, ctx.SignIn.RefreshToken = "[secret]", "[secret]"
 				}
 			}
 			data, err := yaml.Marshal(cfg)

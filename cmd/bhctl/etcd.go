@@ -2,10 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
-	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -67,9 +64,9 @@ func (a *app) etcdCmd() *cobra.Command {
 				return a.say("%s before, %s now\n", bytesText(r.BeforeBytes), bytesText(r.AfterBytes))
 			}),
 		a.etcdAlarmsCmd(),
-		&cobra.Command{Use: "snapshot FILE", Short: "Save the whole database, for bhctl etcd restore", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
-			return a.stream(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error { return a.saveSnapshot(ctx, conn, args[0]) })
-		}},
+		a.etcdSnapshotCmd(),
+		a.etcd("snapshots", "List the snapshots that the node has made by its schedule", "List the snapshots that the node has made by its schedule (Cluster.etcd.snapshots in the configuration), each found whole when it was made. They lie on the\n"+
+			"node's own disk: bhctl etcd snapshot FILE --from NAME fetches one, bhctl etcd restore --from NAME begins anew with one.", cobra.NoArgs, a.etcdSnapshots),
 		a.etcdRestoreCmd(),
 	)
 	return c
@@ -86,54 +83,6 @@ func (a *app) etcdLeaveCmd() *cobra.Command {
 		})
 	c.Flags().BoolVar(&r.Force, "force", false, "ask nobody, and only delete this node's member: for one whose cluster is no more, or has gone on without it")
 	return c
-}
-
-func (a *app) etcdRestoreCmd() *cobra.Command {
-	var force bool
-	c := &cobra.Command{Use: "restore FILE", Short: "Begin anew with a snapshot, when quorum is lost for good", Args: cobra.ExactArgs(1),
-		Long: "Make the node's member the only one of a new cluster, with the content of a snapshot. What was written since the snapshot is lost. Nothing is changed before\n" +
-			"the whole file was received and found right. The members that are left on other nodes come in afterwards, each with bhctl etcd leave --force and\n" +
-			"bhctl etcd rejoin.",
-		Example: "  bhctl etcd restore etcd.snapshot --node n1\n  bhctl etcd leave --force --node n2\n  bhctl etcd rejoin --node n2",
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.stream(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
-				return a.restoreSnapshot(ctx, conn, args[0], force)
-			})
-		}}
-	c.Flags().BoolVar(&force, "force", false, "also if etcd answers: all that was written since the snapshot is lost")
-	return c
-}
-
-// restorePiece is the size of the pieces in which a snapshot is sent, in bytes.
-const restorePiece = 256 << 10
-
-func (a *app) restoreSnapshot(ctx context.Context, conn *grpc.ClientConn, file string, force bool) error {
-	f, err := os.Open(file)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	s, err := etcdv1.NewEtcdClient(conn).Restore(ctx)
-	if err != nil {
-		return err
-	}
-	err = s.Send(&etcdv1.RestoreRequest{Force: force})
-	for buf := make([]byte, restorePiece); err == nil; {
-		var n int
-		if n, err = f.Read(buf); n > 0 {
-			if e := s.Send(&etcdv1.RestoreRequest{Data: buf[:n]}); e != nil {
-				break // the answer says why
-			}
-		}
-	}
-	if err != nil && !errors.Is(err, io.EOF) {
-		return err
-	}
-	r, err := s.CloseAndRecv()
-	if err != nil {
-		return err
-	}
-	return a.say("%s received; the member begins anew with it: bhctl etcd status shows how far it is\n", bytesText(r.Bytes))
 }
 
 func (a *app) etcdStatus(ctx context.Context, c etcdv1.EtcdClient, _ []string) error {

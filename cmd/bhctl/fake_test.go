@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -22,10 +24,12 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 	"sigs.k8s.io/yaml"
 
+	accessv1 "github.com/bulkhead-os/bulkhead/api/access/v1"
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/testca"
@@ -36,6 +40,10 @@ type fakeCluster struct {
 	machinev1.UnimplementedMachineServer
 	trustv1.UnimplementedMembershipServer
 	clusterv1.UnimplementedRegistryServer
+
+	access  *fakeAccess
+	rolling fakeRolling
+	update  fakeUpdate
 
 	mu      sync.Mutex
 	members []string             // guarded by mu
@@ -49,7 +57,7 @@ type fakeCluster struct {
 // startFake returns a file of contexts for a cluster of its own.
 func startFake(t testing.TB) (*fakeCluster, contexts) {
 	t.Helper()
-	f := &fakeCluster{members: []string{"n1", "n2", "n3", "w1"}, etcd: []string{"n1", "n2", "n3"}, alarms: []string{"NOSPACE at n2"}}
+	f := &fakeCluster{access: &fakeAccess{}, members: []string{"n1", "n2", "n3", "w1"}, etcd: []string{"n1", "n2", "n3"}, alarms: []string{"NOSPACE at n2"}}
 	ca := testca.New(t)
 	cert, key := ca.PEM(t, "apid-server", x509.CertificateRequest{DNSNames: []string{client.ServerName}})
 	pair, err := tls.X509KeyPair([]byte(cert), []byte(key))
@@ -61,6 +69,9 @@ func startFake(t testing.TB) (*fakeCluster, contexts) {
 	trustv1.RegisterTrustServer(s, &f.turning)
 	f.turning.ca = ca
 	clusterv1.RegisterRegistryServer(s, f)
+	accessv1.RegisterAccessServer(s, f.access)
+	clusterv1.RegisterRollingServer(s, &f.rolling)
+	updatev1.RegisterUpdateServer(s, &f.update)
 	etcdv1.RegisterEtcdServer(s, fakeEtcd{f: f})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
@@ -252,6 +263,33 @@ func (e fakeEtcd) Rejoin(ctx context.Context, _ *etcdv1.RejoinRequest) (*etcdv1.
 	return &etcdv1.RejoinResponse{}, nil
 }
 
+// snapshots are what n1 has; the second one is damaged on its way.
+func (e fakeEtcd) ListSnapshots(ctx context.Context, _ *etcdv1.ListSnapshotsRequest) (*etcdv1.ListSnapshotsResponse, error) {
+	n, err := e.f.at(ctx)
+	r := &etcdv1.ListSnapshotsResponse{EverySeconds: 6 * 3600, Keep: 5}
+	if n == "n2" {
+		r.Error = "volume VAR has 7 MiB free"
+		return r, err
+	}
+	for i, name := range []string{"good.db", "bad.db"} {
+		r.Snapshots = append(r.Snapshots, &etcdv1.Snapshot{Name: name, Made: timestamppb.New(time.Unix(1e9, 0)), Bytes: 2 << 20, Revision: uint64(4711 + i)})
+	}
+	return r, err
+}
+
+func (e fakeEtcd) StreamSnapshot(r *etcdv1.StreamSnapshotRequest, out grpc.ServerStreamingServer[etcdv1.Chunk]) error {
+	data := bytes.Repeat([]byte("database"), 128)
+	sum := sha256.Sum256(data)
+	switch r.Name {
+	case "", "good.db":
+	case "bad.db":
+		data[0] ^= 1
+	default:
+		return status.Errorf(codes.NotFound, "this node has no snapshot %q; it has good.db, bad.db", r.Name)
+	}
+	return errors.Join(out.Send(&etcdv1.Chunk{Data: data}), out.Send(&etcdv1.Chunk{Data: sum[:]}))
+}
+
 // Restore takes all, and is refused without force.
 func (e fakeEtcd) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, etcdv1.RestoreResponse]) error {
 	r := &etcdv1.RestoreResponse{}
@@ -266,7 +304,9 @@ func (e fakeEtcd) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, e
 		if force = force || m.Force; !force {
 			return status.Error(codes.FailedPrecondition, "etcd answers here")
 		}
-		r.Bytes += uint64(len(m.Data))
+		if r.Bytes += uint64(len(m.Data)); m.Name != "" {
+			r.Bytes = 2 << 20
+		}
 	}
 }
 

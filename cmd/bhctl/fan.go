@@ -95,7 +95,7 @@ func (a *app) fanOut(cmd *cobra.Command, kind scopeKind) error {
 			return fmt.Errorf("%d nodes; at most %d can be followed at the same time: name some with --node", len(names), limit)
 		}
 	}
-	conn, err := a.dial()
+	conn, err := a.dial(ctx)
 	if err != nil {
 		return err
 	}

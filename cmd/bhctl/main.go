@@ -54,6 +54,7 @@ Kubernetes:  bhctl kubeconfig > kubeconfig && kubectl --kubeconfig kubeconfig ge
 	f.StringVar(&a.endpoint, "endpoint", "", "address of the node's API, HOST:PORT, instead of the context's")
 	f.StringVar(&a.token, "token", os.Getenv("BHTOKEN"), "bearer token instead of the context's certificate (default $BHTOKEN)")
 	f.DurationVar(&a.timeout, "timeout", 0, "give up a call after this long (default 30s; streams have no limit)")
+	f.BoolVar(&a.wrongClock, "wrong-clock", false, "take the node's certificate whatever its dates say, to look at a node whose clock is wrong")
 	f.StringVarP(&a.format, "output", "o", "table", "table, json or yaml")
 	f.StringSliceVarP(&a.nodes, "node", "n", nil, "the node that is to answer, by its name; several, separated by commas, are asked at the same time")
 	f.BoolVar(&a.allNodes, "all", false, "ask every node of the cluster")
@@ -73,8 +74,8 @@ Kubernetes:  bhctl kubeconfig > kubeconfig && kubectl --kubeconfig kubeconfig ge
 	group("local", a.upCmd(), a.downCmd(), a.statusCmd(), a.lanSwitchCmd())
 	group("node", a.versionCmd(), a.healthCmd(), a.servicesCmd(), a.serviceCmd(), a.logsCmd(), a.dmesgCmd(), a.eventsCmd(), a.applyCmd(), a.diffCmd(),
 		a.getCmd(), a.storageCmd(), a.secureBootCmd(), a.unlockCmd(), a.whyCmd(), a.upgradeCmd(), a.rollbackCmd(), a.markGoodCmd(), a.rebootCmd(), a.shutdownCmd(), a.resetCmd())
-	group("cluster", a.bootstrapCmd(), a.joinCmd(), a.joinTokenCmd(), a.nodeCmd(), a.etcdCmd())
-	group("access", a.configCmd(), a.claimCmd(), a.tokenCmd(), a.certificateCmd(), a.kubeconfigCmd(), a.revokeCmd(), a.trustCmd())
+	group("cluster", a.bootstrapCmd(), a.joinCmd(), a.joinTokenCmd(), a.nodeCmd(), a.rollingCmd(), a.etcdCmd())
+	group("access", a.configCmd(), a.claimCmd(), a.tokenCmd(), a.certificateCmd(), a.kubeconfigCmd(), a.revokeCmd(), a.trustCmd(), a.auditCmd(), a.loginCmd(), a.logoutCmd(), a.whoamiCmd())
 	leaves(c, func(cmd *cobra.Command) {
 		run := cmd.RunE
 		cmd.RunE = func(cmd *cobra.Command, args []string) error { return a.onNodes(cmd, args, run) }

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 
+	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/version"
@@ -251,18 +252,35 @@ func (a *app) eventsCmd() *cobra.Command {
 
 func (a *app) rebootCmd() *cobra.Command {
 	var wait time.Duration
-	c := &cobra.Command{Use: "reboot", Short: "Stop everything in order and restart the machine", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
-		err := a.call(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
-			_, err := machinev1.NewMachineClient(conn).Reboot(ctx, &machinev1.RebootRequest{})
-			return err
-		})
-		if err != nil || wait == 0 {
-			return err
-		}
-		return a.waitReboot(cmd.Context(), wait)
-	}}
+	var f rollingFlags
+	c := &cobra.Command{Use: "reboot", Short: "Stop everything in order and restart the machine, or all nodes one after the other", Args: cobra.NoArgs,
+		Long: `Stop everything in order and restart the machine.
+
+With --cluster all nodes restart one after the other, control planes first: each is emptied of pods, restarts, and must be ready again before the next one's turn. While etcd could
+not spare a member, it waits. It goes on in the cluster, whatever becomes of this command; bhctl rolling status -w follows it.`,
+		Example: "  bhctl -n node2 reboot --wait\n  bhctl reboot --cluster --drain-timeout 10m --on-timeout force",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := f.check(cmd, a.node); err != nil {
+				return err
+			}
+			if f.cluster {
+				if cmd.Flags().Changed("wait") {
+					return errors.New("--wait is for one node; with --cluster the command follows to the end, unless --detach is given")
+				}
+				return a.roll(cmd.Context(), &f, func() (*clusterv1.StartRequest, error) { return &clusterv1.StartRequest{Kind: "reboot"}, nil })
+			}
+			err := a.call(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
+				_, err := machinev1.NewMachineClient(conn).Reboot(ctx, &machinev1.RebootRequest{})
+				return err
+			})
+			if err != nil || wait == 0 {
+				return err
+			}
+			return a.waitReboot(cmd.Context(), wait)
+		}}
 	c.Flags().DurationVar(&wait, "wait", 0, "wait until the node is back and healthy, at most this long")
 	c.Flags().Lookup("wait").NoOptDefVal = "10m"
+	f.add(c)
 	return c
 }
 

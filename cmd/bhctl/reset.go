@@ -25,6 +25,7 @@ func (a *app) resetCmd() *cobra.Command {
 		Long: "Destroy all that a node has: its workloads are stopped, the keys of its volumes STATE and VAR are overwritten, so that nothing opens them any more, the\n" +
 			"recovery key included, and the volumes are taken off the disk. Then it restarts as a node that nobody owns, with a code on its console; with --remove-os\n" +
 			"the system is gone, too, and the disk boots nothing.\n\n" +
+			"A member of etcd leaves it first, which is refused if the others would have no quorum, and at the end the cluster takes the node off its list; --force leaves out both.\n" +
 			"The node's name has to be typed, or --yes given. A reset that was begun goes on when this command is ended, and by itself after a power cut.",
 		Example: "  bhctl reset\n  bhctl reset --remove-os --power-off --yes",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -89,6 +90,17 @@ func (a *app) typed() (string, error) {
 	return strings.TrimSpace(line), err
 }
 
+// lastWords are facts that come after the first ones: what did not succeed at the very end. The stream may be lost meanwhile, as the cluster lets go of the node.
+func lastWords(stream grpc.ServerStreamingClient[machinev1.ResetProgress]) (facts []string) {
+	for {
+		p, err := stream.Recv()
+		if err != nil {
+			return facts
+		}
+		facts = append(facts, p.Facts...)
+	}
+}
+
 // reset shows the steps as they come, and at the end what is true now.
 func (a *app) reset(ctx context.Context, conn *grpc.ClientConn, r *machinev1.ResetRequest) error {
 	stream, err := machinev1.NewMachineClient(conn).Reset(ctx, r)
@@ -105,6 +117,7 @@ func (a *app) reset(ctx context.Context, conn *grpc.ClientConn, r *machinev1.Res
 			return err
 		}
 		if last = p; len(p.Facts) > 0 {
+			last.Facts = append(last.Facts, lastWords(stream)...)
 			break
 		}
 		if a.format == "table" {

@@ -40,18 +40,18 @@ var scopes = func() map[string]scope {
 		"etcd snapshot": {single, ", and the same at each: it is the whole cluster's data"},
 	}
 	for s, names := range map[*scope][]string{
-		&local: {"up", "down", "status", "lan-switch", "config list", "config show", "config ca", "config path", "config endpoints", "config use", "config remove",
+		&local: {"up", "down", "status", "lan-switch", "config list", "config show", "config ca", "config path", "config endpoints", "config use", "config remove", "login", "logout",
 			"completion bash", "completion zsh", "completion fish", "completion powershell", "help"},
 		&cluster: {"bootstrap", "token", "certificate", "kubeconfig", "jointoken create", "jointoken list", "jointoken revoke", "node remove", "revoke", "trust rotate-ca", "trust renew",
-			"etcd members", "etcd remove", "etcd alarms", "etcd forfeit-leadership"},
+			"rolling status", "rolling resume", "rolling abort", "etcd members", "etcd remove", "etcd alarms", "etcd forfeit-leadership"},
 		&one: {"secureboot enroll", "storage keys add", "storage keys remove", "storage keys rotate", "storage keys recovery", "etcd rejoin"},
-		&all: {"version", "health", "services", "service restart", "diff", "get", "why", "mark-good", "storage keys list", "etcd status"},
+		&all: {"whoami", "version", "health", "services", "service restart", "diff", "get", "why", "mark-good", "storage keys list", "etcd status", "etcd snapshots"},
 	} {
 		for _, n := range names {
 			m[n] = *s
 		}
 	}
-	for _, n := range []string{"logs", "dmesg", "events"} {
+	for _, n := range []string{"logs", "dmesg", "events", "audit"} {
 		m[n] = scope{lines, ""}
 	}
 	return m

@@ -9,7 +9,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"bhctl": main, "qemu-system-x86_64": fakeQEMU})
+	testscript.Main(m, map[string]func(){"bhctl": main, "qemu-system-x86_64": fakeQEMU, "browser": browser})
 }
 
 // TestScript runs testdata/script/*.txtar: what a user types, and what they read. -update is not used: the texts are short and worth reading.

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -260,13 +259,13 @@ func issuedBy(c *x509.Certificate, authority string) bool {
 	return err == nil && c.CheckSignatureFrom(ca) == nil
 }
 
-// contextFile is held while the file of contexts is read, changed and written.
-var contextFile sync.Mutex
-
 // keep changes the context that is used.
 func (a *app) keep(f func(*clusterContext)) error {
-	contextFile.Lock()
-	defer contextFile.Unlock()
+	unlock, err := lockContexts()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	cfg, err := loadContexts()
 	if err != nil {
 		return err

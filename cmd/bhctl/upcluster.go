@@ -444,7 +444,8 @@ The cluster %q is up: %d nodes. Next:
   bhctl get nodes                                 who is in it, and how they are
   bhctl --all health                              each node's checks; -n %s asks one
   bhctl etcd members                              who votes
-  bhctl kubeconfig --file kubeconfig              a kubeconfig, good for a day
+  bhctl kubeconfig --file kubeconfig              a kubeconfig, good for a day; then:
+  kubectl --kubeconfig kubeconfig get nodes       the same nodes, as Kubernetes sees them
   bhctl down --name %s                         remove all its machines
 `, c.f.name, len(c.places), c.places[len(c.places)-1].name, c.f.name)
 }

@@ -25,6 +25,7 @@ type upgradeFlags struct {
 	image, media, ca, username, passwordFile string
 	noReboot                                 bool
 	wait                                     time.Duration
+	roll                                     rollingFlags
 }
 
 func (a *app) upgradeCmd() *cobra.Command {
@@ -38,9 +39,24 @@ IMAGE is one of
   https://example.org/bulkhead.update   a bundle, which the node fetches
   out/image/bulkhead.update             a bundle on this machine, which is sent to the node; also a folder with one, or an OCI layout
 
-Only what the node does not have yet is fetched. If it is interrupted, the same command goes on where it was.`,
-		Example: "  bhctl upgrade --image out/image\n  bhctl upgrade --image registry.example.org/bulkhead:1.2.3 --no-reboot\n  bhctl upgrade --media auto",
-		RunE:    func(cmd *cobra.Command, _ []string) error { return a.upgrade(cmd.Context(), f) }}
+Only what the node does not have yet is fetched. If it is interrupted, the same command goes on where it was.
+
+With --cluster every node gets the image first, a few at the same time; nothing restarts until all have it, and this command must stay so long. Then they restart one after
+the other, control planes first, in the cluster: each must be ready again and have found the new version good before the next one's turn, and a node that falls back halts it.
+bhctl rolling status -w follows it from anywhere.`,
+		Example: "  bhctl upgrade --image out/image\n  bhctl upgrade --image registry.example.org/bulkhead:1.2.3 --no-reboot\n  bhctl upgrade --media auto\n  bhctl upgrade --cluster --image out/image\n  bhctl upgrade --cluster --resume",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := f.roll.check(cmd, a.node); err != nil {
+				return err
+			}
+			if f.roll.cluster {
+				if cmd.Flags().Changed("wait") {
+					return errors.New("--wait is for one node; with --cluster give --node-timeout")
+				}
+				return a.upgradeCluster(cmd.Context(), f)
+			}
+			return a.upgrade(cmd.Context(), f)
+		}}
 	fl := c.Flags()
 	fl.StringVar(&f.image, "image", "", "what to install")
 	fl.StringVar(&f.media, "media", "", "a device of the node that starts with a bundle, like /dev/sdb; auto finds the only one")
@@ -49,6 +65,7 @@ Only what the node does not have yet is fetched. If it is interrupted, the same 
 	fl.StringVar(&f.passwordFile, "password-file", "", "file with that user's password or token; - is standard input")
 	fl.BoolVar(&f.noReboot, "no-reboot", false, "install only; the next restart tries it")
 	fl.DurationVar(&f.wait, "wait", 30*time.Minute, "how long to wait for the new version to be found good; 0: not at all")
+	f.roll.add(c)
 	return c
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sort"
 	"strings"
 
@@ -41,6 +42,7 @@ func main() {
 		fmt.Fprintf(os.Stderr, "bulkheadd: %q is no daemon; argv[0] must be one of %s\n", name, strings.Join(names, ", "))
 		os.Exit(unit.DoNotRestart)
 	}
+	debug.SetGCPercent(heapGrowth)
 	go staySmall()
 	daemon.Main(name, run)
 }

@@ -37,6 +37,9 @@ var operation = []hardening.Param{
 	// First: it sets what depends on whether a machine forwards back to its default.
 	{Name: "net.ipv4.ip_forward", Value: "1"},
 	{Name: "net.ipv4.conf.all.forwarding", Value: "1"},
+	{Name: "net.ipv6.conf.all.forwarding", Value: "1"},
+	// A machine that forwards would pass over router advertisements.
+	{Name: "net.ipv6.conf.default.accept_ra", Value: "2"},
 	{Name: "fs.inotify.max_user_instances", Value: "8192"},
 	{Name: "fs.inotify.max_user_watches", Value: "524288"},
 	{Name: "kernel.printk_devkmsg", Value: "on"}, // our own lines are few, and none of them may be dropped

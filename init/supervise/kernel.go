@@ -127,16 +127,23 @@ func (v *service) limit() error {
 func listen(what, path string) (int, error) {
 	var f console.First
 	family, addr := unix.AF_UNIX, unix.Sockaddr(&unix.SockaddrUnix{Name: path})
-	port, tcp := strings.CutPrefix(what, "tcp:")
+	kind, port, tcp := strings.Cut(what, ":")
 	if tcp {
 		n, err := strconv.ParseUint(port, 10, 16)
 		f.Try("port", err)
 		family, addr = unix.AF_INET6, &unix.SockaddrInet6{Port: int(n)}
+		if kind == "loopback" {
+			family, addr = unix.AF_INET, &unix.SockaddrInet4{Port: int(n), Addr: [4]byte{127, 0, 0, 1}}
+		}
 	}
 	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	f.Try("socket", err)
-	if tcp {
+	if family == unix.AF_INET6 {
 		f.Try("IPv4", unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 0))
+	} else if family == unix.AF_INET { // lo is not up yet: networkd is one of the units
+		f.Try("free bind", unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_FREEBIND, 1))
+	}
+	if tcp {
 		f.Try("reuse", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
 	}
 	f.Try("bind", unix.Bind(fd, addr))

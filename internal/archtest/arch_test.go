@@ -30,6 +30,7 @@ var forbid = func() []rule {
 		{"cmd/bulkheadd", "k8s.io/client-go/rest", "heavy libraries stay in kubeletd"},
 		{"cmd/bulkheadd", "go.etcd.io/etcd/server/v3", "heavy libraries stay in etcdd"},
 		{"cmd/bulkheadd", module + "deploy/...", "the builder is no part of the node"},
+		{"cmd/bulkheadd", module + "internal/login", "people sign in where they are"},
 		{"internal/uid", module + "...", "level 0 of level 0"},
 	}
 	for _, from := range daemons {

@@ -87,6 +87,9 @@ func recognise(cfg *tls.Config, c Credentials) error {
 		if cfg.Time != nil {
 			now = cfg.Time()
 		}
+		if c.AnyTime {
+			now = withinDates(s.PeerCertificates[0], now) // a server always has one
+		}
 		name := s.ServerName
 		if name == "" { // an address, which is not sent
 			name = cfg.ServerName

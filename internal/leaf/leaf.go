@@ -21,6 +21,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/metrics"
 )
 
 // Pauses between tries, and the longest time between two looks at the clock (which may be set meanwhile).
@@ -31,7 +32,7 @@ const (
 	deadline   = 30 * time.Second // of one call to trustd
 )
 
-// Config says which certificate. All fields but Request are required.
+// Config says which certificate. All fields but Expiry and Request are required.
 type Config struct {
 	Signer trustv1.SignerClient
 	// Profile is one of the table in trustd/profile.go.
@@ -39,6 +40,8 @@ type Config struct {
 	// Trust wakes a try when an authority appears, and a renewal when the one that signed is replaced. Its Run is the caller's to call.
 	Trust *Trust
 	Log   *slog.Logger
+	// Expiry gets the end of the newest pair; see NewExpiry. nil: nobody is told.
+	Expiry *metrics.Vec
 	// Request returns what the request asks for (subject, DNS names, IP addresses), anew for each signing. nil: nothing, all
 	// is up to the profile. trustd refuses what the profile does not allow.
 	Request func() x509.CertificateRequest
@@ -68,6 +71,11 @@ type Leaf struct {
 	cfg  Config
 	cell latest.Cell[*Pair]
 	wake chan struct{}
+}
+
+// NewExpiry adds to a daemon's figures when its certificates expire, one sample for each profile that has one, in Unix seconds. All leaves of the daemon share it.
+func NewExpiry(s *metrics.Set, daemon string) *metrics.Vec {
+	return s.Gauge("bulkhead_"+daemon+"_certificate_expiry_timestamp_seconds", "When the newest certificate of a profile expires, Unix time. It is renewed at two thirds of its life.", "profile")
 }
 
 // New returns a Leaf without a certificate.
@@ -234,6 +242,9 @@ func (l *Leaf) sign(ctx context.Context, names string) error {
 		TLS:         &tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf},
 		Certificate: []byte(resp.GetCertificate()), CA: []byte(resp.GetCa()), names: names,
 	})
+	if l.cfg.Expiry != nil {
+		l.cfg.Expiry.Set(float64(leaf.NotAfter.Unix()), l.cfg.Profile)
+	}
 	l.cfg.Trust.tell()
 	l.cfg.Log.Info("certificate signed", "profile", l.cfg.Profile, "serial", leaf.SerialNumber.Text(16), "expires", leaf.NotAfter.Format(time.RFC3339))
 	return nil

@@ -22,6 +22,7 @@ import (
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/metrics"
 )
 
 // signer is a trustd of a few lines.
@@ -71,7 +72,8 @@ func TestRenewsAtTwoThirdsAndKeepsOldOneOnFailure(t *testing.T) {
 		log := slog.New(slog.NewTextHandler(io.Discard, nil))
 		s := &signer{ca: "CA1", fail: errs.New(errs.Precondition, "unclaimed")}
 		trust := NewTrust(s, log)
-		l := New(Config{Signer: s, Profile: "apid-server", Trust: trust, Log: log})
+		set := metrics.New("apid")
+		l := New(Config{Signer: s, Profile: "apid-server", Trust: trust, Log: log, Expiry: NewExpiry(set, "apid")})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- l.Run(ctx) }()
@@ -112,6 +114,11 @@ func TestRenewsAtTwoThirdsAndKeepsOldOneOnFailure(t *testing.T) {
 		second, _ := l.GetCertificate(nil)
 		if second == first {
 			t.Error("not renewed after trustd works again")
+		}
+		for _, f := range set.Families() {
+			if f.GetName() == "bulkhead_apid_certificate_expiry_timestamp_seconds" && (len(f.GetSamples()) != 1 || f.GetSamples()[0].GetValue() != float64(second.Leaf.NotAfter.Unix()) || f.GetSamples()[0].GetLabels()["profile"] != "apid-server") {
+				t.Errorf("figure of the expiry: %v, want that of the newest one, %s", f, second.Leaf.NotAfter)
+			}
 		}
 		s.set("CA2", nil)
 		trust.cell.Set(&Roots{Known: true, State: &trustv1.TrustState{Claimed: true, OsCa: "CA2"}})

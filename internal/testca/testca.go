@@ -30,6 +30,7 @@ var Subjects = map[string]pkix.Name{
 	"etcd-client-kube-apiserver":    {CommonName: "kube-apiserver"},
 	"etcd-client-bulkhead":          {CommonName: "bulkhead"},
 	"kubeletd":                      {CommonName: "bulkhead:kubeletd"},
+	"kubeletd-node":                 {CommonName: "bulkhead:kubeletd:bulkhead", Organization: []string{"bulkhead:kubeletd-nodes"}},
 	"kubernetes-admin":              {CommonName: "kubernetes-admin", Organization: []string{"system:masters"}},
 	"kube-controller-manager":       {CommonName: "system:kube-controller-manager"},
 	"kube-scheduler":                {CommonName: "system:kube-scheduler"},

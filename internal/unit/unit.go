@@ -35,7 +35,8 @@ type Unit struct {
 	Hide []string
 
 	// Listen lists the listening sockets that PID 1 binds at boot and keeps: "unix" is
-	// /run/bulkhead/sock/<name>.sock (SOCK_STREAM, mode 0666), "tcp:PORT" is all addresses of the host's network.
+	// /run/bulkhead/sock/<name>.sock (SOCK_STREAM, mode 0666), "tcp:PORT" is all addresses of the host's network,
+	// "loopback:PORT" 127.0.0.1 only.
 	Listen []string
 	// Console is true if the process gets /dev/console, for writing, as descriptor "console".
 	Console bool

@@ -21,7 +21,9 @@ import (
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/testca"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
 func (n *node) as(t *testing.T, profile string) *clientv3.Client {
@@ -87,6 +89,13 @@ func TestMember(t *testing.T) {
 		}
 		if got, err := kube.Get(ctx, compactKey); err != nil || len(got.Kvs) != 1 || string(got.Kvs[0].Value) != strconv.FormatInt(r.Header.Revision, 10) {
 			t.Errorf("%s: %v, %v, want %d", compactKey, got, err, r.Header.Revision)
+		}
+	})
+	t.Run("leave", func(t *testing.T) { // machined may order it, before a reset; others of the node may not
+		for id, want := range map[uid.ID]errs.Kind{uid.Machined: errs.Precondition, uid.Apid: errs.Precondition, uid.Trustd: errs.Denied} {
+			if _, err := etcdv1.NewEtcdClient(n.dial(t, id)).Leave(ctx, &etcdv1.LeaveRequest{}); !errs.Is(err, want) {
+				t.Errorf("%s orders the last member to leave: %v, want %v", id.Name(), err, want)
+			}
 		}
 	})
 	t.Run("care", func(t *testing.T) { care(ctx, t, n) })

@@ -11,6 +11,7 @@ import (
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 )
 
 // A world is a State that steps change: the model of etcd and of the node.
@@ -198,44 +199,6 @@ func safe(t *testing.T, name string, have State, steps []Step) {
 	}
 }
 
-func TestAdvertise(t *testing.T) {
-	const nat, lan, vip, pods = "10.0.2.15/24", "10.5.0.11/24", "10.5.0.100/32", "10.244.0.1/24"
-	for _, c := range []struct {
-		name             string
-		own, seen        string
-		listed, endpoint string
-		want             string
-	}{
-		{"none", "", "", "", "", ""},
-		{"the first", lan + " " + pods, "", "", "", "10.5.0.11"},
-		{"the endpoint's network", nat + " " + lan, "", "", "10.5.0.11", "10.5.0.11"},
-		{"the endpoint is a virtual address of this node", nat + " " + vip + " " + lan, "", "", "10.5.0.100", "10.5.0.11"},
-		{"seen goes before the endpoint", nat + " " + lan, "10.0.2.15", "", "10.5.0.11", "10.0.2.15"},
-		{"seen twice: the endpoint's network", nat + " " + lan, "10.0.2.15 10.5.0.11", "", "10.5.0.100", "10.5.0.11"},
-		{"seen behind a translation only", nat, "203.0.113.9", "", "", "10.0.2.15"},
-		{"listed stays", nat + " " + lan, "", "10.5.0.11", "", "10.5.0.11"},
-		{"listed stays of two in one network", "10.5.0.9/24 " + lan, "10.5.0.9 10.5.0.11", "10.5.0.11", "10.5.0.100", "10.5.0.11"},
-		{"listed gives way to the endpoint's network", nat + " " + lan, "", "10.0.2.15", "10.5.0.1", "10.5.0.11"},
-		{"listed gives way to what was seen", nat + " " + lan, "10.5.0.11", "10.0.2.15", "", "10.5.0.11"},
-		{"listed is gone", lan, "", "10.5.0.77", "", "10.5.0.11"},
-		{"IPv6", "fd00::5/64", "", "", "fd00::1", "fd00::5"},
-	} {
-		var own []netip.Prefix
-		for _, p := range strings.Fields(c.own) {
-			own = append(own, netip.MustParsePrefix(p))
-		}
-		var listed, endpoint, want netip.Addr
-		for a, text := range map[*netip.Addr]string{&listed: c.listed, &endpoint: c.endpoint, &want: c.want} {
-			if text != "" {
-				*a = netip.MustParseAddr(text)
-			}
-		}
-		if got := advertise(own, parseAddrs(strings.Fields(c.seen)), listed, endpoint); got != want {
-			t.Errorf("%s: got %s, want %s", c.name, got, want)
-		}
-	}
-}
-
 func TestAdmit(t *testing.T) {
 	voter := func(id uint64, name, url string) *etcdserverpb.Member {
 		return &etcdserverpb.Member{ID: id, Name: name, PeerURLs: []string{url}}
@@ -262,7 +225,7 @@ func TestAdmit(t *testing.T) {
 		{"the first one is listed on loopback", []*etcdserverpb.Member{voter(1, "n1", "https://127.0.0.1:2380")}, admission{}, "no address yet"},
 		{"the first one is listed where the caller is", []*etcdserverpb.Member{voter(1, "n1", "https://10.5.0.22:2380")}, admission{}, "give an address of that network as endpoint"},
 	} {
-		got, err := admit(c.list, "n2", []string{url}, parseAddrs([]string{"10.5.0.12", "10.5.0.22"}))
+		got, err := admit(c.list, "n2", []string{url}, nodeaddr.Parse([]string{"10.5.0.12", "10.5.0.22"}))
 		if c.err == "" && (err != nil || got != c.want) || c.err != "" && (!errs.Is(err, errs.Precondition) || !strings.Contains(errs.Text(err), c.err)) {
 			t.Errorf("%s: got %v, %v, want %v, %q", c.name, got, err, c.want, c.err)
 		}

@@ -27,6 +27,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 )
 
 // Settings for machines that are slow or busy: an election within a second is lost under software emulation.
@@ -72,14 +73,15 @@ type member struct {
 func newMember(cfg Config) *member {
 	m := &member{cfg: cfg, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log), leaves: map[string]*leaf.Leaf{},
 		started: make(chan *embed.Etcd, 1), changes: make(chan struct{}, 1), moved: make(chan struct{}, 1), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime, tick: tickMs}
+	expiry := leaf.NewExpiry(cfg.Env.Metrics, "etcdd")
 	for _, f := range files {
 		if f.profile != "" {
-			m.leaves[f.profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: f.profile, Trust: m.trust, Log: cfg.Env.Log, Request: m.request})
+			m.leaves[f.profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: f.profile, Trust: m.trust, Log: cfg.Env.Log, Expiry: expiry, Request: m.request})
 		}
 	}
 	m.trust.Acts(m.acts)
 	for _, profile := range clients {
-		m.leaves[profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: profile, Trust: m.trust, Log: cfg.Env.Log})
+		m.leaves[profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: profile, Trust: m.trust, Log: cfg.Env.Log, Expiry: expiry})
 	}
 	return m
 }
@@ -238,7 +240,7 @@ func (m *member) readMember(ctx context.Context, s *State) error {
 // readPlace adds what is known of this node and of others.
 func (m *member) readPlace(s *State, trust *trustv1.TrustState) error {
 	for _, n := range trust.GetNodes() {
-		s.Nodes[n.GetName()] = place{ControlPlane: n.GetRole() == "controlplane", Seen: parseAddrs(n.GetAddresses())}
+		s.Nodes[n.GetName()] = place{ControlPlane: n.GetRole() == "controlplane", Seen: nodeaddr.Parse(n.GetAddresses())}
 	}
 	if p, _ := m.leaves[peerProfile].Pair(); p != nil {
 		for _, ip := range p.TLS.Leaf.IPAddresses {

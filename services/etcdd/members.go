@@ -159,7 +159,9 @@ func (m *member) leave(ctx context.Context) error {
 	if errors.Is(err, rpctypes.ErrUnhealthy) {
 		m.stay()
 	}
-	if err != nil && !errors.Is(err, rpctypes.ErrStopped) { // a member that is gone may not answer any more
+	// One that others told of its removal before it had seen that itself stops in the middle of the call: its end says what became of it.
+	stopped := errors.Is(err, rpctypes.ErrStopped)
+	if err != nil && !stopped {
 		// Unless it was refused, whether it was done is not known: the phase stays, and the loop goes on.
 		return memberError("leave", err)
 	}
@@ -167,6 +169,9 @@ func (m *member) leave(ctx context.Context) error {
 	defer cancel()
 	select {
 	case <-ended:
+		if p, e := readPhase(m.cfg.DataDir); stopped && (e != nil || p != left) {
+			return memberError("leave", err)
+		}
 		return nil
 	case <-ctx.Done():
 		return errs.New(errs.Unavailable, "leave: the member is removed, and its end was not seen within %s; it goes on", leaveTime)

@@ -49,6 +49,8 @@ type node struct {
 	clock      func() time.Time
 	turn       *turn
 	generation uint64
+	every      int         // hours between two snapshots by the schedule; 0: none
+	full       atomic.Bool // the volume has no room for snapshots
 
 	sock    string
 	control controlv1.ControlClient
@@ -77,7 +79,7 @@ func newNode(t *testing.T, ca *testca.CA, name, addr string) *node {
 }
 
 func (n *node) document() string {
-	return "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: " + n.name + "\n"
+	return fmt.Sprintf("apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: %s\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\netcd: {snapshots: {every: %d, keep: 2}}\n", n.name, n.every)
 }
 
 func (n *node) volume(t *testing.T) {
@@ -118,6 +120,13 @@ func (n *node) start(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.kernel.wait, d.kernel.tick = 2*time.Second, 50
+	d.keeper.look, d.keeper.pause = 20*time.Millisecond, 20*time.Millisecond
+	d.keeper.free = func(dir string) (uint64, error) {
+		if n.full.Load() {
+			return 7 << 20, nil
+		}
+		return freeBytes(dir)
+	}
 	d.kernel.level.SetLevel(zapcore.FatalLevel)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

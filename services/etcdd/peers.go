@@ -16,6 +16,7 @@ import (
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
 
@@ -79,7 +80,7 @@ func (s *peersServer) caller(ctx context.Context) (string, []netip.Addr, error) 
 	if i < 0 {
 		return "", nil, errs.New(errs.Unavailable, "node %q: trustd of this control plane does not know it yet", name)
 	}
-	return name, parseAddrs(roots.State.GetNodes()[i].GetAddresses()), nil
+	return name, nodeaddr.Parse(roots.State.GetNodes()[i].GetAddresses()), nil
 }
 
 func (s *peersServer) AddMember(ctx context.Context, r *etcdv1.AddMemberRequest) (*etcdv1.AddMemberResponse, error) {
@@ -140,7 +141,7 @@ func checkURLs(urls []string, seen []netip.Addr) error {
 		return errs.New(errs.Invalid, "peer_urls: %d addresses; allowed are 1 to 4", len(urls))
 	}
 	for _, u := range urls {
-		a := hostOf(u)
+		a := nodeaddr.InURL(u)
 		if !strings.HasPrefix(u, "https://") || !a.IsValid() {
 			return errs.New(errs.Invalid, `peer_urls: %.64q is not like "https://10.0.0.5:2380"`, u)
 		}

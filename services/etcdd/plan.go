@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 )
 
 // spec is what of the document matters here.
@@ -15,7 +16,8 @@ type spec struct {
 	Name string // of the member, and of the node
 	Role config.Role
 	// Endpoint is the address in the cluster's endpoint; the zero value if that is a name, or none.
-	Endpoint netip.Addr
+	Endpoint  netip.Addr
+	Snapshots schedule
 }
 
 // State is what was read.
@@ -44,6 +46,8 @@ type State struct {
 	Ready   bool     // it answers, and so has a leader
 	Auth    auth     // zero unless Ready
 	Member  figures
+
+	Snapshots string // what is wrong with them; "" if nothing is. No step mends it
 }
 
 // place is what the cluster knows of a node.
@@ -142,7 +146,7 @@ func plan(want spec, have State) ([]Step, error) {
 		return []Step{s}, nil
 	}
 	steps, waiting := planFiles(have)
-	addr := advertise(have.Own, have.Nodes[want.Name].Seen, listed(have), want.Endpoint)
+	addr := nodeaddr.Choose(have.Own, have.Nodes[want.Name].Seen, listed(have), want.Endpoint)
 	if addr.IsValid() && !slices.Contains(have.Certified, addr) {
 		steps = append(steps, Step{Op: "certify", Name: addr.String(), Arg: want.Name})
 		waiting = true

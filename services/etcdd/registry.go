@@ -23,6 +23,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/services/etcdd/rolling"
 )
 
 // The registry of nodes: each has one key, with a lease that every report keeps alive.
@@ -50,13 +51,16 @@ type record struct {
 	Boots     []string  `json:"boots,omitempty"` // the last ones, this one too, oldest first
 	Clash     time.Time `json:"clash,omitzero"`  // when a boot that was over reported again
 	Other     string    `json:"other,omitempty"` // the boot that clashed with this one
+	Audit     string    `json:"audit,omitempty"` // what is wrong with the end of its audit log
+	Next      string    `json:"next,omitempty"`  // version that the next boot tries
+	Trial     bool      `json:"trial,omitempty"` // the running one has not been found good
 }
 
 // merge makes the next record of a report. A boot that was followed by another one never comes back by itself: if it does, two machines
 // have one identity, as after a disk was copied.
 func merge(old record, n *clusterv1.Node, now time.Time) record {
 	r := record{Role: n.GetRole(), Addresses: n.GetAddresses(), Version: n.GetVersion(), State: n.GetState(), Detail: n.GetDetail(), Boot: n.GetBootId(),
-		Seen: now, Boots: old.Boots, Clash: old.Clash, Other: old.Other}
+		Seen: now, Boots: old.Boots, Clash: old.Clash, Other: old.Other, Next: n.GetNextVersion(), Trial: n.GetTrial()}
 	if r.Boot == old.Boot || r.Boot == "" {
 		return r
 	}
@@ -86,6 +90,7 @@ type registry struct {
 	nodes   map[string]heard     // guarded by mu
 	trouble error                // guarded by mu; why nodes cannot be told, nil if they can
 	renewed map[string]time.Time // guarded by mu; when this etcdd renewed a node's lease
+	ends    map[string]anchored  // guarded by mu; the end of a node's audit log that this etcdd has seen anchored last
 }
 
 type listing struct {
@@ -97,7 +102,7 @@ func newRegistry(m *member, now func() time.Time) *registry {
 	if now == nil {
 		now = time.Now
 	}
-	r := &registry{member: m, now: now, wake: make(chan struct{}, 1), renewed: map[string]time.Time{},
+	r := &registry{member: m, now: now, wake: make(chan struct{}, 1), renewed: map[string]time.Time{}, ends: map[string]anchored{},
 		trouble: errs.New(errs.Unavailable, "nodes: the etcd member does not answer yet")}
 	r.cell.Set(listing{err: r.trouble})
 	return r
@@ -223,7 +228,8 @@ func render(nodes map[string]heard, members []*trustv1.ClusterNode, now time.Tim
 	var out []*clusterv1.Node
 	for _, name := range slices.Sorted(maps.Keys(nodes)) {
 		h := nodes[name]
-		n := &clusterv1.Node{Name: name, Role: h.Role, Addresses: h.Addresses, Version: h.Version, State: h.State, Detail: h.Detail, BootId: h.Boot, Seen: timestamppb.New(h.Seen)}
+		n := &clusterv1.Node{Name: name, Role: h.Role, Addresses: h.Addresses, Version: h.Version, State: h.State, Detail: h.Detail, BootId: h.Boot, Seen: timestamppb.New(h.Seen),
+			NextVersion: h.Next, Trial: h.Trial}
 		i := slices.IndexFunc(members, func(m *trustv1.ClusterNode) bool { return m.GetName() == name })
 		if i >= 0 && len(members[i].GetAddresses()) > 0 {
 			n.Addresses = members[i].GetAddresses() // the cluster has seen them; a node says what it likes
@@ -236,6 +242,9 @@ func render(nodes map[string]heard, members []*trustv1.ClusterNode, now time.Tim
 		case !h.Clash.IsZero() && now.Sub(h.Clash) < clashShown:
 			n.State = "not ready"
 			n.Detail = "two machines report under this name (boots " + h.Boot + " and " + h.Other + "): one has a copy of the other's disk; switch one off and reset it"
+		}
+		if n.State != "lost" && h.Audit != "" {
+			n.State, n.Detail = "not ready", h.Audit
 		}
 		out = append(out, n)
 	}
@@ -280,7 +289,16 @@ func (s *registryServer) Report(ctx context.Context, r *clusterv1.ReportRequest)
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
-	return &clusterv1.ReportResponse{}, s.d.registry.put(ctx, c, r.GetNode())
+	wrong, err := s.d.registry.anchor(ctx, c, r.GetNode())
+	if err != nil {
+		return nil, err
+	}
+	change, err := s.d.registry.put(ctx, c, r.GetNode(), wrong)
+	if err != nil {
+		return nil, err
+	}
+	order, soon := rolling.OrderFor(change, r.GetNode())
+	return &clusterv1.ReportResponse{Clock: timestamppb.New(s.d.registry.now()), Order: order, Soon: soon}, nil
 }
 
 // mayReport: another node or this one through apid, or this node's machined.
@@ -309,7 +327,7 @@ func checkReport(n *clusterv1.Node) error {
 	for what, f := range map[string]struct {
 		text string
 		most int
-	}{"version": {n.GetVersion(), 128}, "detail": {n.GetDetail(), 1024}, "boot_id": {n.GetBootId(), 64}, "name": {n.GetName(), 63}} {
+	}{"version": {n.GetVersion(), 128}, "next_version": {n.GetNextVersion(), 128}, "detail": {n.GetDetail(), 1024}, "boot_id": {n.GetBootId(), 64}, "name": {n.GetName(), 63}} {
 		if len(f.text) > f.most {
 			return errs.New(errs.Invalid, "report: %s has %d bytes; at most %d are allowed", what, len(f.text), f.most)
 		}
@@ -322,19 +340,20 @@ func checkReport(n *clusterv1.Node) error {
 			return errs.New(errs.Invalid, "report: address %.64q is none", a)
 		}
 	}
-	return nil
+	return checkAudit(n.GetAudit())
 }
 
 // putTries bounds how often a report is put again when another one of the same node came first: that is rare, and more is two machines.
 const putTries = 4
 
-// put writes one record.
-func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Node) error {
+// put writes one record, and returns that of the rolling change as it is at this very moment: what a node is told to do must not be old.
+// wrong is what the report says against the node's audit log.
+func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Node, wrong string) ([]byte, error) {
 	key := nodesPrefix + n.GetName()
 	for range putTries {
 		resp, err := c.Get(ctx, key)
 		if err != nil {
-			return storeError("report", err)
+			return nil, storeError("report", err)
 		}
 		var old record
 		var lease clientv3.LeaseID
@@ -347,26 +366,30 @@ func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Nod
 			}
 		}
 		if lease, err = r.lease(ctx, c, n.GetName(), lease); err != nil {
-			return storeError("report: lease", err)
+			return nil, storeError("report: lease", err)
 		}
 		next := merge(old, n, r.now())
-		next.Key = r.key(n.GetName())
+		next.Key, next.Audit = r.key(n.GetName()), wrong
 		value, err := json.Marshal(next)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		done, err := c.Txn(ctx).If(clientv3.Compare(clientv3.ModRevision(key), "=", revision)).Then(clientv3.OpPut(key, string(value), clientv3.WithLease(lease))).Commit()
+		done, err := c.Txn(ctx).If(clientv3.Compare(clientv3.ModRevision(key), "=", revision)).
+			Then(clientv3.OpPut(key, string(value), clientv3.WithLease(lease)), clientv3.OpGet(rolling.Current)).Commit()
 		if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
-			return storeError("report", err)
+			return nil, storeError("report", err)
 		}
 		if err == nil && done.Succeeded {
-			return nil
+			for _, kv := range done.Responses[1].GetResponseRange().GetKvs() {
+				return kv.GetValue(), nil
+			}
+			return nil, nil
 		}
 		if err != nil {
 			r.forget(n.GetName())
 		}
 	}
-	return errs.New(errs.Conflict, "report: others report of node %q at the same time; do two machines have one name?", n.GetName())
+	return nil, errs.New(errs.Conflict, "report: others report of node %q at the same time; do two machines have one name?", n.GetName())
 }
 
 // lease returns the node's lease: the one that it has, kept alive, or a new one. One for each report would be thousands a day.

@@ -59,6 +59,8 @@ func TestRegistry(t *testing.T) {
 	w.until("n1 controlplane not ready 192.0.2.1; w1 worker ready 192.0.2.1")
 	t.Run("refused", func(t *testing.T) { reportsRefused(ctx, t, c, machined) })
 
+	t.Run("anchors", func(t *testing.T) { auditAnchors(ctx, t, c, worker, &skew, w) })
+
 	// What the cluster has seen counts more than what a node says.
 	state := n.ca.State()
 	state.Nodes = []*trustv1.ClusterNode{{Name: "n1", Role: "controlplane", Addresses: []string{"127.0.0.1"}}, {Name: "w1", Role: "worker", Addresses: []string{"198.51.100.7"}}}

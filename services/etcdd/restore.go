@@ -1,12 +1,10 @@
 package etcdd
 
 import (
-	"bytes"
+	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"os"
 	"path/filepath"
@@ -15,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	"github.com/bulkhead-os/bulkhead/internal/dbsum"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
 
@@ -29,21 +28,17 @@ const (
 // changes for ones that it has seen (https://etcd.io/docs, "Restoring with revision bump").
 const revisionBump = 1_000_000_000
 
-// page is bbolt's smallest; a database is a multiple of it.
-const page = 512
-
 // Restore receives first, and changes nothing before it has all.
 func (s *server) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, etcdv1.RestoreResponse]) error {
 	m := s.d.kernel
 	if !m.swept.Load() {
 		return errs.New(errs.Unavailable, "restore: volume VAR is not there yet")
 	}
-	select {
-	case s.d.snapshots <- struct{}{}:
-		defer func() { <-s.d.snapshots }()
-	default:
-		return errs.New(errs.Exhausted, "restore: a snapshot is being taken or restored; one at a time is allowed")
+	done, err := s.d.keeper.alone(in.Context())
+	if err != nil {
+		return errs.New(errs.Of(err), "restore: %w", err)
 	}
+	defer done()
 	first, err := in.Recv()
 	if err != nil {
 		return err
@@ -51,7 +46,7 @@ func (s *server) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, et
 	if s.status(in.Context()).GetState() == "running" && !first.GetForce() {
 		return errs.New(errs.Precondition, "restore: etcd answers here, with all that was written; to replace that by a snapshot, order it by force")
 	}
-	size, err := receive(filepath.Join(m.cfg.DataDir, restoreNew), first, in.Recv)
+	size, err := s.get(in.Context(), first, in.Recv)
 	if err != nil {
 		return err
 	}
@@ -66,13 +61,28 @@ func (s *server) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, et
 	return in.SendAndClose(&etcdv1.RestoreResponse{Bytes: uint64(size)})
 }
 
-// sweep deletes what an interrupted restore left, unless it goes on.
+// get brings the snapshot to restoreNew, whole: one that comes in, or one that this node has made.
+func (s *server) get(ctx context.Context, first *etcdv1.RestoreRequest, next func() (*etcdv1.RestoreRequest, error)) (int64, error) {
+	to := filepath.Join(s.d.kernel.cfg.DataDir, restoreNew)
+	if first.GetName() == "" {
+		return receive(to, first, next)
+	}
+	if len(first.GetData()) > 0 {
+		return 0, errs.New(errs.Invalid, "restore: both a name and data; give one of them")
+	}
+	if _, err := next(); !errors.Is(err, io.EOF) {
+		return 0, errors.Join(err, errs.New(errs.Invalid, "restore: more comes after the name of a snapshot; nothing was changed"))
+	}
+	return s.d.keeper.link(ctx, first.GetName(), to)
+}
+
+// sweep deletes what an interrupted restore or snapshot left, unless it goes on.
 func sweep(dir string) error {
 	p, err := readPhase(dir)
 	if err != nil {
 		return err
 	}
-	left := []string{restoreNew}
+	left := []string{restoreNew, filepath.Join(snapshotsDir, snapshotNew)}
 	if p != restoring {
 		left = append(left, restoreFile, restoreDir)
 	}
@@ -93,13 +103,12 @@ func receive(path string, first *etcdv1.RestoreRequest, next func() (*etcdv1.Res
 			err = errors.Join(err, os.Remove(path))
 		}
 	}()
-	sum := &trailer{h: sha256.New()}
+	var sum dbsum.Sum
 	for m := first; ; {
-		if size += int64(len(m.GetData())); size > quota+sha256.Size {
+		if size += int64(len(m.GetData())); size > quota+dbsum.Size {
 			return 0, errs.New(errs.Invalid, "restore: more than %d bytes, which is the most that a database may have", quota)
 		}
-		sum.add(m.GetData())
-		if _, err := f.Write(m.GetData()); err != nil {
+		if _, err := io.MultiWriter(&sum, f).Write(m.GetData()); err != nil {
 			return 0, err
 		}
 		if m, err = next(); errors.Is(err, io.EOF) {
@@ -109,27 +118,11 @@ func receive(path string, first *etcdv1.RestoreRequest, next func() (*etcdv1.Res
 			return 0, err
 		}
 	}
-	if size%page != sha256.Size || !sum.right() {
-		return 0, errs.New(errs.Invalid, "restore: %d bytes that are no whole snapshot: its SHA-256, which is the last %d bytes, is wrong; nothing was changed", size, sha256.Size)
+	if !sum.Whole() {
+		return 0, errs.New(errs.Invalid, "restore: %d bytes that are no whole snapshot: its SHA-256, which is the last %d bytes, is wrong; nothing was changed", size, dbsum.Size)
 	}
 	return size, f.Sync()
 }
-
-// trailer sums up all but the last bytes, which are the sum.
-type trailer struct {
-	h    hash.Hash
-	tail []byte
-}
-
-func (t *trailer) add(data []byte) {
-	t.tail = append(t.tail, data...)
-	if n := len(t.tail) - sha256.Size; n > 0 {
-		t.h.Write(t.tail[:n])
-		t.tail = append(t.tail[:0], t.tail[n:]...)
-	}
-}
-
-func (t *trailer) right() bool { return bytes.Equal(t.h.Sum(nil), t.tail) }
 
 // restore makes a member of the received snapshot, in the place of the one that was. Interrupted anywhere, it begins again from the file.
 func (m *member) restore(name, url string) error {

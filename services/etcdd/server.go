@@ -25,25 +25,36 @@ type server struct {
 	d *Daemon
 }
 
-// StreamSnapshot reads through etcd's maintenance API, which needs no room on the disk.
-func (s *server) StreamSnapshot(_ *etcdv1.StreamSnapshotRequest, out grpc.ServerStreamingServer[etcdv1.Chunk]) error {
+// StreamSnapshot reads through etcd's maintenance API, which needs no room on the disk, or one of the node's own snapshots.
+func (s *server) StreamSnapshot(r *etcdv1.StreamSnapshotRequest, out grpc.ServerStreamingServer[etcdv1.Chunk]) error {
+	if r.GetName() != "" {
+		f, err := s.d.keeper.open(r.GetName())
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		return send(out, f)
+	}
 	_, client := s.d.kernel.running()
 	if client == nil {
 		return errs.New(errs.Unavailable, "snapshot: the etcd member does not run: %s", s.d.loop.State().GetError())
 	}
-	select {
-	case s.d.snapshots <- struct{}{}:
-		defer func() { <-s.d.snapshots }()
-	default:
-		return errs.New(errs.Exhausted, "snapshot: another one is being taken; one at a time is allowed")
+	done, err := s.d.keeper.alone(out.Context())
+	if err != nil {
+		return errs.New(errs.Of(err), "snapshot: %w", err)
 	}
+	defer done()
 	ctx, cancel := context.WithTimeout(out.Context(), snapshotTime)
 	defer cancel()
-	r, err := client.Snapshot(ctx)
+	db, err := client.Snapshot(ctx)
 	if err != nil {
 		return fmt.Errorf("snapshot: %w", err)
 	}
-	defer r.Close()
+	defer db.Close()
+	return send(out, db)
+}
+
+func send(out grpc.ServerStreamingServer[etcdv1.Chunk], r io.Reader) error {
 	for {
 		buf := make([]byte, chunk) // grpc may still hold the last one
 		n, err := io.ReadFull(r, buf)
@@ -59,6 +70,11 @@ func (s *server) StreamSnapshot(_ *etcdv1.StreamSnapshotRequest, out grpc.Server
 			return fmt.Errorf("snapshot: %w", err)
 		}
 	}
+}
+
+// ListSnapshots says what the schedule has made.
+func (s *server) ListSnapshots(context.Context, *etcdv1.ListSnapshotsRequest) (*etcdv1.ListSnapshotsResponse, error) {
+	return s.d.keeper.list()
 }
 
 // GetStatus asks the member now, so that what it says is not older than the question.

@@ -7,6 +7,7 @@ type status struct {
 	desired, observed, converged  *metrics.Vec
 	running, leader, size, inUse  *metrics.Vec
 	revision, term, index, alarms *metrics.Vec
+	rolling, left                 *metrics.Vec
 }
 
 func newStatus(m *metrics.Set) status {
@@ -21,6 +22,8 @@ func newStatus(m *metrics.Set) status {
 		revision:  m.Gauge("bulkhead_etcdd_revision", "Revision of the key space."),
 		term:      m.Gauge("bulkhead_etcdd_raft_term", "Term of raft."),
 		index:     m.Gauge("bulkhead_etcdd_raft_index", "Index of raft's log."),
+		rolling:   m.Gauge("bulkhead_etcdd_rolling_change", "1 for the state of the last change of all nodes: running, halted, aborting, aborted or done. A halted one wants a person.", "state"),
+		left:      m.Gauge("bulkhead_etcdd_rolling_nodes_left", "Nodes that the last change of all nodes has not done."),
 		alarms:    m.Gauge("bulkhead_etcdd_errors", "Errors and alarms that the member reports."),
 	}
 }
@@ -40,6 +43,15 @@ func (d *Daemon) report(s State) {
 	d.status.term.Set(float64(s.Member.Term))
 	d.status.index.Set(float64(s.Member.Index))
 	d.status.alarms.Set(float64(len(s.Member.Errors)))
+}
+
+// tellRolling notes where a rolling change is. Every control plane says the same.
+func (s status) tellRolling(state string, left int) {
+	s.rolling.Reset()
+	if state != "" {
+		s.rolling.Set(1, state)
+	}
+	s.left.Set(float64(left))
 }
 
 func number(b bool) float64 {

@@ -23,6 +23,7 @@ import (
 var prefixes = map[uid.ID]string{
 	uid.Trustd:   "/bulkhead/trust/",
 	uid.Machined: "/bulkhead/machine/",
+	uid.Kubeletd: "/bulkhead/kubernetes/",
 }
 
 // Bounds of the store. All that one caller reads at once must fit into a message (daemon.MaxMessage).

@@ -41,6 +41,7 @@ func TestStore(t *testing.T) {
 	t.Run("one of many wins", func(t *testing.T) { oneWins(ctx, t, c) })
 	t.Run("refused", func(t *testing.T) { refused(ctx, t, n, c) })
 	t.Run("watch and time to live", func(t *testing.T) { watchTTL(ctx, t, n, c) })
+	t.Run("virtual addresses", func(t *testing.T) { virtual(ctx, t, n) })
 	t.Run("compaction", func(t *testing.T) { lostPlace(ctx, t, n, c) })
 	t.Run("too much", func(t *testing.T) {
 		for i := range 50 {
@@ -136,7 +137,7 @@ func refused(ctx context.Context, t *testing.T, n *node, c storev1.StoreClient) 
 	if _, err := c.Read(ctx, &storev1.ReadRequest{Prefix: "/bulkhead/"}); !errs.Is(err, errs.Denied) {
 		t.Errorf("read of all: %v, want Denied", err)
 	}
-	for _, id := range []uid.ID{uid.Apid, uid.Kubeletd, uid.Gateway} {
+	for _, id := range []uid.ID{uid.Apid, uid.Networkd, uid.Gateway} {
 		s := storev1.NewStoreClient(n.dial(t, id))
 		if _, err := s.Read(ctx, &storev1.ReadRequest{Prefix: own}); err == nil {
 			t.Errorf("user %s read the store", id.Name())
@@ -148,6 +149,10 @@ func refused(ctx context.Context, t *testing.T, n *node, c storev1.StoreClient) 
 	}
 	if _, err := machined.Read(ctx, &storev1.ReadRequest{Prefix: "/bulkhead/machine/"}); err != nil {
 		t.Errorf("machined reads its own keys: %v", err)
+	}
+	kubeletd := storev1.NewStoreClient(n.dial(t, uid.Kubeletd))
+	if _, err := kubeletd.Read(ctx, &storev1.ReadRequest{Prefix: own}); !errs.Is(err, errs.Denied) {
+		t.Errorf("kubeletd reads trustd's keys: %v, want Denied", err)
 	}
 }
 

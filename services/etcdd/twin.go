@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 )
 
 // alone refuses to start a member that runs already, on another machine: after a disk was copied two would give one vote twice. Other control planes
@@ -28,7 +29,7 @@ func (m *member) alone(ctx context.Context, name string) error {
 	c := m.peerClient()
 	defer c.CloseIdleConnections()
 	for _, u := range m.whereabouts(ctx, c, name) {
-		if here(hostOf(u)) {
+		if here(nodeaddr.InURL(u)) {
 			continue
 		}
 		resp, err := ask(ctx, c, u)
@@ -53,7 +54,7 @@ func (m *member) whereabouts(ctx context.Context, c *http.Client, name string) [
 		if n.GetRole() != "controlplane" || n.GetName() == name {
 			continue
 		}
-		for _, a := range parseAddrs(n.GetAddresses()) {
+		for _, a := range nodeaddr.Parse(n.GetAddresses()) {
 			g.Go(func() {
 				resp, err := ask(ctx, c, peerURL(a, m.port()))
 				if err != nil {

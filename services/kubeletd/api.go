@@ -170,7 +170,9 @@ func (c *cluster) watch(ctx context.Context, path string, query url.Values, wake
 
 const csrPath = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 
-func nodePath(name string) string { return "/api/v1/nodes/" + url.PathEscape(name) }
+const nodesPath = "/api/v1/nodes"
+
+func nodePath(name string) string { return nodesPath + "/" + url.PathEscape(name) }
 
 // csrs returns the requests to kubeletd's signers that have no certificate and are neither denied nor failed, sorted by name.
 func (c *cluster) csrs(ctx context.Context) ([]CSR, error) {
@@ -220,11 +222,14 @@ func (o csrObject) open() (CSR, bool) {
 }
 
 // updateCSR reads a request, checks it, changes it and writes one of its subresources. The check is on what was read here: names
-// can be used again, and what the plan saw may be gone.
+// can be used again, and what the plan saw may be gone. All control planes do this: one that comes late finds it done, or hears of a conflict, and what
+// the other one made stands.
 func (c *cluster) updateCSR(ctx context.Context, name, sub string, change func(CSR, map[string]any) error) error {
 	path := csrPath + "/" + url.PathEscape(name)
 	var raw json.RawMessage
-	if err := c.do(ctx, request{method: http.MethodGet, path: path}, &raw); err != nil {
+	if err := c.do(ctx, request{method: http.MethodGet, path: path}, &raw); errs.Is(err, errs.NotFound) {
+		return nil // the one who asked has given up, or it was cleaned up
+	} else if err != nil {
 		return err
 	}
 	var o csrObject
@@ -248,22 +253,16 @@ func (c *cluster) updateCSR(ctx context.Context, name, sub string, change func(C
 	if err != nil {
 		return err
 	}
-	return c.do(ctx, request{method: http.MethodPut, path: path + "/" + sub, body: body}, nil)
+	err = c.do(ctx, request{method: http.MethodPut, path: path + "/" + sub, body: body}, nil)
+	if errs.Is(err, errs.Conflict) || errs.Is(err, errs.NotFound) {
+		return nil
+	}
+	return err
 }
 
 // node reads a node; nil if it is not registered.
 func (c *cluster) node(ctx context.Context, name string) (*Node, error) {
-	var o struct {
-		Metadata struct{ Labels map[string]string }
-		Spec     struct {
-			PodCIDR string
-			Taints  []struct{ Key, Effect string }
-		}
-		Status struct {
-			Conditions []struct{ Type, Status, Reason, Message string }
-			Addresses  []struct{ Type, Address string }
-		}
-	}
+	var o nodeObject
 	err := c.do(ctx, request{method: http.MethodGet, path: nodePath(name)}, &o)
 	if errs.Is(err, errs.NotFound) {
 		return nil, nil
@@ -277,7 +276,9 @@ func (c *cluster) node(ctx context.Context, name string) (*Node, error) {
 			return nil, fmt.Errorf("node %s: podCIDR: %w", name, err)
 		}
 	}
-	_, n.Labelled = o.Metadata.Labels[controlPlaneKey]
+	_, cp := o.Metadata.Labels[controlPlaneKey]
+	_, ours := o.Metadata.Labels[memberKey]
+	n.Labelled = cp && ours
 	for _, t := range o.Spec.Taints {
 		n.Tainted = n.Tainted || t.Key == controlPlaneKey
 	}
@@ -296,7 +297,7 @@ func (c *cluster) patchNode(ctx context.Context, name, op string) error {
 	spec := map[string]any{}
 	switch op {
 	case "node label":
-		spec["metadata"] = map[string]any{"labels": map[string]string{controlPlaneKey: ""}}
+		spec["metadata"] = map[string]any{"labels": map[string]string{controlPlaneKey: "", memberKey: "true"}}
 	case "node taint":
 		spec["spec"] = map[string]any{"taints": []any{map[string]string{"key": controlPlaneKey, "effect": "NoSchedule"}}}
 	case "node untaint": // the list's key is "key" (k8s.io/api/core/v1, patchMergeKey)
@@ -371,7 +372,10 @@ func (c *cluster) apply(ctx context.Context, a Addon) error {
 	return nil
 }
 
-// applied returns the digest with which all of an add-on's objects were applied; "" if they differ or one is missing.
+// mixed is what applied returns if objects of one add-on were applied with different digests: somebody is at it, or was interrupted.
+const mixed = "mixed"
+
+// applied returns the digest with which all of an add-on's objects were applied; "" if one is missing.
 func (c *cluster) applied(ctx context.Context, a Addon) (string, error) {
 	paths, _, err := a.objects()
 	if err != nil {
@@ -389,10 +393,13 @@ func (c *cluster) applied(ctx context.Context, a Addon) (string, error) {
 		if err != nil {
 			return "", err
 		}
+		if o.Metadata.Annotations[addonKey] == "" {
+			return "", nil // somebody else's of that name
+		}
 		seen = append(seen, o.Metadata.Annotations[addonKey])
 	}
 	if seen = slices.Compact(seen); len(seen) != 1 {
-		return "", nil
+		return mixed, nil
 	}
 	return seen[0], nil
 }

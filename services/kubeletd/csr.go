@@ -1,12 +1,17 @@
 package kubeletd
 
 import (
+	"context"
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
+
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 )
 
 // The signers that kubeletd answers for.
@@ -29,9 +34,42 @@ type CSR struct {
 	Approved           bool
 }
 
-// check returns nil only if the request is exactly what this node's kubelet may ask for. Approval by somebody else is not enough.
-func (c CSR) check(node string, address netip.Addr) error {
-	name := "system:node:" + node
+// asker is the name of the node whose kubelet asks; "" if it is no kubelet.
+func (c CSR) asker() string {
+	for _, prefix := range []string{"system:bootstrap:", nodeUser} {
+		if name, ok := strings.CutPrefix(c.User, prefix); ok {
+			return name
+		}
+	}
+	return ""
+}
+
+const nodeUser = "system:node:"
+
+// clients is whose requests count: the members of the cluster. Of itself a node knows its address.
+type clients struct {
+	members map[string]Member
+	own     string
+	address netip.Addr
+}
+
+// addresses are those that a member's server may be certified for.
+func (k clients) addresses(name string) []netip.Addr {
+	out := k.members[name].Addresses
+	if name == k.own && k.address.IsValid() {
+		return append(slices.Clone(out), k.address)
+	}
+	return out
+}
+
+// check returns nil only if the request is exactly what the kubelet of a member of the cluster may ask for, for itself. Approval by somebody else is
+// not enough.
+func (c CSR) check(known clients) error {
+	node := c.asker()
+	if _, ok := known.members[node]; !ok {
+		return fmt.Errorf("user %q: is no kubelet of a node of the cluster", c.User)
+	}
+	name := nodeUser + node
 	allowed := []string{"digital signature", "key encipherment"}
 	switch c.Signer {
 	case clientSigner:
@@ -65,14 +103,14 @@ func (c CSR) check(node string, address netip.Addr) error {
 	if want := "CN=" + name + ",O=system:nodes"; r.Subject.String() != want { // as text: not one attribute more
 		return fmt.Errorf("subject %q: must be %q", r.Subject, want)
 	}
-	return c.checkNames(r, node, address)
+	return c.checkNames(r, node, known.addresses(node))
 }
 
 func (c CSR) fromNode(name string) bool {
 	return c.User == name && slices.Contains(c.Groups, "system:nodes")
 }
 
-func (c CSR) checkNames(r *x509.CertificateRequest, node string, address netip.Addr) error {
+func (c CSR) checkNames(r *x509.CertificateRequest, node string, addresses []netip.Addr) error {
 	if len(r.EmailAddresses)+len(r.URIs) > 0 {
 		return fmt.Errorf("mail addresses %q, URIs %v: none are allowed", r.EmailAddresses, r.URIs)
 	}
@@ -88,8 +126,8 @@ func (c CSR) checkNames(r *x509.CertificateRequest, node string, address netip.A
 		}
 	}
 	for _, ip := range r.IPAddresses {
-		if a, ok := netip.AddrFromSlice(ip); !ok || a.Unmap() != address {
-			return fmt.Errorf("address %s: allowed is %s", ip, address)
+		if a, ok := netip.AddrFromSlice(ip); !ok || !slices.Contains(addresses, a.Unmap()) {
+			return fmt.Errorf("address %s: the cluster has seen node %q at %s", ip, node, addresses)
 		}
 	}
 	if len(r.DNSNames)+len(r.IPAddresses) == 0 {
@@ -115,4 +153,50 @@ func (c CSR) parse() (*x509.CertificateRequest, error) {
 		return nil, fmt.Errorf("request: %w", err)
 	}
 	return r, nil
+}
+
+// approve adds the condition that lets a request be signed.
+func approve(known clients) func(CSR, map[string]any) error {
+	return func(c CSR, whole map[string]any) error {
+		if err := c.check(known); err != nil {
+			return errs.New(errs.Denied, "%w", err)
+		}
+		status, _ := whole["status"].(map[string]any)
+		if status == nil {
+			status = map[string]any{}
+			whole["status"] = status
+		}
+		conditions, _ := status["conditions"].([]any)
+		if !c.Approved {
+			status["conditions"] = append(conditions, map[string]any{"type": "Approved", "status": "True", "reason": "KubeletdApproved",
+				"message": "the request is that of a node of the cluster for itself: requestor, subject, names and usages are as they must be"})
+		}
+		return nil
+	}
+}
+
+// sign has trustd sign an approved request, which checks it once more against its own profile.
+func (k *system) sign(ctx context.Context, known clients) func(CSR, map[string]any) error {
+	return func(c CSR, whole map[string]any) error {
+		if err := c.check(known); err != nil {
+			return errs.New(errs.Denied, "%w", err)
+		}
+		if !c.Approved {
+			return reconcile.ErrSkipped
+		}
+		r, err := c.parse()
+		if err != nil {
+			return err
+		}
+		resp, err := k.cfg.Signer.SignCertificate(ctx, &trustv1.SignCertificateRequest{Profile: signers[c.Signer], Csr: r.Raw})
+		if err != nil {
+			return err
+		}
+		status, _ := whole["status"].(map[string]any)
+		if status == nil {
+			return fmt.Errorf("status: it has conditions and yet is empty")
+		}
+		status["certificate"] = []byte(resp.GetCertificate())
+		return nil
+	}
 }

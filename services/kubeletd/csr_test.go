@@ -13,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/config"
 )
 
 // request makes a PEM request for a subject and names.
@@ -41,11 +43,34 @@ func TestCSR(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// n1 is this node; w1 a worker that the cluster has seen; w2 was removed.
+	known := clients{members: map[string]Member{"n1": {Role: config.ControlPlane}, "w1": {config.Worker, []netip.Addr{addr("10.5.0.101")}}}, own: "n1", address: addr("10.0.2.15")}
+	of := func(c CSR, name string, addresses ...net.IP) CSR {
+		c.User = strings.Replace(c.User, "n1", name, 1)
+		tmpl := x509.CertificateRequest{Subject: pkix.Name{CommonName: "system:node:" + name, Organization: n1.Organization}, IPAddresses: addresses}
+		if c.Signer == servingSigner {
+			tmpl.DNSNames = []string{name}
+		}
+		return with(c, tmpl)
+	}
 	for _, c := range []struct {
 		name string
 		csr  func() CSR
 		err  string // "" is good
 	}{
+		{"a worker's bootstrap", func() CSR { return of(client, "w1") }, ""},
+		{"a worker's server", func() CSR { return of(serving, "w1", net.IPv4(10, 5, 0, 101)) }, ""},
+		{"a worker at this node's address", func() CSR { return of(serving, "w1", net.IPv4(10, 0, 2, 15)) }, `the cluster has seen node "w1" at [10.5.0.101]`},
+		{"this node at a worker's address", func() CSR { return of(serving, "n1", net.IPv4(10, 5, 0, 101)) }, `the cluster has seen node "n1" at [10.0.2.15]`},
+		{"a worker with this node's subject", func() CSR { c := client; c.User = "system:bootstrap:w1"; return c }, "subject"},
+		{"a worker with this node's name", func() CSR {
+			c := of(serving, "w1")
+			return with(c, x509.CertificateRequest{Subject: pkix.Name{CommonName: "system:node:w1", Organization: n1.Organization}, DNSNames: []string{"n1"}})
+		}, "DNS name"},
+		{"one that was removed", func() CSR { return of(client, "w2") }, "is no kubelet of a node of the cluster"},
+		{"one that was removed, as server", func() CSR { return of(serving, "w2") }, "is no kubelet of a node of the cluster"},
+		{"a person", func() CSR { c := client; c.User = "ann"; return c }, "is no kubelet"},
+		{"nobody's name", func() CSR { c := client; c.User = "system:node:"; return c }, "is no kubelet"},
 		{"bootstrap", func() CSR { return client }, ""},
 		{"renewal", func() CSR { c := client; c.User, c.Groups = "system:node:n1", []string{"system:nodes"}; return c }, ""},
 		{"with key encipherment", func() CSR { c := client; c.Usages = append(slices.Clone(c.Usages), "key encipherment"); return c }, ""},
@@ -53,9 +78,9 @@ func TestCSR(t *testing.T) {
 		{"serving, address only", func() CSR {
 			return with(serving, x509.CertificateRequest{Subject: n1, IPAddresses: []net.IP{net.IPv4(10, 0, 2, 15)}})
 		}, ""},
-		{"another node's bootstrap user", func() CSR { c := client; c.User = "system:bootstrap:n2"; return c }, "must be the bootstrap user"},
+		{"another node's bootstrap user", func() CSR { c := client; c.User = "system:bootstrap:n2"; return c }, "is no kubelet"},
 		{"the user without the group", func() CSR { c := client; c.Groups = nil; return c }, "must be the bootstrap user"},
-		{"another node", func() CSR { c := serving; c.User = "system:node:n2"; return c }, `must be "system:node:n1"`},
+		{"another node", func() CSR { c := serving; c.User = "system:node:n2"; return c }, "is no kubelet"},
 		{"the bootstrap user wants to serve", func() CSR { c := serving; c.User, c.Groups = client.User, client.Groups; return c }, "must be"},
 		{"another node's name", func() CSR {
 			return with(client, x509.CertificateRequest{Subject: pkix.Name{CommonName: "system:node:n2", Organization: n1.Organization}})
@@ -97,7 +122,7 @@ func TestCSR(t *testing.T) {
 			return c
 		}, "request"},
 	} {
-		err := c.csr().check("n1", netip.MustParseAddr("10.0.2.15"))
+		err := c.csr().check(known)
 		if c.err == "" && err != nil || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
 			t.Errorf("%s: %v, want %q", c.name, err, c.err)
 		}
@@ -132,7 +157,7 @@ func FuzzCSR(f *testing.F) {
 	f.Add(makeRequest(f, x509.CertificateRequest{Subject: n1, DNSNames: []string{"n1"}}))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		c := CSR{Signer: servingSigner, User: "system:node:n1", Groups: []string{"system:nodes"}, Usages: []string{"digital signature", "server auth"}, Request: data}
-		if c.check("n1", netip.MustParseAddr("10.0.2.15")) != nil {
+		if c.check(clients{members: map[string]Member{"n1": {}}, own: "n1", address: netip.MustParseAddr("10.0.2.15")}) != nil {
 			return
 		}
 		r, err := c.parse()

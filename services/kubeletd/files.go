@@ -6,14 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
+	"slices"
 	"strings"
 	"syscall"
 
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
@@ -151,70 +151,22 @@ func (d disk) setStamp(unit, inputs string) error {
 	return os.Rename(tmp, d.stamp(unit))
 }
 
-// link is a network interface with its addresses.
-type link struct {
-	name      string
-	up        bool
-	addresses []netip.Addr
-}
-
-// nodeAddress chooses the node's address: the first one on the interface of the best default route, else the first one on any
-// interface that is not a pod's. routes is /proc/net/route.
-func nodeAddress(routes string, links []link) netip.Addr {
-	best, metric := "", int64(-1)
-	for _, line := range strings.Split(routes, "\n") {
-		f := strings.Fields(line)
-		if len(f) < 8 || f[1] != "00000000" || f[7] != "00000000" {
-			continue
-		}
-		m, err := strconv.ParseInt(f[6], 10, 64)
-		if err == nil && (metric < 0 || m < metric) {
-			best, metric = f[0], m
-		}
+// nodeAddress chooses the node's address by the rule that etcd's member follows, among the IPv4 ones. One that neither the document's endpoint nor the
+// cluster vouches for must be on the interface of the default route, if there is one: that may get its address a moment later.
+func nodeAddress(routes string, links []nodeaddr.Link, seen []netip.Addr, last, endpoint netip.Addr) netip.Addr {
+	best := nodeaddr.Default(routes)
+	own := slices.DeleteFunc(nodeaddr.Usable(links, best), func(p netip.Prefix) bool { return !p.Addr().Is4() })
+	a := nodeaddr.Choose(own, seen, last, endpoint)
+	vouched := slices.Contains(seen, a) || slices.ContainsFunc(own, func(p netip.Prefix) bool { return p.Addr() == a && p.Contains(endpoint) })
+	if best == "" || vouched {
+		return a
 	}
-	first := netip.Addr{}
 	for _, l := range links {
-		if !l.up || l.name == "lo" || l.name == "cni0" || strings.HasPrefix(l.name, "veth") {
-			continue
-		}
-		for _, a := range l.addresses {
-			if !a.Is4() || !a.IsGlobalUnicast() {
-				continue
-			}
-			if l.name == best {
-				return a
-			}
-			if !first.IsValid() {
-				first = a
-			}
+		if l.Name == best && slices.ContainsFunc(l.Addresses, func(p netip.Prefix) bool { return p.Addr() == a }) {
+			return a
 		}
 	}
-	if best != "" { // its address is on the way; another interface's would be wrong
-		return netip.Addr{}
-	}
-	return first
-}
-
-func readLinks() ([]link, error) {
-	ifaces, err := net.Interfaces()
-	if err != nil {
-		return nil, err
-	}
-	var out []link
-	for _, i := range ifaces {
-		l := link{name: i.Name, up: i.Flags&net.FlagUp != 0}
-		addrs, err := i.Addrs()
-		if err != nil {
-			return nil, fmt.Errorf("addresses of %s: %w", i.Name, err)
-		}
-		for _, a := range addrs {
-			if p, err := netip.ParsePrefix(a.String()); err == nil {
-				l.addresses = append(l.addresses, p.Addr().Unmap())
-			}
-		}
-		out = append(out, l)
-	}
-	return out, nil
+	return netip.Addr{}
 }
 
 // nameservers reads resolv.conf; addresses that mean something else inside a pod are left out.

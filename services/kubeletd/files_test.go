@@ -6,31 +6,47 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
 func TestNodeAddress(t *testing.T) {
 	const head = "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT\n"
-	route := func(iface, to, metric string) string {
-		return iface + "\t" + to + "\t0202000A\t0003\t0\t0\t" + metric + "\t00000000\t0\t0\t0\n"
+	route := func(iface string) string {
+		return head + iface + "\t00000000\t0202000A\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
 	}
-	eth0 := link{"eth0", true, []netip.Addr{addr("fe80::1"), addr("10.0.2.15"), addr("10.0.2.99")}}
-	eth1 := link{"eth1", true, []netip.Addr{addr("192.168.1.2")}}
-	lo, cni := link{"lo", true, []netip.Addr{addr("127.0.0.1")}}, link{"cni0", true, []netip.Addr{addr("10.244.0.1")}}
+	link := func(name string, addresses ...string) nodeaddr.Link {
+		l := nodeaddr.Link{Name: name, Up: true}
+		for _, a := range addresses {
+			l.Addresses = append(l.Addresses, netip.MustParsePrefix(a))
+		}
+		return l
+	}
+	eth0, eth1 := link("eth0", "fe80::1/64", "2001:db8::1/64", "10.0.2.15/24", "10.0.2.99/24"), link("eth1", "10.5.0.11/24")
+	both := []nodeaddr.Link{link("lo", "127.0.0.1/8"), link("cni0", "10.244.0.1/24"), eth0, eth1}
 	for _, c := range []struct {
-		name, routes string
-		links        []link
-		want         string
+		name, routes         string
+		links                []nodeaddr.Link
+		seen, last, endpoint string
+		want                 string
 	}{
-		{"default route", head + route("eth1", "00000000", "0"), []link{lo, cni, eth0, eth1}, "192.168.1.2"},
-		{"the better of two", head + route("eth1", "00000000", "200") + route("eth0", "00000000", "100"), []link{eth0, eth1}, "10.0.2.15"},
-		{"none: the first that is no pod's", head, []link{lo, cni, eth0, eth1}, "10.0.2.15"},
-		{"its interface has no address yet", head + route("eth2", "00000000", "0"), []link{eth0, {"eth2", true, nil}}, "invalid IP"},
-		{"down", head, []link{{"eth0", false, eth0.addresses}}, "invalid IP"},
-		{"nothing", "", nil, "invalid IP"},
-		{"garbage", "a b c\n00000000 00000000 0 0 0 0 x 00000000\n", []link{eth0}, "10.0.2.15"},
+		{"default route", route("eth1"), both, "", "", "", "10.5.0.11"},
+		{"none: the first that is no pod's", head, both, "", "", "", "10.0.2.15"},
+		{"the endpoint's subnet", route("eth0"), both, "", "", "10.5.0.100", "10.5.0.11"},
+		{"where the cluster has seen it", route("eth0"), both, "10.5.0.11", "", "", "10.5.0.11"},
+		{"it stays", route("eth0"), both, "", "10.0.2.99", "", "10.0.2.99"},
+		{"its interface has no address yet", route("eth2"), []nodeaddr.Link{eth0, link("eth2")}, "", "", "", "invalid IP"},
+		{"its interface has no address yet, and does not matter", route("eth2"), []nodeaddr.Link{eth0, eth1, link("eth2")}, "", "", "10.5.0.1", "10.5.0.11"},
+		{"down", head, []nodeaddr.Link{{Name: "eth0", Addresses: eth0.Addresses}}, "", "", "", "invalid IP"},
+		{"nothing", "", nil, "", "", "", "invalid IP"},
 	} {
-		if got := nodeAddress(c.routes, c.links); got.String() != c.want {
+		var last, endpoint netip.Addr
+		for a, text := range map[*netip.Addr]string{&last: c.last, &endpoint: c.endpoint} {
+			if text != "" {
+				*a = addr(text)
+			}
+		}
+		if got := nodeAddress(c.routes, c.links, nodeaddr.Parse([]string{c.seen}), last, endpoint); got.String() != c.want {
 			t.Errorf("%s: %s, want %s", c.name, got, c.want)
 		}
 	}

@@ -19,13 +19,18 @@ import (
 	"time"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
+	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
 )
 
-// ownProfile is kubeletd's own identity towards the API server: what addons/rbac.yaml grants it, and no more.
-const ownProfile = "kubeletd"
+// kubeletd's own identities towards the API server: what addons/rbac.yaml grants them, and no more.
+const (
+	keeperProfile = "kubeletd"      // of a control plane
+	workerProfile = "kubeletd-node" // of a worker
+)
 
 // serverProfile is the only certificate whose names depend on the node's address.
 const serverProfile = "kube-apiserver-server"
@@ -42,26 +47,38 @@ type system struct {
 	disk   disk
 	want   func() spec
 	trust  *leaf.Trust
-	leaves map[string]*leaf.Leaf // by profile; ownProfile among them
+	leaves map[string]*leaf.Leaf // by profile; kubeletd's own among them
 	begin  chan struct{}         // closed when the authorities exist and the role is known
 	once   sync.Once             // closes begin
+	poke   chan struct{}         // one slot: the specification may have changed
+
+	balancer *balance.Balancer
+	// strangerTime is for how long a Node must have belonged to no member before it is deleted; tests have less patience.
+	strangerTime time.Duration
 
 	mu      sync.Mutex
 	last    State             // guarded by mu, as all below; of the last Read
 	health  map[string]string // of the probes
 	etcd    bool
-	version string // of the API server; "" until it was asked
-	api     *cluster
-	apiKey  string // digest of what api was made from
+	version string              // of the API server; "" until it was asked
+	apis    map[string]*cluster // by server
+	apiKey  string              // digest of what apis were made from
 	applied map[string]string
-	asked   time.Time // when applied was read
+	asked   time.Time            // when applied was read
+	peers   map[string]Peer      // Nodes; nil until they were listed
+	strange map[string]time.Time // since when a Node has belonged to no member
+	pods    podNetwork           // that networkd has taken
+
+	unreachable []string // what networkd said of routes in pods
 }
 
 func newSystem(cfg Config, want func() spec) *system {
 	k := &system{cfg: cfg, disk: disk{cfg.Dir, cfg.Group}, want: want, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log),
-		leaves: map[string]*leaf.Leaf{}, begin: make(chan struct{}), health: map[string]string{}}
-	for _, p := range append(profiles(), ownProfile) {
-		c := leaf.Config{Signer: cfg.Signer, Profile: p, Trust: k.trust, Log: cfg.Env.Log}
+		leaves: map[string]*leaf.Leaf{}, begin: make(chan struct{}), poke: make(chan struct{}, 1),
+		health: map[string]string{}, strangerTime: strangerTime, apis: map[string]*cluster{}, strange: map[string]time.Time{}}
+	expiry := leaf.NewExpiry(cfg.Env.Metrics, "kubeletd")
+	for _, p := range append(profiles(), keeperProfile, workerProfile) {
+		c := leaf.Config{Signer: cfg.Signer, Profile: p, Trust: k.trust, Log: cfg.Env.Log, Expiry: expiry}
 		if p == serverProfile {
 			c.Request = k.serverRequest
 		}
@@ -82,8 +99,13 @@ func (k *system) serverRequest() x509.CertificateRequest {
 // Read reads everything anew, except what the probes found last and, for a minute, the add-ons.
 func (k *system) Read(ctx context.Context) (State, error) {
 	want := k.want()
+	select {
+	case k.poke <- struct{}{}:
+	default:
+	}
 	roots, _ := k.trust.Roots()
-	s := State{Dir: k.cfg.Dir, EtcdAddress: k.cfg.EtcdAddress, Audit: k.cfg.Audit,
+	s := State{Members: members(roots.State),
+		Dir: k.cfg.Dir, EtcdAddress: k.cfg.EtcdAddress, Audit: k.cfg.Audit,
 		Trust: trust{Bootstrapped: roots.State.GetBootstrapped(), Kubernetes: leaf.Bundle(roots.State.GetKubernetesCa()), Etcd: leaf.Bundle(roots.State.GetEtcdCa()), FrontProxy: leaf.Bundle(roots.State.GetFrontProxyCa())},
 		Pairs: map[string]string{}, Files: map[string]string{}, Units: map[string]Unit{}, Health: map[string]string{}}
 	if s.Trust.Bootstrapped && want.Role != "" {
@@ -116,8 +138,12 @@ func (k *system) Read(ctx context.Context) (State, error) {
 		s.Health[u] = h
 	}
 	s.Etcd = k.etcd
-	h, asked := k.health["kube-apiserver"]
-	s.API = asked && h == "" && s.Units["kube-apiserver"].State == "up"
+	h, asked := k.health[apiProbe]
+	s.API, s.Trouble = asked && h == "", h
+	s.Pods, s.Peers = k.pods.String(), k.peers
+	if want.Role == config.ControlPlane {
+		s.Strangers = k.oldStrangers(time.Now(), s.Members)
+	}
 	k.mu.Unlock()
 	if s.API {
 		k.readCluster(ctx, want, &s)
@@ -169,17 +195,19 @@ func (k *system) readCluster(ctx context.Context, want spec, s *State) {
 		s.API, s.Trouble = false, errs.Text(err)
 		return
 	}
-	wanted, err := addons(want, *s)
-	if err == nil {
-		s.Addons, err = k.readAddons(ctx, c, wanted)
-	}
-	if err == nil && s.Addons["rbac"] == "" {
-		return // without these rights nothing else can be read
+	if want.Role != config.Worker {
+		var wanted []Addon
+		if wanted, err = addons(want, *s); err == nil {
+			s.Addons, err = k.readAddons(ctx, c, wanted)
+		}
+		if err == nil && s.Addons["rbac"] == "" {
+			return // without these rights nothing else can be read
+		}
 	}
 	if err == nil && want.Node != "" {
 		s.Node, err = c.node(ctx, want.Node)
 	}
-	if err == nil {
+	if err == nil && want.Role != config.Worker {
 		s.CSRs, err = c.csrs(ctx)
 	}
 	if err != nil {
@@ -208,24 +236,52 @@ func (k *system) readAddons(ctx context.Context, c *cluster, wanted []Addon) (ma
 	return out, nil
 }
 
-// cluster returns a client with kubeletd's own identity, made anew when certificate or authority change: a connection
+// oldStrangers are the Nodes that have belonged to no member for long. The caller holds k.mu.
+func (k *system) oldStrangers(now time.Time, all map[string]Member) []string {
+	var out []string
+	since := map[string]time.Time{}
+	for _, name := range strangers(k.peers, all) {
+		t, ok := k.strange[name]
+		if !ok {
+			t = now
+		}
+		since[name] = t
+		if now.Sub(t) >= k.strangerTime {
+			out = append(out, name)
+		}
+	}
+	k.strange = since
+	return out
+}
+
+// cluster returns a client of the cluster's API, whichever server answers.
+func (k *system) cluster() (*cluster, error) { return k.client(k.local()) }
+
+// local is the URL of the node's balancer.
+func (k *system) local() string { return "https://" + k.cfg.Env.TCP.Addr().String() }
+
+// client returns a client of one server with kubeletd's own identity, made anew when certificate or authority change: a connection
 // is worth no more than the certificate it was opened with.
-func (k *system) cluster() (*cluster, error) {
+func (k *system) client(server string) (*cluster, error) {
+	profile := ownProfile(k.want().Role)
 	roots, _ := k.trust.Roots()
-	pair, _ := k.leaves[ownProfile].Pair()
+	pair, _ := k.leaves[profile].Pair()
 	if pair == nil || roots.Kubernetes == nil {
-		return nil, errs.New(errs.Unavailable, "certificate %s: trustd has not signed it yet", ownProfile)
+		return nil, errs.New(errs.Unavailable, "certificate %s: trustd has not signed it yet", profile)
 	}
 	key := digest(append([]byte(roots.State.GetKubernetesCa()), pair.Certificate...))
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.apiKey != key {
-		if k.api != nil {
-			k.api.close()
+		for _, c := range k.apis {
+			c.close()
 		}
-		k.api, k.apiKey = newCluster(k.cfg.APIServer, roots.Kubernetes, pair.TLS), key
+		k.apis, k.apiKey = map[string]*cluster{}, key
 	}
-	return k.api, nil
+	if k.apis[server] == nil {
+		k.apis[server] = newCluster(server, roots.Kubernetes, pair.TLS)
+	}
+	return k.apis[server], nil
 }
 
 // admin returns a client that may do everything, for the few calls that need it. Its certificate lives for minutes.
@@ -239,7 +295,7 @@ func (k *system) admin(ctx context.Context) (*cluster, error) {
 		return nil, err
 	}
 	roots, _ := k.trust.Roots()
-	return newCluster(k.cfg.APIServer, roots.Kubernetes, &pair), nil
+	return newCluster(k.local(), roots.Kubernetes, &pair), nil
 }
 
 // adminPair makes a key and has an administrator's certificate signed for it, both PEM.
@@ -282,6 +338,12 @@ func (k *system) Do(ctx context.Context, s Step) error {
 		return k.order(want, have, s)
 	case "addon apply":
 		return k.apply(ctx, want, have, s.Arg)
+	case "pods tell":
+		pods, known := podNetworkOf(want, have)
+		if !known {
+			return reconcile.ErrSkipped
+		}
+		return k.setPods(ctx, pods)
 	}
 	c, err := k.cluster()
 	if err != nil {
@@ -289,11 +351,13 @@ func (k *system) Do(ctx context.Context, s Step) error {
 	}
 	switch s.Op {
 	case "csr approve":
-		return c.updateCSR(ctx, s.Arg, "approval", approve(want.Node, have))
+		return c.updateCSR(ctx, s.Arg, "approval", approve(have.clients(want)))
 	case "csr sign":
-		return c.updateCSR(ctx, s.Arg, "status", k.sign(ctx, want.Node, have))
+		return c.updateCSR(ctx, s.Arg, "status", k.sign(ctx, have.clients(want)))
 	case "node label", "node taint", "node untaint":
 		return c.patchNode(ctx, want.Node, s.Op)
+	case "node delete":
+		return c.deleteNode(ctx, s.Arg, have.Peers[s.Arg].UID)
 	}
 	return fmt.Errorf("no step %q", s.Op)
 }
@@ -382,52 +446,6 @@ func (k *system) apply(ctx context.Context, want spec, have State, name string) 
 	return fmt.Errorf("no add-on %q", name)
 }
 
-// approve adds the condition that lets a request be signed.
-func approve(node string, have State) func(CSR, map[string]any) error {
-	return func(c CSR, whole map[string]any) error {
-		if err := c.check(node, have.Address); err != nil {
-			return errs.New(errs.Denied, "%w", err)
-		}
-		status, _ := whole["status"].(map[string]any)
-		if status == nil {
-			status = map[string]any{}
-			whole["status"] = status
-		}
-		conditions, _ := status["conditions"].([]any)
-		if !c.Approved {
-			status["conditions"] = append(conditions, map[string]any{"type": "Approved", "status": "True", "reason": "KubeletdApproved",
-				"message": "the request is this node's: requestor, subject, names and usages are as they must be"})
-		}
-		return nil
-	}
-}
-
-// sign has trustd sign an approved request, which checks it once more against its own profile.
-func (k *system) sign(ctx context.Context, node string, have State) func(CSR, map[string]any) error {
-	return func(c CSR, whole map[string]any) error {
-		if err := c.check(node, have.Address); err != nil {
-			return errs.New(errs.Denied, "%w", err)
-		}
-		if !c.Approved {
-			return reconcile.ErrSkipped
-		}
-		r, err := c.parse()
-		if err != nil {
-			return err
-		}
-		resp, err := k.cfg.Signer.SignCertificate(ctx, &trustv1.SignCertificateRequest{Profile: signers[c.Signer], Csr: r.Raw})
-		if err != nil {
-			return err
-		}
-		status, _ := whole["status"].(map[string]any)
-		if status == nil {
-			return fmt.Errorf("status: it has conditions and yet is empty")
-		}
-		status["certificate"] = []byte(resp.GetCertificate())
-		return nil
-	}
-}
-
 // waiting says what is missing and who brings it.
 func waiting(what string, want spec, have State) error {
 	hint := "not there yet"
@@ -439,7 +457,11 @@ func waiting(what string, want spec, have State) error {
 	case what == "volume VAR":
 		hint = "storaged has not mounted it yet"
 	case what == "address":
-		hint = "no interface with a default route has an IPv4 address"
+		hint = "no interface with a default route, or in the subnet of the cluster's endpoint, has an IPv4 address"
+	case what == "members":
+		hint = "the cluster's list of nodes is not known yet, and without it nobody's kubelet gets a certificate"
+	case what == apiProbe:
+		hint = have.Trouble
 	case what == "hostname":
 		hint = "the document of kind Machine names none"
 	case what == "etcd":

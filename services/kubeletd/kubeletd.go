@@ -8,6 +8,7 @@ package kubeletd
 import (
 	"context"
 	"errors"
+	"net"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -15,15 +16,19 @@ import (
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
+	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
 )
 
 // supervisor is what PID 1 does for kubeletd; *initctl.Client is one.
@@ -37,9 +42,13 @@ type supervisor interface {
 
 // Config is fixed for the life of the process. The zero values of optional fields are what a node uses.
 type Config struct {
-	Env    daemon.Env           // required
+	Env    daemon.Env           // required; its TCP listener is the balancer's, on loopback
 	Signer trustv1.SignerClient // required: trustd
+	Pods   networkv1.PodsClient // required: networkd
 	Init   supervisor           // required: PID 1
+	// Store is etcdd's, and Virtual networkd's; without either the node never has the cluster's virtual addresses.
+	Store   storev1.StoreClient
+	Virtual networkv1.VirtualClient
 
 	Dir         string // runtime folder; default /run/bulkhead/kubeletd
 	Program     string // the kubelet: an image without it has no Kubernetes, and there is nothing to do; default /usr/bin/kubelet
@@ -48,7 +57,9 @@ type Config struct {
 	Resolv      string // default /etc/resolv.conf
 	Routes      string // default /proc/net/route
 	EtcdAddress string // default 127.0.0.1:2379
-	APIServer   string // default https://127.0.0.1:6443
+	APIServer   string // this node's own, on a control plane; default https://127.0.0.1:6443
+	// Links reads the node's interfaces; default nodeaddr.Links.
+	Links func() ([]nodeaddr.Link, error)
 	// Group maps a user to the group of files; default: the user's own number.
 	Group func(uid.ID) int
 	// Resync is the longest time between two looks; 0 means one minute.
@@ -71,12 +82,25 @@ func Run(ctx context.Context, env daemon.Env) error {
 		return err
 	}
 	defer conn.Close()
+	network, err := peer.Dial(peer.Socket("networkd"))
+	if err != nil {
+		return err
+	}
+	defer network.Close()
+	store, err := peer.Dial(peer.Socket("etcdd"))
+	if err != nil {
+		return err
+	}
+	defer store.Close()
 	pid1, err := initctl.Dial("")
 	if err != nil {
 		return err
 	}
 	defer pid1.Close()
-	d, err := New(Config{Env: env, Signer: trustv1.NewSignerClient(conn), Init: pid1})
+	d, err := New(Config{
+		Env: env, Signer: trustv1.NewSignerClient(conn), Pods: networkv1.NewPodsClient(network), Init: pid1,
+		Store: storev1.NewStoreClient(store), Virtual: networkv1.NewVirtualClient(network),
+	})
 	if err != nil {
 		return err
 	}
@@ -85,17 +109,20 @@ func Run(ctx context.Context, env daemon.Env) error {
 
 // New returns a daemon that has done nothing yet.
 func New(cfg Config) (*Daemon, error) {
-	if cfg.Signer == nil || cfg.Init == nil || cfg.Env.Log == nil || cfg.Env.Listen == nil {
-		return nil, errors.New("kubeletd: Config needs Signer, Init, Env.Log and Env.Listen")
+	if cfg.Signer == nil || cfg.Pods == nil || cfg.Init == nil || cfg.Env.Log == nil || cfg.Env.Listen == nil || cfg.Env.TCP == nil {
+		return nil, errors.New("kubeletd: Config needs Signer, Pods, Init, Env.Log, Env.Listen and Env.TCP")
 	}
 	orDefault(&cfg.Dir, unit.RunDir+"/kubeletd")
 	orDefault(&cfg.Program, "/usr/bin/kubelet")
 	orDefault(&cfg.VolumeMark, "/var/.mounted")
 	orDefault(&cfg.Audit, "/var/log/kubernetes/audit")
 	orDefault(&cfg.Resolv, "/etc/resolv.conf")
-	orDefault(&cfg.Routes, "/proc/net/route")
+	orDefault(&cfg.Routes, nodeaddr.Routes)
 	orDefault(&cfg.EtcdAddress, "127.0.0.1:2379")
 	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
+	if cfg.Links == nil {
+		cfg.Links = nodeaddr.Links
+	}
 	if cfg.Group == nil {
 		cfg.Group = func(id uid.ID) int { return int(id) }
 	}
@@ -105,6 +132,11 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	d := &Daemon{cfg: cfg, figures: newFigures(cfg.Env.Metrics)}
 	d.kernel = newSystem(cfg, func() spec { s, _ := d.loop.Spec(); return s })
+	var err error
+	d.kernel.balancer, err = balance.New(balance.Config{Listeners: []net.Listener{cfg.Env.TCP}, Log: cfg.Env.Log, Metrics: cfg.Env.Metrics})
+	if err != nil {
+		return nil, err
+	}
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
 		Parse: parse, Observe: d.kernel.Read, Plan: plan, Apply: d.kernel.Do, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)
@@ -117,9 +149,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.loop.Run(ctx) })
 	g.Go(func() error { return d.kernel.Watch(ctx, d.loop.Wake) })
+	if d.cfg.Store != nil && d.cfg.Virtual != nil {
+		g.Go(func() error { return d.keepVirtual(ctx) })
+	}
 	g.Go(func() error {
-		return daemon.Serve(ctx, d.cfg.Env, nil, func(s *grpc.Server) {
+		return daemon.Serve(ctx, d.cfg.Env, callers, func(s *grpc.Server) {
 			kubernetesv1.RegisterKubernetesServer(s, &server{d: d})
+			kubernetesv1.RegisterDrainServer(s, newDrainServer(d))
 			controlv1.RegisterControlServer(s, &reconcile.Control[spec, State, Step]{Loop: d.loop, Metrics: d.cfg.Env.Metrics})
 		})
 	})
@@ -135,7 +171,7 @@ func parse(documents []byte) (spec, error) {
 	k := set.Kubernetes
 	return spec{
 		Node: set.Machine.Hostname, Role: set.Machine.Role, Cluster: set.Cluster.Name, Endpoint: set.Cluster.Endpoint, Domain: k.Domain,
-		PodSubnet: k.PodSubnet, ServiceSubnet: k.ServiceSubnet, CNI: k.CNI, PodSecurity: k.PodSecurity, Schedulable: k.Schedulable == nil || *k.Schedulable,
+		VirtualIPs: set.Cluster.VirtualIPs, PodSubnet: k.PodSubnet, ServiceSubnet: k.ServiceSubnet, CNI: k.CNI, PodSecurity: k.PodSecurity, Schedulable: k.Schedulable == nil || *k.Schedulable,
 	}, nil
 }
 

@@ -1,6 +1,7 @@
 package kubeletd
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"sort"
@@ -15,6 +16,7 @@ type spec struct {
 	Role                     config.Role
 	Cluster, Domain          string
 	Endpoint                 string // URL; "" means the node's own address
+	VirtualIPs               []netip.Addr
 	PodSubnet, ServiceSubnet netip.Prefix
 	CNI, PodSecurity         string
 	Schedulable              bool
@@ -27,8 +29,10 @@ type State struct {
 	Absent      bool // the image has no Kubernetes
 	Volume      bool // VAR is mounted
 	Trust       trust
-	Address     netip.Addr   // of the node: the one on the interface of the default route; zero if there is none
-	Nameservers []netip.Addr // of the node, without loopback addresses
+	Address     netip.Addr        // at which other nodes reach this one; zero if there is none
+	Nameservers []netip.Addr      // of the node, without loopback addresses
+	Members     map[string]Member // of the cluster, by name; nil while they are not known
+	Pods        string            // the podNetwork that networkd has taken, as text
 
 	Pairs  map[string]string // profile: digest of its newest certificate; absent until trustd has signed
 	Files  map[string]string // path: digest of content, owner and mode; absent if there is no such file
@@ -37,11 +41,13 @@ type State struct {
 	Health map[string]string // unit: "" if it answered well, else what it answered; absent if it was not asked yet
 
 	Etcd bool // its port accepts
-	// API says that the API server is ready and let kubeletd read. What follows is zero without it.
-	API    bool
-	Node   *Node // nil: not registered
-	CSRs   []CSR // for kubeletd's signers, undecided or approved, without a certificate; sorted by name
-	Addons map[string]string
+	// API says that an API server of the cluster is ready and let kubeletd read. What follows is zero without it, and Peers may be old.
+	API       bool
+	Node      *Node           // nil: not registered
+	Peers     map[string]Peer // all Nodes by name, this one too; nil: not listed yet
+	Strangers []string        // those that have belonged to no member of the cluster for a while; sorted
+	CSRs      []CSR           // for kubeletd's signers, undecided or approved, without a certificate; sorted by name
+	Addons    map[string]string
 	// Trouble is why API is false, or what else could not be read; for people.
 	Trouble string
 }
@@ -71,7 +77,7 @@ const controlPlaneKey = "node-role.kubernetes.io/control-plane"
 
 // Step is one change, or one thing to wait for.
 type Step struct {
-	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint"
+	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint", "node delete", "pods tell"
 	Arg string
 }
 
@@ -111,7 +117,13 @@ func plan(want spec, have State) ([]Step, error) {
 		return nil, err
 	}
 	p := planner{want: want, have: have, files: files, addons: wanted}
+	if pods, known := podNetworkOf(want, have); have.API && known && pods.String() != have.Pods {
+		p.do("pods tell", cmp.Or(pods.String(), "nothing")) // before the first pod gets an address
+	}
 	p.planFiles()
+	if want.Role == config.ControlPlane && have.Trust.Bootstrapped && len(have.Members) == 0 {
+		p.wait("members") // whether controllers must elect one among them, whose kubelet gets a certificate: all hangs on it
+	}
 	if have.API && want.Role == config.ControlPlane {
 		p.planCluster() // a few calls, before the next processes want the machine for themselves
 	}
@@ -203,6 +215,9 @@ func (p *planner) planUnits() {
 		open := complete
 		for _, what := range r.after {
 			if !p.reached(what) {
+				if what == "kube-apiserver" && p.want.Role == config.Worker {
+					what = apiProbe
+				}
 				p.wait(what)
 				open = false
 			}
@@ -240,7 +255,7 @@ func (p *planner) reached(what string) bool {
 	case "image-load":
 		return p.have.loaded("image-load")
 	case "addon rbac":
-		return p.want.Role == config.Worker || len(p.addons) > 0 && p.have.Addons["rbac"] == digest([]byte(p.addons[0].Text))
+		return p.want.Role == config.Worker || len(p.addons) > 0 && p.applied(p.addons[0])
 	}
 	return false
 }
@@ -251,16 +266,25 @@ func (s State) loaded(unit string) bool {
 	return u.State == "down" && u.LastExit == "exit 0"
 }
 
-// planCluster is what a control-plane node does inside the cluster.
+// applied reports whether an add-on is as it should be, in the eyes of this node.
+func (p *planner) applied(a Addon) bool {
+	have := p.have.Addons[a.Name]
+	return have == digest([]byte(a.Text)) || have != "" && !keeper(p.want.Node, p.have.Members)
+}
+
+// clients is whose certificate requests count.
+func (s State) clients(want spec) clients { return clients{s.Members, want.Node, s.Address} }
+
+// planCluster is what a control-plane node does inside the cluster. Others do the same, at the same time.
 func (p *planner) planCluster() {
 	for _, a := range p.addons {
-		if p.have.Addons[a.Name] != digest([]byte(a.Text)) {
+		if !p.applied(a) {
 			p.do("addon apply", a.Name)
 		}
 	}
 	for _, c := range p.have.CSRs {
-		if c.check(p.want.Node, p.have.Address) != nil {
-			continue // somebody else's, or nobody's: it stays as it is, for a person to decide
+		if c.check(p.have.clients(p.want)) != nil {
+			continue // nobody's of the cluster: it stays as it is, for a person to decide
 		}
 		if !c.Approved {
 			p.do("csr approve", c.Name)
@@ -277,12 +301,21 @@ func (p *planner) planCluster() {
 			p.do("node taint", controlPlaneKey)
 		}
 	}
+	// Only while this node's own API server is well: then etcd is, here, and so the list of members is today's.
+	if h, asked := p.have.Health["kube-apiserver"]; asked && h == "" {
+		for _, name := range p.have.Strangers {
+			p.do("node delete", name)
+		}
+	}
 }
 
 // planNode waits for what the kubelet must bring about.
 func (p *planner) planNode() {
 	if p.want.Role == config.ControlPlane && !p.have.API && p.have.Units["kube-apiserver"].State == "up" {
 		p.wait("kube-apiserver") // the rest is not known as long
+	}
+	if p.want.Role == config.Worker && !p.have.API && p.have.Units["kubelet"].State == "up" {
+		p.wait(apiProbe)
 	}
 	if !p.have.API || p.have.Units["kubelet"].State != "up" {
 		return

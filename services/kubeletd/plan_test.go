@@ -15,6 +15,7 @@ import (
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
+	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
 )
 
 var update = flag.Bool("update", false, "write the goldens anew")
@@ -88,7 +89,11 @@ func model(s State, want spec, steps []Step) State {
 			}
 			if step.Arg == "kubelet" {
 				s.Node = &Node{PodCIDR: netip.MustParsePrefix("10.244.0.0/24"), Ready: true}
+				s.Peers = map[string]Peer{want.Node: {PodCIDR: s.Node.PodCIDR, Ours: true}}
 			}
+		case "pods tell":
+			pods, _ := podNetworkOf(want, s)
+			s.Pods = pods.String()
 		case "unit stop":
 			s.Units[step.Arg] = Unit{State: "down"}
 		case "addon apply":
@@ -97,6 +102,8 @@ func model(s State, want spec, steps []Step) State {
 					s.Addons[a.Name] = digest([]byte(a.Text))
 				}
 			}
+		case "node delete":
+			s.Strangers = slices.DeleteFunc(slices.Clone(s.Strangers), func(n string) bool { return n == step.Arg })
 		case "csr sign":
 			s.CSRs = slices.DeleteFunc(slices.Clone(s.CSRs), func(c CSR) bool { return c.Name == step.Arg })
 		case "node label", "node taint", "node untaint":
@@ -108,6 +115,11 @@ func model(s State, want spec, steps []Step) State {
 	}
 	return s
 }
+
+var (
+	n1n2 = map[string]Member{"n1": {config.ControlPlane, []netip.Addr{addr("10.5.0.11")}}, "n2": {config.ControlPlane, []netip.Addr{addr("10.5.0.12")}}}
+	n1w1 = map[string]Member{"n1": {config.ControlPlane, []netip.Addr{addr("10.5.0.11")}}, "w1": {config.Worker, []netip.Addr{addr("10.5.0.101")}}}
+)
 
 // boot is the story of a first boot: what happens from outside, one event after the other.
 var boot = []struct {
@@ -121,11 +133,14 @@ var boot = []struct {
 	}},
 	{"bootstrap", func(s *State) { s.Trust = trust{true, "KUBERNETES\n", "ETCD\n", "FRONT\n"} }},
 	{"certificates", func(s *State) {
-		for _, p := range append(profiles(), ownProfile) {
+		for _, p := range append(profiles(), keeperProfile) {
 			s.Pairs[p] = digest([]byte(p))
 		}
 	}},
 	{"etcd", func(s *State) { s.Etcd = true }},
+	{"members", func(s *State) {
+		s.Members = map[string]Member{"n1": {config.ControlPlane, []netip.Addr{addr("10.0.2.15")}}}
+	}},
 }
 
 // grow runs the story, and plans and applies after each event until nothing changes.
@@ -177,7 +192,7 @@ func TestPlanBoot(t *testing.T) {
 		{"another address", func(_ *spec, s *State) { s.Address = addr("10.0.2.16") },
 			"write kubernetes/kube-apiserver/args; write kubernetes/kubelet/args; unit restart kube-apiserver; unit restart kubelet"},
 		{"another name server", func(_ *spec, s *State) { s.Nameservers = nil }, "addon apply coredns"},
-		{"no pod network of ours", func(w *spec, _ *State) { w.CNI = "none" }, "remove cni/10-bulkhead.conflist"},
+		{"no pod network of ours", func(w *spec, _ *State) { w.CNI = "none" }, "pods tell nothing; remove cni/10-bulkhead.conflist"},
 		{"a pod security level", func(w *spec, _ *State) { w.PodSecurity = "restricted" },
 			"write kubernetes/kube-apiserver/admission.yaml; unit restart kube-apiserver"},
 		{"not schedulable", func(w *spec, _ *State) { w.Schedulable = false },
@@ -200,6 +215,28 @@ func TestPlanBoot(t *testing.T) {
 		{"the node is not ready", func(_ *spec, s *State) { n := *s.Node; n.Ready = false; s.Node = &n }, "wait for node Ready"},
 		{"an add-on was deleted", func(_ *spec, s *State) { s.Addons["coredns"] = "" }, "addon apply coredns"},
 		{"etcd is away", func(_ *spec, s *State) { s.Etcd = false }, ""},
+		{"its own API server is away and another answers", func(_ *spec, s *State) {
+			s.Units["kube-apiserver"] = Unit{State: "waiting"}
+			s.Health["kube-apiserver"] = "connection refused"
+		}, ""},
+		{"a second control plane: one of each controller leads", func(_ *spec, s *State) { s.Members = n1n2 },
+			"write kubernetes/kube-controller-manager/args; write kubernetes/kube-scheduler/config.yaml; unit restart kube-controller-manager; unit restart kube-scheduler"},
+		{"a worker: nothing", func(_ *spec, s *State) { s.Members = n1w1 }, ""},
+		{"members are not known", func(_ *spec, s *State) {
+			s.Members, s.CSRs, s.Strangers = nil, []CSR{{Name: "x", User: "system:node:n1"}}, nil
+		}, "wait for members"},
+		{"another node's pods", func(_ *spec, s *State) {
+			s.Members = n1w1
+			s.Peers = map[string]Peer{"w1": {PodCIDR: netip.MustParsePrefix("10.244.1.0/24"), Address: addr("10.5.0.101")}}
+		}, "pods tell 10.244.0.0/24 of 10.244.0.0/16, 10.244.1.0/24 via 10.5.0.101"},
+		{"kubeletd was started anew: what networkd has stays until all is known", func(_ *spec, s *State) { s.Pods, s.Peers = "", nil }, ""},
+		{"kubeletd was started anew before trustd", func(_ *spec, s *State) { s.Pods, s.Members = "", nil }, "wait for members"},
+		{"Kubernetes lets the Node not be read", func(_ *spec, s *State) { s.Node = nil }, "wait for node Ready"},
+		{"networkd was started anew", func(_ *spec, s *State) { s.Pods = "" }, "pods tell 10.244.0.0/24 of 10.244.0.0/16"},
+		{"a node was removed from the cluster", func(_ *spec, s *State) { s.Strangers, s.Health["kube-apiserver"] = []string{"w1"}, "" }, "node delete w1"},
+		{"a node was removed, says a list that may be old", func(_ *spec, s *State) {
+			s.Strangers, s.Health["kube-apiserver"] = []string{"w1"}, "etcd failed"
+		}, "wait for kube-apiserver"},
 	} {
 		w, have := want, model(s, want, nil)
 		have.Pairs, have.Health = maps.Clone(s.Pairs), maps.Clone(s.Health)
@@ -231,6 +268,22 @@ func TestPlanWorker(t *testing.T) {
 	var b strings.Builder
 	for _, s := range steps {
 		fmt.Fprintln(&b, s)
+	}
+	// Once it has a Node, the API says what it needs to know; what a control plane does there is none of its business.
+	s = model(s, want, steps)
+	s.API, s.Node = true, &Node{Ready: true, PodCIDR: netip.MustParsePrefix("10.244.1.0/24")}
+	s.Members, s.Strangers = map[string]Member{"n1": {Role: config.Worker}, "cp": {config.ControlPlane, []netip.Addr{addr("10.5.0.11")}}}, []string{"gone"}
+	s.Peers = map[string]Peer{"cp": {PodCIDR: netip.MustParsePrefix("10.244.0.0/24"), Address: addr("10.5.0.11")}}
+	s.CSRs = []CSR{{Name: "x", User: "system:node:n1", Approved: true}}
+	b.WriteString("-- with its Node\n")
+	if steps, err = plan(want, s); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range steps {
+		fmt.Fprintln(&b, s)
+	}
+	if rest, err := plan(want, model(s, want, steps)); err != nil || len(rest) > 0 {
+		t.Errorf("after all: %v left, %v", rest, err)
 	}
 	golden(t, "worker.plan", b.String())
 }
@@ -292,6 +345,9 @@ func TestUnits(t *testing.T) {
 	var names []string
 	for _, u := range units {
 		if u.Name == "kubeletd" {
+			if port := fmt.Sprintf("loopback:%d", balance.Port); !slices.Contains(u.Listen, port) {
+				t.Errorf("kubeletd listens at %q; Kubernetes' files name %s", u.Listen, port)
+			}
 			continue
 		}
 		names = append(names, u.Name)

@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"net/netip"
 	"path"
+	"slices"
 	"strings"
 	"text/template"
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
+	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
 )
 
 //go:embed templates addons
@@ -71,6 +73,7 @@ type entry struct {
 var (
 	needsNothing = func(*facts) bool { return true }
 	needsAuth    = func(f *facts) bool { return f.KubernetesCA != "" && f.EtcdCA != "" && f.FrontProxyCA != "" }
+	needsMembers = func(f *facts) bool { return f.KubernetesCA != "" && f.ControlPlanes > 0 }
 	needsKubeCA  = func(f *facts) bool { return f.KubernetesCA != "" }
 	needsNode    = func(f *facts) bool { return f.KubernetesCA != "" && f.Node != "" && f.Address.IsValid() }
 )
@@ -92,12 +95,12 @@ var entries = []entry{
 	pair("kube-apiserver/kubelet-client.pem", "kube-apiserver-kubelet-client", uid.KubeAPIServer),
 	pair("kube-apiserver/front-proxy-client.pem", "front-proxy-client", uid.KubeAPIServer),
 
-	{file: folder + "/kube-controller-manager/args", template: "kube-controller-manager.args", group: uid.KubeControllerMgr, units: []string{"kube-controller-manager"}, needs: needsKubeCA},
+	{file: folder + "/kube-controller-manager/args", template: "kube-controller-manager.args", group: uid.KubeControllerMgr, units: []string{"kube-controller-manager"}, needs: needsMembers},
 	{file: folder + "/kube-controller-manager/kubeconfig", template: "kubeconfig.yaml", group: uid.KubeControllerMgr, units: []string{"kube-controller-manager"}, needs: needsKubeCA},
 	pair("kube-controller-manager/client.pem", "kube-controller-manager", uid.KubeControllerMgr),
 
 	{file: folder + "/kube-scheduler/args", template: "kube-scheduler.args", group: uid.KubeScheduler, units: []string{"kube-scheduler"}, needs: needsKubeCA},
-	{file: folder + "/kube-scheduler/config.yaml", template: "kube-scheduler.yaml", group: uid.KubeScheduler, units: []string{"kube-scheduler"}, needs: needsKubeCA},
+	{file: folder + "/kube-scheduler/config.yaml", template: "kube-scheduler.yaml", group: uid.KubeScheduler, units: []string{"kube-scheduler"}, needs: needsMembers},
 	{file: folder + "/kube-scheduler/kubeconfig", template: "kubeconfig.yaml", group: uid.KubeScheduler, units: []string{"kube-scheduler"}, needs: needsKubeCA},
 	pair("kube-scheduler/client.pem", "kube-scheduler", uid.KubeScheduler),
 
@@ -133,6 +136,7 @@ type facts struct {
 	Node, Cluster, Domain, Server, Client string
 	CNI, PodSecurity                      string
 	Address                               netip.Addr
+	Bind                                  string // where the API server listens
 	PodSubnet, ServiceSubnet, PodCIDR     netip.Prefix
 	NodeMask                              int
 	DNS                                   netip.Addr
@@ -141,20 +145,29 @@ type facts struct {
 	ReservedCPU, ReservedMemory           string
 	KubernetesCA, EtcdCA, FrontProxyCA    string
 	Pause, CoreDNS                        string
+	ControlPlanes                         int // in the cluster; 0 while that is not known
 }
+
+// localAPI is where every node reaches the API servers: at its own balancer. Kubernetes' files name it, so it is no setting.
+var localAPI = fmt.Sprintf("127.0.0.1:%d", balance.Port)
 
 // gather joins what is wanted with what was read.
 func gather(want spec, have State) *facts {
+	bind := "0.0.0.0"
+	if slices.ContainsFunc(want.VirtualIPs, netip.Addr.Is6) {
+		bind = "::" // which is IPv4 too
+	}
 	f := &facts{
-		Dir: path.Join(have.Dir, folder), Etcd: have.EtcdAddress, Trustd: peer.Socket("trustd"), Audit: have.Audit,
-		Node: want.Node, Cluster: want.Cluster, Domain: want.Domain, Server: "https://127.0.0.1:6443", CNI: want.CNI, PodSecurity: want.PodSecurity,
+		Bind: bind,
+		Dir:  path.Join(have.Dir, folder), Etcd: have.EtcdAddress, Trustd: peer.Socket("trustd"), Audit: have.Audit,
+		Node: want.Node, Cluster: want.Cluster, Domain: want.Domain, Server: "https://" + localAPI, CNI: want.CNI, PodSecurity: want.PodSecurity,
 		Address: have.Address, PodSubnet: want.PodSubnet, ServiceSubnet: want.ServiceSubnet, NodeMask: nodeMask(want.PodSubnet),
 		DNS: nth(want.ServiceSubnet, 10), Nameservers: have.Nameservers, Schedulable: want.Schedulable || want.Role == config.Worker,
 		ReservedCPU: "200m", ReservedMemory: "768Mi", Pause: pauseImage, CoreDNS: corednsImage,
-		KubernetesCA: have.Trust.Kubernetes, EtcdCA: have.Trust.Etcd, FrontProxyCA: have.Trust.FrontProxy,
+		KubernetesCA: have.Trust.Kubernetes, EtcdCA: have.Trust.Etcd, FrontProxyCA: have.Trust.FrontProxy, ControlPlanes: len(controlPlanes(have.Members)),
 	}
 	if want.Role == config.Worker {
-		f.Server, f.ReservedCPU, f.ReservedMemory = want.Endpoint, "100m", "256Mi"
+		f.ReservedCPU, f.ReservedMemory = "100m", "256Mi"
 	}
 	if have.Node != nil {
 		f.PodCIDR = have.Node.PodCIDR

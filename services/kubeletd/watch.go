@@ -17,6 +17,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
+	"github.com/bulkhead-os/bulkhead/internal/nodeaddr"
 )
 
 // Pauses of the probes: often until all is well, seldom then.
@@ -30,9 +31,13 @@ const (
 
 // A probe asks one thing how it is: "" is well.
 type probe struct {
-	name string // unit, or "etcd"
-	ask  func(context.Context) string
+	name   string // unit, "etcd", or apiProbe
+	worker bool   // a worker has it too
+	ask    func(context.Context) string
 }
+
+// apiProbe asks any API server of the cluster.
+const apiProbe = "API server"
 
 func (k *system) probes() []probe {
 	// The controllers' certificates are made by themselves at each start and known to nobody; nothing is sent but the question.
@@ -45,22 +50,33 @@ func (k *system) probes() []probe {
 		}
 	}
 	return []probe{
-		{"etcd", func(ctx context.Context) string {
+		{"etcd", false, func(ctx context.Context) string {
 			conn, err := (&net.Dialer{Timeout: probeTime}).DialContext(ctx, "tcp", k.cfg.EtcdAddress)
 			if err == nil {
 				conn.Close()
 			}
 			return short(err)
 		}},
-		{"kube-apiserver", k.askAPIServer},
-		{"kube-controller-manager", get("https://127.0.0.1:10257")},
-		{"kube-scheduler", get("https://127.0.0.1:10259")},
-		{"kubelet", get("http://127.0.0.1:10248")},
-		{"kube-proxy", get("http://127.0.0.1:10256")},
+		{"kube-apiserver", false, func(ctx context.Context) string { return k.askReady(ctx, k.cfg.APIServer) }},
+		{apiProbe, true, k.askAPI},
+		{"kube-controller-manager", false, get("https://127.0.0.1:10257")},
+		{"kube-scheduler", false, get("https://127.0.0.1:10259")},
+		{"kubelet", true, get("http://127.0.0.1:10248")},
+		{"kube-proxy", true, get("http://127.0.0.1:10256")},
 	}
 }
 
-func (k *system) askAPIServer(ctx context.Context) string {
+// askReady asks one API server, or the balancer.
+func (k *system) askReady(ctx context.Context, server string) string {
+	c, err := k.client(server)
+	if err == nil {
+		err = c.do(ctx, request{method: http.MethodGet, path: "/readyz"}, new(string))
+	}
+	return short(err)
+}
+
+// askAPI asks any API server of the cluster, and for its version once.
+func (k *system) askAPI(ctx context.Context) string {
 	c, err := k.cluster()
 	if err != nil {
 		return short(err)
@@ -106,13 +122,35 @@ func (k *system) Watch(ctx context.Context, wake func()) error {
 	for _, p := range k.probes() {
 		g.Go(func() error { return k.follow(ctx, p, wake) })
 	}
-	csrs := func(spec) (string, url.Values) { return csrPath, nil }
-	node := func(w spec) (string, url.Values) {
-		return "/api/v1/nodes", url.Values{"fieldSelector": {"metadata.name=" + w.Node}}
-	}
-	g.Go(func() error { return k.followCluster(ctx, csrs, wake) })
-	g.Go(func() error { return k.followCluster(ctx, node, wake) })
+	g.Go(func() error { return k.feed(ctx) })
+	g.Go(func() error { return k.balancer.Run(ctx) })
+	g.Go(func() error { return k.repeat(ctx, wake) })
+	g.Go(func() error {
+		return k.followCluster(ctx, wake, func(c *cluster, w spec) error {
+			if w.Role == config.Worker {
+				<-ctx.Done() // not a worker's business
+				return ctx.Err()
+			}
+			return c.watch(ctx, csrPath, nil, wake)
+		})
+	})
+	g.Go(func() error {
+		return k.followCluster(ctx, wake, func(c *cluster, w spec) error {
+			return c.watch(ctx, nodesPath, url.Values{"fieldSelector": {"metadata.name=" + w.Node}}, wake)
+		})
+	})
+	g.Go(func() error {
+		return k.followCluster(ctx, wake, func(c *cluster, _ spec) error {
+			return c.followNodes(ctx, func(all map[string]Peer) { k.setPeers(all); wake() })
+		})
+	})
 	return g.Wait()
+}
+
+func (k *system) setPeers(all map[string]Peer) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.peers = all
 }
 
 // follow wakes at each change; next returns a channel that is closed at the next one.
@@ -138,7 +176,7 @@ func (k *system) runLeaves(ctx context.Context, wake func()) error {
 	role := k.want().Role
 	g, ctx := errgroup.WithContext(ctx)
 	for profile, l := range k.leaves {
-		if role == config.Worker && !ofWorker(profile) {
+		if role == config.Worker && !ofWorker(profile) || role != config.Worker && profile == workerProfile {
 			continue
 		}
 		g.Go(func() error { return l.Run(ctx) })
@@ -148,13 +186,19 @@ func (k *system) runLeaves(ctx context.Context, wake func()) error {
 }
 
 func ofWorker(profile string) bool {
-	return slices.ContainsFunc(entries, func(e entry) bool { return e.profile == profile && e.worker })
+	return profile == workerProfile || slices.ContainsFunc(entries, func(e entry) bool { return e.profile == profile && e.worker })
 }
 
 func (k *system) followInit(ctx context.Context, wake func()) error {
 	ours := unitNames()
 	for {
 		err := k.cfg.Init.Watch(ctx, func(s initctl.Status) {
+			if s.Name == "networkd" && s.State == "up" {
+				k.mu.Lock()
+				k.pods = podNetwork{} // another process: it has to be told
+				k.mu.Unlock()
+				wake()
+			}
 			if slices.Contains(ours, s.Name) {
 				wake()
 			}
@@ -169,6 +213,12 @@ func (k *system) followInit(ctx context.Context, wake func()) error {
 // follow asks again and again.
 func (k *system) follow(ctx context.Context, p probe, wake func()) error {
 	for {
+		if !p.worker && k.want().Role == config.Worker {
+			if !pause(ctx, lookPause) { // there is none here, unless the node is configured anew
+				return ctx.Err()
+			}
+			continue
+		}
 		call, cancel := context.WithTimeout(ctx, probeTime)
 		answer := p.ask(call)
 		cancel()
@@ -195,20 +245,19 @@ func (k *system) follow(ctx context.Context, p probe, wake func()) error {
 	}
 }
 
-// followCluster watches one list as long as the API server is ready.
-func (k *system) followCluster(ctx context.Context, what func(spec) (string, url.Values), wake func()) error {
+// followCluster watches one list as long as an API server is ready.
+func (k *system) followCluster(ctx context.Context, wake func(), watch func(*cluster, spec) error) error {
 	for {
 		k.mu.Lock()
-		ready := k.last.API && k.last.Addons["rbac"] != ""
-		h, asked := k.health["kube-apiserver"]
+		ready := k.last.API && (k.last.Addons["rbac"] != "" || k.want().Role == config.Worker)
+		h, asked := k.health[apiProbe]
 		k.mu.Unlock()
 		if !ready && asked && h == "" {
 			wake() // it is well, and yet the last round could not read: nothing else would tell when that is over
 		}
 		if ready {
 			if c, err := k.cluster(); err == nil {
-				path, query := what(k.want())
-				if err := c.watch(ctx, path, query, wake); err == nil {
+				if err := watch(c, k.want()); err == nil {
 					continue
 				}
 			}
@@ -226,7 +275,7 @@ type place struct {
 }
 
 func (k *system) where() (place, error) {
-	links, err := readLinks()
+	links, err := k.cfg.Links()
 	if err != nil {
 		return place{}, err
 	}
@@ -238,7 +287,12 @@ func (k *system) where() (place, error) {
 	if err != nil && !os.IsNotExist(err) {
 		return place{}, err
 	}
-	return place{nodeAddress(string(routes), links), nameservers(string(resolv))}, nil
+	want, known := k.want(), nodeaddr.InURL(k.want().Endpoint)
+	roots, _ := k.trust.Roots()
+	k.mu.Lock()
+	last := k.last.Address
+	k.mu.Unlock()
+	return place{nodeAddress(string(routes), links, members(roots.State)[want.Node].Addresses, last, known), nameservers(string(resolv))}, nil
 }
 
 // followPlace looks for what tells nobody when it changes: mounts, addresses, name servers.
@@ -248,10 +302,16 @@ func (k *system) followPlace(ctx context.Context, wake func()) error {
 	for {
 		now, err := k.where()
 		_, e := os.Stat(k.cfg.VolumeMark)
+		if err == nil && k.uncertified(now.address) {
+			k.leaves[serverProfile].Renew() // others would not believe the API server at that address
+		}
+		k.mu.Lock()
+		due := len(k.strange) > 0
+		k.mu.Unlock()
+		if due {
+			wake() // a Node without a member is waited for before it is deleted
+		}
 		if err == nil && (now.address != last.address || !slices.Equal(now.nameservers, last.nameservers) || mounted != (e == nil)) {
-			if last.address.IsValid() && now.address.IsValid() && now.address != last.address {
-				k.leaves[serverProfile].Renew()
-			}
 			last, mounted = now, e == nil
 			wake()
 		}
@@ -259,6 +319,15 @@ func (k *system) followPlace(ctx context.Context, wake func()) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// uncertified reports whether the API server has a certificate that lacks an address.
+func (k *system) uncertified(a netip.Addr) bool {
+	p, _ := k.leaves[serverProfile].Pair()
+	return p != nil && a.IsValid() && !slices.ContainsFunc(p.TLS.Leaf.IPAddresses, func(ip net.IP) bool {
+		have, _ := netip.AddrFromSlice(ip)
+		return have.Unmap() == a
+	})
 }
 
 // pause waits, and reports whether ctx still lasts.

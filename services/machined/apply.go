@@ -87,6 +87,7 @@ func (d *Daemon) open() (bool, error) {
 	}
 	d.store = s
 	d.remember()
+	d.openAudit()
 	g, damaged := s.Newest()
 	for _, err := range damaged {
 		d.cfg.Log.Error("generation not readable", "err", err.Error())

@@ -16,11 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	grpcstatus "google.golang.org/grpc/status"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
@@ -155,13 +157,24 @@ func (c conn) Metrics(ctx context.Context) ([]*controlv1.Family, error) {
 
 // distant are the daemons that a reset needs, over their sockets.
 type distant struct {
-	etcd    etcdv1.EtcdClient
-	storage storagev1.DisposalClient
+	etcd      etcdv1.EtcdClient
+	storage   storagev1.DisposalClient
+	departure trustv1.DepartureClient
 }
 
-func (d *distant) Members(ctx context.Context) (int, error) {
+func (d *distant) Members(ctx context.Context) (int, bool, error) {
 	s, err := d.etcd.GetStatus(ctx, &etcdv1.GetStatusRequest{})
-	return len(s.GetMembers()), err
+	return len(s.GetMembers()), s.GetState() == "left" || s.GetState() == "removed", err
+}
+
+func (d *distant) LeaveEtcd(ctx context.Context) error {
+	_, err := d.etcd.Leave(ctx, &etcdv1.LeaveRequest{})
+	return err
+}
+
+func (d *distant) LeaveCluster(ctx context.Context) error {
+	_, err := d.departure.Leave(metadata.AppendToOutgoingContext(ctx, peer.NodeKey, peer.ControlPlanes), &trustv1.LeaveRequest{})
+	return err
 }
 
 func (d *distant) Destroy(ctx context.Context, removeOS, force bool, say func(string, bool)) ([]string, error) {

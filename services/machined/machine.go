@@ -55,7 +55,7 @@ func (d *Daemon) health(open string) *machinev1.GetHealthResponse {
 		converged, st := h.report(now.Number)
 		reports[h.daemon] = report{converged, st}
 	}
-	return health(now.Number, d.answered.Load(), units, err, reports, open)
+	return health(now.Number, d.answered.Load(), units, err, reports, open, d.clockTrouble())
 }
 
 func (s *machineServer) GetSecurity(context.Context, *machinev1.GetSecurityRequest) (*machinev1.GetSecurityResponse, error) {
@@ -150,7 +150,7 @@ func (s *machineServer) Shutdown(ctx context.Context, _ *machinev1.ShutdownReque
 
 func (d *Daemon) powerOrder(ctx context.Context, what string, do func() error) error {
 	text := what + " ordered by " + caller(ctx)
-	if err := d.order(func() error { d.noteOrder(text); return do() }); err != nil {
+	if err := d.order(func() error { d.noteOrder(text); d.lastReport(); return do() }); err != nil {
 		return err
 	}
 	d.cfg.Log.Info("power order", "step", what)

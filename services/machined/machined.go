@@ -23,6 +23,7 @@ import (
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
+	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
@@ -31,6 +32,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/services/machined/audit"
 	"github.com/bulkhead-os/bulkhead/services/machined/boots"
 	"github.com/bulkhead-os/bulkhead/services/machined/logs"
 	"github.com/bulkhead-os/bulkhead/services/machined/security"
@@ -68,10 +70,13 @@ type Daemon struct {
 	streams chan struct{}     // slots for streams of logs and events
 	apply   chan struct{}     // held by the one Apply or load that runs
 	journal boots.Journal
+	audit   *audit.Log
 	since   atomic.Int64 // when the kernel's lines begin that the journal does not have yet, in nanoseconds as time.Time.UnixNano has them
 
-	resetting atomic.Bool // STATE is not to be used any more
-	answered  atomic.Bool // a call with credentials has come through apid since the start of this process
+	resetting atomic.Bool  // STATE is not to be used any more
+	following atomic.Bool  // PID 1 was told to restart by an order of the cluster
+	skew      atomic.Int64 // how far the control plane's clock was ahead at the last report, in nanoseconds
+	answered  atomic.Bool  // a call with credentials has come through apid since the start of this process
 
 	mu      sync.Mutex
 	store   *store.Store         // guarded by mu; nil until STATE is there
@@ -123,7 +128,8 @@ func Run(ctx context.Context, env daemon.Env) error {
 			elsewhere.etcd = etcdv1.NewEtcdClient(l.conn)
 		}
 	}
-	cfg.cluster = newFar(conns["networkd"], conns["apid"])
+	elsewhere.departure = trustv1.NewDepartureClient(conns["apid"])
+	cfg.cluster = newFar(conns["networkd"], conns["updated"], conns["apid"])
 	d, err := New(cfg)
 	if err != nil {
 		return err
@@ -150,6 +156,7 @@ func New(cfg Config) (*Daemon, error) {
 		streams: make(chan struct{}, maxStreams),
 		apply:   make(chan struct{}, 1),
 		logs:    map[string]*logs.Log{}, state: map[string]string{},
+		audit: audit.New(cfg.past.ID()),
 	}
 	ev.log.Tap = func(at time.Time, text string) { d.journal.Add(at, "events", strings.ReplaceAll(text, "\t", " ")) }
 	d.resetting.Store(d.inReset())
@@ -181,6 +188,7 @@ func (d *Daemon) work(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return d.obey(ctx) })
 	g.Go(func() error { return d.heed(ctx) })
 	g.Go(func() error { return d.keepJournal(ctx) })
+	g.Go(func() error { return d.keepAudit(ctx) })
 	g.Go(func() error { return d.reportSelf(ctx) })
 }
 
@@ -197,13 +205,14 @@ var callers = peer.List{
 // Register adds machined's services to a server.
 func (d *Daemon) Register(s *grpc.Server) {
 	machinev1.RegisterMachineServer(s, &machineServer{d: d})
+	machinev1.RegisterTrialServer(s, &trialServer{d: d})
 	configv1.RegisterConfigServer(s, &configServer{d: d})
 }
 
 func (d *Daemon) close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	err := errors.Join(d.events.log.Close(), d.journal.Close())
+	err := errors.Join(d.events.log.Close(), d.journal.Close(), d.audit.Close())
 	for _, l := range d.logs {
 		err = errors.Join(err, l.Close())
 	}

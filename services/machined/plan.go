@@ -13,13 +13,13 @@ type recipient struct {
 
 // recipients is the one list of who gets what, sorted by name.
 var recipients = []recipient{
-	{"apid", []config.Kind{config.KindMachine, config.KindCluster}},
+	{"apid", []config.Kind{config.KindMachine, config.KindCluster, config.KindAccess}},
 	{"etcdd", []config.Kind{config.KindMachine, config.KindCluster}},
 	{"gateway", []config.Kind{config.KindMachine, config.KindCluster}},
 	{"kubeletd", []config.Kind{config.KindMachine, config.KindCluster, config.KindKubernetes}},
 	{"networkd", []config.Kind{config.KindMachine, config.KindNetwork, config.KindCluster, config.KindKubernetes}},
 	{storaged, []config.Kind{config.KindStorage}},
-	{"trustd", []config.Kind{config.KindMachine, config.KindCluster, config.KindKubernetes}},
+	{"trustd", []config.Kind{config.KindMachine, config.KindCluster, config.KindKubernetes, config.KindAccess}},
 	{"updated", []config.Kind{config.KindUpdate}},
 }
 

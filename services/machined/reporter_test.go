@@ -3,15 +3,20 @@ package machined
 import (
 	"context"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 )
@@ -20,8 +25,13 @@ import (
 type modelCluster struct {
 	mu      sync.Mutex
 	reports chan *clusterv1.Node
-	refuse  error         // guarded by mu
-	refused chan struct{} // gets something at each refusal
+	refuse  error                     // guarded by mu
+	refused chan struct{}             // gets something at each refusal
+	answer  *clusterv1.ReportResponse // guarded by mu
+	next    string                    // guarded by mu; a version
+	trial   bool                      // guarded by mu
+	unsure  error                     // guarded by mu
+	ahead   time.Duration             // guarded by mu; of its clock
 }
 
 func newModelCluster() *modelCluster {
@@ -32,18 +42,26 @@ func (m *modelCluster) Addresses(context.Context) ([]string, error) {
 	return []string{"10.5.0.11"}, nil
 }
 
-func (m *modelCluster) Report(_ context.Context, n *clusterv1.Node) error {
+func (m *modelCluster) Versions(context.Context) (string, bool, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.next, m.trial, m.unsure
+}
+
+func (m *modelCluster) Report(_ context.Context, n *clusterv1.Node) (*clusterv1.ReportResponse, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.refuse != nil {
 		m.refused <- struct{}{}
-		return m.refuse
+		return nil, m.refuse
 	}
 	select {
 	case m.reports <- n:
 	default: // nobody looks
 	}
-	return nil
+	r := &clusterv1.ReportResponse{Clock: timestamppb.New(time.Now().Add(m.ahead))}
+	proto.Merge(r, m.answer)
+	return r, nil
 }
 
 // until waits for a report.
@@ -109,6 +127,92 @@ func reportSelf(t *testing.T) {
 	n.cluster.until(t, func(*clusterv1.Node) bool { return true })
 	if wait := time.Since(began); wait > reportPause+reportLook {
 		t.Errorf("reported again after %s, want at most %s", wait, reportPause)
+	}
+}
+
+// An order restarts the boot that it means, once, and is asked for more often while one may come.
+func TestFollowsOrder(t *testing.T) { synctest.Test(t, followsOrder) }
+
+func followsOrder(t *testing.T) {
+	n := newNode(t)
+	n.host.mounted = true
+	d, stop := n.start()
+	defer stop()
+	if _, err := apply(d, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n"); err != nil {
+		t.Fatal(err)
+	}
+	answer := func(boot, text string) {
+		n.cluster.mu.Lock()
+		n.cluster.answer = &clusterv1.ReportResponse{Soon: true, Order: &clusterv1.Order{Id: "x", BootId: boot, Text: text}}
+		n.cluster.mu.Unlock()
+		time.Sleep(2 * reportPause) // synctest's
+		synctest.Wait()
+	}
+	answer("another boot", "restart: late")
+	if did := n.init.did(); slices.Contains(did, "reboot") {
+		t.Fatalf("an order for another boot was followed: %v", did)
+	}
+	for len(n.cluster.reports) > 0 {
+		<-n.cluster.reports
+	}
+	time.Sleep(reportPause)
+	synctest.Wait()
+	if got := len(n.cluster.reports); got < int(reportPause/reportLook)-1 {
+		t.Errorf("%d reports in %s while an order may come, want one each %s", got, reportPause, reportLook)
+	}
+	answer("boot-a", "restart: rolling reboot x, ordered by alice")
+	if did := n.init.did(); !slices.Contains(did, "reboot") {
+		t.Fatalf("orders to PID 1: %v, want a reboot", did)
+	}
+	time.Sleep(2 * reportPause)
+	synctest.Wait()
+	if did := n.init.did(); strings.Count(strings.Join(did, ","), "reboot") != 1 {
+		t.Errorf("orders to PID 1: %v, want one reboot although the order came again", did)
+	}
+}
+
+// What lies ready, and whether the running version was found good, is in each report. If that is not known, it is not good.
+func TestReportsVersions(t *testing.T) { synctest.Test(t, reportsVersions) }
+
+func reportsVersions(t *testing.T) {
+	n := newNode(t)
+	n.host.mounted = true
+	n.cluster.next, n.cluster.trial = "2", true
+	d, stop := n.start()
+	defer stop()
+	if _, err := apply(d, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n"); err != nil {
+		t.Fatal(err)
+	}
+	n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetNextVersion() == "2" && r.GetTrial() })
+	n.cluster.mu.Lock()
+	n.cluster.next, n.cluster.trial = "", false
+	n.cluster.mu.Unlock()
+	n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetNextVersion() == "" && !r.GetTrial() })
+	n.cluster.mu.Lock()
+	n.cluster.unsure = errs.New(errs.Unavailable, "updated does not answer")
+	n.cluster.mu.Unlock()
+	n.cluster.until(t, func(r *clusterv1.Node) bool { return r.GetTrial() })
+}
+
+func TestVersions(t *testing.T) {
+	running := &updatev1.Slot{Version: "1", Status: "good", Running: true, Next: true}
+	for _, c := range []struct {
+		name  string
+		slots []*updatev1.Slot
+		next  string
+		trial bool
+	}{
+		{"not looked yet", nil, "", true},
+		{"nothing ready", []*updatev1.Slot{running, {Version: "0", Status: "good"}}, "", false},
+		{"one is ready", []*updatev1.Slot{{Version: "1", Status: "good", Running: true}, {Version: "2", Status: "on trial", Next: true}}, "2", false},
+		{"it is on trial", []*updatev1.Slot{{Version: "1", Status: "good"}, {Version: "2", Status: "on trial", Running: true, Next: true}}, "", true},
+	} {
+		if next, trial := versions(&updatev1.Status{Slots: c.slots}); next != c.next || trial != c.trial {
+			t.Errorf("%s: %q %v, want %q %v", c.name, next, trial, c.next, c.trial)
+		}
+	}
+	if next, trial := versions(&updatev1.Status{Error: "this machine was not started by UEFI"}); next != "" || trial {
+		t.Errorf("no slots: %q %v, want neither", next, trial)
 	}
 }
 

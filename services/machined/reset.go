@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 )
@@ -24,6 +25,10 @@ const (
 	resetFile = "reset"
 	// memberTime bounds the question whether the node is one of several.
 	memberTime = 10 * time.Second
+	// leaveTime is what leaving etcd takes at most: asking all members, handing leadership over, the removal, and the member's end.
+	leaveTime = time.Minute
+	// departTime bounds the last word to the cluster: this node's own trustd is asked first, and cannot answer any more.
+	departTime = 20 * time.Second
 	// lockTime is how long the end of an apply is waited for.
 	lockTime = 5 * time.Second
 	// drainTime is longer than any unit may take to stop; PID 1 kills it before.
@@ -34,8 +39,12 @@ const (
 
 // others are the daemons that a reset needs.
 type others interface {
-	// Members returns how many members the node's etcd cluster has; 0 if the node is in none.
-	Members(context.Context) (int, error)
+	// Members returns how many members the node's etcd cluster has, 0 if the node is in none; gone says that it was in one, and left or was removed.
+	Members(context.Context) (n int, gone bool, err error)
+	// LeaveEtcd removes the node's member and its data, or says why that must not be.
+	LeaveEtcd(context.Context) error
+	// LeaveCluster ends the node's membership at whichever other control plane answers.
+	LeaveCluster(context.Context) error
 	// Destroy lets storaged destroy the volumes. say is told each step, and from when on there is no way back.
 	Destroy(ctx context.Context, removeOS, force bool, say func(step string, begun bool)) (facts []string, err error)
 }
@@ -46,6 +55,8 @@ type resetOrder struct {
 	RemoveOS bool   `json:"remove_os"`
 	PowerOff bool   `json:"power_off"`
 	Force    bool   `json:"force"`
+	// Depart says that a cluster has the node on its list.
+	Depart bool `json:"depart,omitempty"`
 }
 
 func (o resetOrder) String() string {
@@ -62,6 +73,7 @@ type resetRun struct {
 	order   resetOrder
 	say     func(step string)
 	begun   bool     // there is no way back
+	left    bool     // it was taken out of etcd
 	stopped []string // units that run no more because of it
 }
 
@@ -91,6 +103,9 @@ func (s *machineServer) Reset(r *machinev1.ResetRequest, stream grpc.ServerStrea
 	}
 	if err == nil {
 		send(&machinev1.ResetProgress{Facts: facts})
+		if fact := run.depart(context.WithoutCancel(stream.Context())); fact != "" {
+			send(&machinev1.ResetProgress{Facts: []string{fact}})
+		}
 	}
 	return errors.Join(err, run.goDown(err)) // the right to change the configuration is kept: there is none any more
 }
@@ -104,7 +119,7 @@ func nameOf(r running) string {
 
 // all does everything but the restart. If it fails before the reset has begun, the node is again as it was.
 func (r *resetRun) all(ctx context.Context) ([]string, error) {
-	if err := r.mayLeave(ctx); err != nil {
+	if err := r.leave(ctx); err != nil {
 		return nil, err
 	}
 	r.d.cfg.Log.Info("reset", "step", r.order.String())
@@ -114,27 +129,61 @@ func (r *resetRun) all(ctx context.Context) ([]string, error) {
 	}
 	facts, err := r.end(ctx)
 	if err != nil && !r.begun {
-		return nil, errors.Join(err, r.back())
+		if err = errors.Join(err, r.back()); r.left {
+			return nil, errs.New(errs.Of(err), "%w; this node has left etcd, and comes back with: bhctl etcd rejoin", err)
+		}
+		return nil, err
 	}
 	return facts, err
 }
 
-// mayLeave refuses for a node that others count on: to leave them is an order of its own, which can be refused.
-func (r *resetRun) mayLeave(ctx context.Context) error {
+// leave takes the node out of etcd if others are in it, or refuses: then nothing was changed.
+func (r *resetRun) leave(ctx context.Context) error {
 	if r.order.Force {
 		return nil
 	}
+	n, gone, err := r.members(ctx)
+	if err != nil {
+		return errs.New(errs.Precondition, "whether this node is one of several is not known, since etcdd does not say: %s; nothing was changed. By force it is reset all the same", errs.Text(err))
+	}
+	now, _ := r.d.running.Get()
+	r.order.Depart = n > 1 || gone || now.Number != 0 && now.set.Machine.Role == config.Worker
+	if n <= 1 {
+		return nil
+	}
+	r.say(fmt.Sprintf("leave etcd, which has %d members", n))
+	ctx, cancel := context.WithTimeout(ctx, leaveTime)
+	defer cancel()
+	if err := r.d.cfg.others.LeaveEtcd(ctx); err != nil {
+		return errs.New(errs.Precondition, "this node is one of %d members of etcd and cannot leave now: %s; nothing was destroyed. By force it is reset all the same, and "+
+			"the others have lost a vote until its member is removed at one of them", n, errs.Text(err))
+	}
+	r.left = true
+	return nil
+}
+
+func (r *resetRun) members(ctx context.Context) (int, bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, memberTime)
 	defer cancel()
-	n, err := r.d.cfg.others.Members(ctx)
-	switch {
-	case err != nil:
-		return errs.New(errs.Precondition, "whether this node is one of several is not known, since etcdd does not say: %s; nothing was changed. By force it is reset all the same", errs.Text(err))
-	case n > 1:
-		return errs.New(errs.Precondition, "this node is one of %d members of etcd; nothing was changed. Take it out first, with: bhctl etcd leave. By force it is reset all the same, and "+
-			"the others have lost a vote until its member is removed at one of them", n)
+	return r.d.cfg.others.Members(ctx)
+}
+
+// depart tells the cluster that the node is no more, which it can do for itself alone. It is the last thing, since nobody of the cluster speaks with the node
+// afterwards. A failure is a fact for the operator.
+func (r *resetRun) depart(ctx context.Context) (fact string) {
+	if !r.order.Depart {
+		return ""
 	}
-	return nil
+	ctx, cancel := context.WithTimeout(ctx, departTime)
+	defer cancel()
+	err := r.d.cfg.others.LeaveCluster(ctx)
+	if err == nil {
+		return ""
+	}
+	now, _ := r.d.running.Get()
+	fact = fmt.Sprintf("The cluster may have this node on its list still; at another node, run: bhctl node remove %s (%s)", nameOf(now), errs.Text(err))
+	r.d.cfg.Log.Warn("membership not ended", "err", errs.Text(err))
+	return fact
 }
 
 // end stops what uses the volumes and lets storaged destroy them.
@@ -281,6 +330,8 @@ func (d *Daemon) resumeReset(ctx context.Context) error {
 	if _, err = run.end(ctx); err != nil {
 		d.cfg.Log.Error("reset not whole", "err", errs.Text(err))
 		d.events.say("machined", typePower, "the reset is not whole: "+errs.Text(err))
+	} else {
+		run.depart(ctx) // its failure is in the log
 	}
 	if err := run.goDown(err); err != nil {
 		return err
@@ -293,7 +344,7 @@ func (d *Daemon) resumeReset(ctx context.Context) error {
 func (d *Daemon) leaveState() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	err := d.journal.Close()
+	err := errors.Join(d.journal.Close(), d.audit.Close())
 	d.history = nil
 	if d.store != nil {
 		err = errors.Join(err, d.store.Close())

@@ -17,13 +17,26 @@ import (
 // modelOthers are storaged and etcdd, as a reset sees them.
 type modelOthers struct {
 	members int
+	gone    bool
 	asked   error // instead of members
+	stay    error // of LeaveEtcd
+	listed  error // of LeaveCluster
 	before  error // of Destroy, before there is no way back
 	after   error // the same, afterwards
 	calls   []string
 }
 
-func (m *modelOthers) Members(context.Context) (int, error) { return m.members, m.asked }
+func (m *modelOthers) Members(context.Context) (int, bool, error) { return m.members, m.gone, m.asked }
+
+func (m *modelOthers) LeaveEtcd(context.Context) error {
+	m.calls = append(m.calls, "leave etcd")
+	return m.stay
+}
+
+func (m *modelOthers) LeaveCluster(context.Context) error {
+	m.calls = append(m.calls, "leave the cluster")
+	return m.listed
+}
 
 func (m *modelOthers) Destroy(_ context.Context, removeOS, force bool, say func(string, bool)) ([]string, error) {
 	call := "destroy"
@@ -136,7 +149,8 @@ func TestResetRefused(t *testing.T) {
 	}{
 		"another node":       {func(*modelOthers) {}, &machinev1.ResetRequest{Node: "b"}, errs.Invalid, `node: "b" is not the name of this node, and nothing was changed: its name is "a"`},
 		"no node":            {func(*modelOthers) {}, &machinev1.ResetRequest{}, errs.Invalid, `its name is "a"`},
-		"one of three":       {func(m *modelOthers) { m.members = 3 }, order, errs.Precondition, "one of 3 members of etcd"},
+		"one of three":       {func(m *modelOthers) { m.members, m.stay = 3, errs.New(errs.Precondition, "no quorum") }, order, errs.Precondition, "one of 3 members of etcd and cannot leave now: no quorum; nothing was destroyed. By force"},
+		"left, and then":     {func(m *modelOthers) { m.members, m.before = 3, errs.New(errs.Precondition, "the TPM does not") }, order, errs.Precondition, "the TPM does not; this node has left etcd, and comes back with: bhctl etcd rejoin"},
 		"etcdd is silent":    {func(m *modelOthers) { m.asked = errs.New(errs.Unavailable, "no answer") }, order, errs.Precondition, "etcdd does not say: no answer"},
 		"storaged refuses":   {func(m *modelOthers) { m.before = errs.New(errs.Precondition, "the TPM does not") }, order, errs.Precondition, "storaged: the TPM does not"},
 		"storaged is absent": {func(m *modelOthers) { m.before = errs.New(errs.Unavailable, "no answer") }, order, errs.Unavailable, "storaged: no answer"},
@@ -169,6 +183,45 @@ func TestResetRefused(t *testing.T) {
 			*n.others = modelOthers{members: 3}
 			if _, _, err := reset(t, d, &machinev1.ResetRequest{Node: "a2", Force: true}); err != nil {
 				t.Errorf("%s: by force: %v", name, err)
+			}
+		})
+	}
+}
+
+// TestResetLeaves: a node that is one of several leaves etcd before anything is destroyed, and the cluster's list after all is.
+func TestResetLeaves(t *testing.T) {
+	listed := errs.New(errs.Unavailable, "no control plane can answer")
+	for name, c := range map[string]struct {
+		others modelOthers
+		doc    string
+		force  bool
+		calls  []string
+		facts  []string
+	}{
+		"one of three":            {modelOthers{members: 3}, doc("a"), false, []string{"leave etcd", "destroy", "leave the cluster"}, []string{"all is gone"}},
+		"the only one":            {modelOthers{members: 1}, doc("a"), false, []string{"destroy"}, []string{"all is gone"}},
+		"it left before":          {modelOthers{gone: true}, doc("a"), false, []string{"destroy", "leave the cluster"}, []string{"all is gone"}},
+		"in no cluster yet":       {modelOthers{}, doc("a"), false, []string{"destroy"}, []string{"all is gone"}},
+		"a worker":                {modelOthers{}, doc("a") + "role: worker\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://10.0.0.5:6443\n", false, []string{"destroy", "leave the cluster"}, []string{"all is gone"}},
+		"by force":                {modelOthers{members: 3}, doc("a"), true, []string{"destroy by force"}, []string{"all is gone"}},
+		"nobody takes note of it": {modelOthers{members: 2, listed: listed}, doc("a"), false, []string{"leave etcd", "destroy", "leave the cluster"}, []string{"all is gone", "The cluster may have this node on its list still; at another node, run: bhctl node remove a (no control plane can answer)"}},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			n := newNode(t)
+			n.host.mounted = true
+			d, stop := n.start()
+			defer stop()
+			if _, err := apply(d, c.doc); err != nil {
+				t.Fatal(err)
+			}
+			*n.others = c.others
+			_, facts, err := reset(t, d, &machinev1.ResetRequest{Node: "a", Force: c.force})
+			if err != nil || !slices.Equal(n.others.calls, c.calls) || !slices.Equal(facts, c.facts) {
+				t.Errorf("%s: calls %q, facts %q, %v; want %q, %q", name, n.others.calls, facts, err, c.calls, c.facts)
+			}
+			time.Sleep(time.Minute)
+			if orders := n.init.did(); orders[len(orders)-1] != "reboot" {
+				t.Errorf("%s: orders %q", name, orders)
 			}
 		})
 	}

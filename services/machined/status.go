@@ -1,6 +1,7 @@
 package machined
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"sort"
@@ -24,8 +25,12 @@ type report struct {
 // area is what a daemon's convergence means to a person, where that is not the daemon's name.
 var area = map[string]string{"kubeletd": "kubernetes", "etcdd": "etcd"}
 
-// health decides whether the node does its job, and if not, why. open is what is wrong with its own protection, "" if nothing is.
-func health(generation uint64, answered bool, units []initctl.Status, unitsErr error, reports map[string]report, open string) *machinev1.GetHealthResponse {
+// clockCheck is the check of the node's clock, and the condition under which daemons tell what they know of it.
+const clockCheck = "clock"
+
+// health decides whether the node does its job, and if not, why. open is what is wrong with its own protection, and clock with its
+// clock; "" if nothing is.
+func health(generation uint64, answered bool, units []initctl.Status, unitsErr error, reports map[string]report, open, clock string) *machinev1.GetHealthResponse {
 	out := &machinev1.GetHealthResponse{Healthy: true}
 	add := func(name string, ok bool, detail string) {
 		out.Checks = append(out.Checks, &machinev1.Check{Name: name, Ok: ok, Detail: detail})
@@ -57,9 +62,14 @@ func health(generation uint64, answered bool, units []initctl.Status, unitsErr e
 		}
 		add(check+".converged", r.converged, remark(generation, r))
 		for _, c := range r.state.GetConditions() {
+			if c.GetName() == clockCheck { // one fact, whoever sees it
+				clock = cmp.Or(clock, c.GetTrouble())
+				continue
+			}
 			add(check+"."+c.GetName(), c.GetTrouble() == "", c.GetTrouble())
 		}
 	}
+	add(clockCheck, clock == "", clock)
 	sort.Slice(out.Checks, func(i, j int) bool { return out.Checks[i].Name < out.Checks[j].Name })
 	return out
 }
@@ -116,7 +126,7 @@ func remark(generation uint64, r report) string {
 
 // figures are machined's own metrics.
 type figures struct {
-	desired, observed, converged, daemonGeneration, daemonConverged, unitUp, unitRestarts, unitMemory, unitCPU, logDropped *metrics.Vec
+	desired, observed, converged, daemonGeneration, daemonConverged, unitUp, unitRestarts, unitMemory, unitCPU, logDropped, auditDropped, auditRecords *metrics.Vec
 }
 
 func newFigures(s *metrics.Set) figures {
@@ -131,6 +141,8 @@ func newFigures(s *metrics.Set) figures {
 		unitMemory:       s.Gauge("bulkhead_machined_unit_memory_bytes", "Memory of a unit's control group.", "service"),
 		unitCPU:          s.Counter("bulkhead_machined_unit_cpu_seconds_total", "Processor time of a unit's control group.", "service"),
 		logDropped:       s.Counter("bulkhead_machined_log_dropped_lines_total", "Lines of a unit's log that could not be kept.", "service"),
+		auditDropped:     s.Counter("bulkhead_machined_audit_dropped_total", "Calls that could not be kept for the audit log since machined was started."),
+		auditRecords:     s.Gauge("bulkhead_machined_audit_sequence", "Number of the newest record of the audit log that is on the disk; 0 if there is none."),
 	}
 }
 
@@ -155,6 +167,8 @@ func (d *Daemon) update() {
 	f.desired.Set(float64(now.Number))
 	f.observed.Set(float64(lowest))
 	f.converged.Set(truth(all))
+	f.auditDropped.Set(float64(d.audit.Dropped()))
+	f.auditRecords.Set(float64(d.audit.Head().Sequence))
 	units, err := d.cfg.init.Status()
 	if err != nil {
 		return // the old figures stand

@@ -93,7 +93,7 @@ func (d *Daemon) newLog(name string) *logs.Log {
 		d.cfg.Log.Error("log not opened", "service", name, "err", err.Error())
 		return nil
 	}
-	l.Tap = func(at time.Time, text string) { d.journal.Add(at, name, text) }
+	l.Tap = d.tap(name)
 	d.logs[name] = l
 	return l
 }

@@ -7,12 +7,12 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"regexp"
 	"slices"
 	"strings"
 
 	"github.com/bulkhead-os/bulkhead/internal/bundle"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/pattern"
 )
 
 // Limits of what a registry says, in bytes.
@@ -73,7 +73,7 @@ func (r *registry) head(ctx context.Context) (manifest, signature []byte, err er
 	}
 	r.blobs = map[string]string{}
 	for _, l := range layers {
-		if name := l.Annotations[titleKey]; digestText.MatchString(l.Digest) {
+		if name := l.Annotations[titleKey]; digestText().MatchString(l.Digest) {
 			r.blobs[name] = l.Digest
 		}
 	}
@@ -121,7 +121,7 @@ func (r *registry) layers(ctx context.Context, version string, follow bool) ([]d
 	if i < 0 && len(m.Manifests) == 1 && m.Manifests[0].Platform == nil {
 		i = 0
 	}
-	if i < 0 || !digestText.MatchString(m.Manifests[i].Digest) {
+	if i < 0 || !digestText().MatchString(m.Manifests[i].Digest) {
 		return nil, errs.New(errs.Precondition, "%s has nothing for the architecture %s", r.ref, r.architecture)
 	}
 	return r.layers(ctx, m.Manifests[i].Digest, false)
@@ -206,7 +206,7 @@ func (r *registry) login(ctx context.Context, resp *http.Response) error {
 		return errs.New(errs.Precondition, "%s wants to know who asks: give --username and a password: %w", r.ref.host, refusal)
 	}
 	params := map[string]string{}
-	for _, m := range challengeParam.FindAllStringSubmatch(rest, 16) {
+	for _, m := range challengeParam().FindAllStringSubmatch(rest, 16) {
 		params[strings.ToLower(m[1])] = m[2]
 	}
 	u, err := url.Parse(params["realm"])
@@ -250,7 +250,7 @@ func (r *registry) login(ctx context.Context, resp *http.Response) error {
 }
 
 // challengeParam is one parameter of a challenge: realm="…".
-var challengeParam = regexp.MustCompile(`([A-Za-z_]+)="([^"]*)"`)
+var challengeParam = pattern.Lazy(`([A-Za-z_]+)="([^"]*)"`)
 
 // pieces tries a range on the smallest layer, because registries often do not say whether they know them.
 func (r *registry) pieces(ctx context.Context) bool {

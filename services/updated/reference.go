@@ -2,10 +2,10 @@ package updated
 
 import (
 	"net"
-	"regexp"
 	"strings"
 
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/pattern"
 )
 
 // A reference names an artifact in a registry.
@@ -18,10 +18,10 @@ type reference struct {
 
 // As in the OCI distribution specification, but a little longer names are refused.
 var (
-	repositoryName = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
-	tagName        = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
-	digestText     = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
-	hostName       = regexp.MustCompile(`^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?$`)
+	repositoryName = pattern.Lazy(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
+	tagName        = pattern.Lazy(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
+	digestText     = pattern.Lazy(`^sha256:[0-9a-f]{64}$`)
+	hostName       = pattern.Lazy(`^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?$`)
 )
 
 // parseReference reads HOST[:PORT]/NAME[:TAG][@sha256:DIGEST], with or without "oci://" in front. There is no default registry.
@@ -34,8 +34,8 @@ func parseReference(s string) (reference, error) {
 		tag = "latest"
 	}
 	r := reference{host: host, name: name, tag: tag, digest: digest}
-	if !ok || len(s) > 512 || !hostName.MatchString(host) || !strings.ContainsAny(host, ".:") && host != "localhost" || !repositoryName.MatchString(name) ||
-		(hasTag || tag != "") && !tagName.MatchString(tag) || hasDigest && !digestText.MatchString(digest) {
+	if !ok || len(s) > 512 || !hostName().MatchString(host) || !strings.ContainsAny(host, ".:") && host != "localhost" || !repositoryName().MatchString(name) ||
+		(hasTag || tag != "") && !tagName().MatchString(tag) || hasDigest && !digestText().MatchString(digest) {
 		return reference{}, errs.New(errs.Invalid, "%.200q is no reference like registry.example.org/bulkhead:1.2.3 (HOST[:PORT]/NAME[:TAG][@sha256:DIGEST])", s)
 	}
 	return r, nil

@@ -5,14 +5,18 @@ import (
 	"strings"
 
 	keysv1 "github.com/bulkhead-os/bulkhead/api/keys/v1"
+	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/keyservice"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
-// relayCallers says who may have keys fetched: storaged opens volumes by servers in the network, and has no network.
-var relayCallers = peer.List{keysv1.Relay_ServiceDesc.ServiceName: {uid.Storaged}}
+// callers are those besides apid. A method's own entry goes before its service's, so that apid stands there too.
+var callers = peer.List{
+	keysv1.Relay_ServiceDesc.ServiceName:     {uid.Storaged},           // it opens volumes by servers in the network, and has no network
+	updatev1.Update_GetStatus_FullMethodName: {uid.Apid, uid.Machined}, // which tells the cluster what lies ready here
+}
 
 // relayServer makes calls to key services for storaged. It keeps nothing and knows no disk: what passes through it opens nothing alone.
 type relayServer struct {

@@ -176,7 +176,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.loop.Run(ctx) })
 	g.Go(func() error { return d.keepBook(ctx) })
 	g.Go(func() error {
-		return daemon.Serve(ctx, d.cfg.Env, relayCallers, func(s *grpc.Server) {
+		return daemon.Serve(ctx, d.cfg.Env, callers, func(s *grpc.Server) {
 			updatev1.RegisterUpdateServer(s, &server{d: d})
 			keysv1.RegisterRelayServer(s, relayServer{})
 			controlv1.RegisterControlServer(s, &reconcile.Control[config.Update, State, Step]{Loop: d.loop, Metrics: d.cfg.Env.Metrics})

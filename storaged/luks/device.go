@@ -131,7 +131,7 @@ func Format(dev Device, o Options) (*Header, secret.Bytes, error) {
 	if o.SectorSize == 0 {
 		o.SectorSize = 4096
 	}
-	if !uuidForm.MatchString(o.UUID) || len(o.Label) >= atAlgorithm-atLabel || bits.OnesCount(uint(o.SectorSize)) != 1 || o.SectorSize < 512 || o.SectorSize > 4096 {
+	if !uuidForm().MatchString(o.UUID) || len(o.Label) >= atAlgorithm-atLabel || bits.OnesCount(uint(o.SectorSize)) != 1 || o.SectorSize < 512 || o.SectorSize > 4096 {
 		return nil, secret.Bytes{}, fmt.Errorf("format: impossible options %+v", o)
 	}
 	key := secret.New(KeySize)

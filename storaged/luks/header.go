@@ -8,7 +8,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash"
-	"regexp"
+
+	"github.com/bulkhead-os/bulkhead/internal/pattern"
 )
 
 var be = binary.BigEndian
@@ -51,7 +52,7 @@ func copySize(b []byte, magic string) (int64, error) {
 }
 
 // uuidForm is what device-mapper's names are made from, so it must be just this.
-var uuidForm = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+var uuidForm = pattern.Lazy(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 
 // decode reads one whole copy, which lies at an offset of the device.
 func decode(b []byte, magic string, offset int64) (*Header, error) {
@@ -76,7 +77,7 @@ func decode(b []byte, magic string, offset int64) (*Header, error) {
 		UUID: text(b[atUUID:atSubsystem]), Label: text(b[atLabel:atAlgorithm]), Subsystem: text(b[atSubsystem:atOffset]),
 		Sequence: be.Uint64(b[atSequence:]), Size: size,
 	}
-	if !uuidForm.MatchString(h.UUID) {
+	if !uuidForm().MatchString(h.UUID) {
 		return nil, fmt.Errorf("LUKS2 header: the UUID %q has not the form of one", h.UUID)
 	}
 	document, rest, _ := bytes.Cut(b[binarySize:], []byte{0})

@@ -13,7 +13,7 @@ import (
 )
 
 // TestNodes is the life of a cluster of three control planes and a worker, without Kubernetes, on an Ethernet between their machines: each node answers through any other,
-// one is killed, one burns down and is replaced, and what would lose the quorum is refused.
+// one is killed, one burns down and is replaced, what would lose the quorum is refused, and all restart in turn.
 func TestNodes(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
@@ -36,6 +36,8 @@ func TestNodes(t *testing.T) {
 		{"a control plane is killed", c.survives},
 		{"a machine burns down", func(t *testing.T) { c.replaces(t, before) }},
 		{"no quorum is lost by order", c.keepsQuorum},
+		{"all restart, one after the other", c.rolls},
+		{"a reset leaves the cluster", c.resets},
 	} {
 		if !t.Run(part.name, part.run) {
 			t.FailNow()
@@ -253,6 +255,9 @@ func (c *cluster) keepsQuorum(t *testing.T) {
 	if out, err := c.n.try(t.Context(), time.Minute, "bhctl", "-n", "test-1", "etcd", "remove", "test-3"); err == nil || !strings.Contains(err.Error(), "quorum") {
 		t.Errorf("a member is removed while another is away: %v\n%s", err, out)
 	}
+	if out, err := c.n.try(t.Context(), 2*time.Minute, "bhctl", "-n", "test-1", "reset", "--yes"); err == nil || !strings.Contains(err.Error(), "quorum") || !strings.Contains(err.Error(), "nothing was destroyed") {
+		t.Errorf("a member is reset while another is away: %v\n%s", err, out)
+	}
 	if v := c.voters(t); !slices.Equal(v, c.nodes[:3]) {
 		t.Errorf("voters: %v", v)
 	}
@@ -260,4 +265,25 @@ func (c *cluster) keepsQuorum(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.states(t, 4*time.Minute, c.ready())
+}
+
+// resets has a control plane and the worker destroyed by their own order: each is out of etcd and off the cluster's list afterwards, without another word.
+func (c *cluster) resets(t *testing.T) {
+	for _, name := range []string{"test-3", "test-w1"} {
+		out, err := c.n.try(t.Context(), 4*time.Minute, "bhctl", "-n", name, "reset", "--yes")
+		if err != nil || strings.Contains(out, "bhctl node remove") {
+			t.Fatalf("reset %s: %v\n%s", name, err, out)
+		}
+	}
+	if v := c.voters(t); !slices.Equal(v, c.nodes[:2]) {
+		t.Errorf("voters: %v", v)
+	}
+	eventually(t, time.Minute, "the two are off the list", func() error {
+		var members []struct{ Name string }
+		if err := c.ask(t, &members, "get", "members"); err != nil || len(members) != 2 {
+			return fmt.Errorf("members: %v, %v", members, err)
+		}
+		return nil
+	})
+	c.states(t, 2*time.Minute, map[string]string{"test-1": "ready", "test-2": "ready"})
 }

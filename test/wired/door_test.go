@@ -69,6 +69,7 @@ type node struct {
 	tcp     *net.TCPListener
 	local   *net.UnixListener // apid's
 	address string
+	apidLog *slog.Logger // nil: the test's output
 }
 
 func (n *node) must(err error) {
@@ -146,6 +147,9 @@ func newNode(t *testing.T) *node {
 func (n *node) startApid() (stop func()) {
 	env := n.env("apid", n.inherit(n.local))
 	env.TCP = n.inherit(n.tcp)
+	if n.apidLog != nil {
+		env.Log = n.apidLog
+	}
 	d, err := apid.New(apid.Config{Env: env, Socket: func(name string) string { return filepath.Join(n.dir, name) }})
 	n.must(err)
 	return n.run(d.Run)

@@ -118,7 +118,7 @@ func (n *node) startDoor(all doors) {
 	n.run(d.Run)
 }
 
-func (n *node) serveStore(s *store) {
+func (n *node) serveStore(s storev1.StoreServer) {
 	g := grpc.NewServer()
 	storev1.RegisterStoreServer(g, s)
 	l := n.bind("etcdd")

@@ -51,21 +51,27 @@ const (
 	Role_NODE Role = 8
 	// JOIN is for nodes without a certificate: new ones with a token, and old ones that were off for so long that theirs expired. The method checks the proof itself.
 	Role_JOIN Role = 9
+	// ANYBODY is everybody, also without credentials. What such a method tells is public.
+	Role_ANYBODY Role = 10
+	// KNOWN is everybody but nodes who shows good credentials, whatever roles they have.
+	Role_KNOWN Role = 11
 )
 
 // Enum value maps for Role.
 var (
 	Role_name = map[int32]string{
-		0: "ROLE_UNSPECIFIED",
-		1: "INTERNAL",
-		2: "CLAIM",
-		3: "READER",
-		4: "OPERATOR",
-		5: "ETCD_BACKUP",
-		6: "ADMIN",
-		7: "UNLOCK",
-		8: "NODE",
-		9: "JOIN",
+		0:  "ROLE_UNSPECIFIED",
+		1:  "INTERNAL",
+		2:  "CLAIM",
+		3:  "READER",
+		4:  "OPERATOR",
+		5:  "ETCD_BACKUP",
+		6:  "ADMIN",
+		7:  "UNLOCK",
+		8:  "NODE",
+		9:  "JOIN",
+		10: "ANYBODY",
+		11: "KNOWN",
 	}
 	Role_value = map[string]int32{
 		"ROLE_UNSPECIFIED": 0,
@@ -78,6 +84,8 @@ var (
 		"UNLOCK":           7,
 		"NODE":             8,
 		"JOIN":             9,
+		"ANYBODY":          10,
+		"KNOWN":            11,
 	}
 )
 
@@ -147,7 +155,7 @@ var File_auth_v1_auth_proto protoreflect.FileDescriptor
 
 const file_auth_v1_auth_proto_rawDesc = "" +
 	"\n" +
-	"\x12auth/v1/auth.proto\x12\aauth.v1\x1a google/protobuf/descriptor.proto*\x8b\x01\n" +
+	"\x12auth/v1/auth.proto\x12\aauth.v1\x1a google/protobuf/descriptor.proto*\xa3\x01\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\f\n" +
 	"\bINTERNAL\x10\x01\x12\t\n" +
@@ -160,7 +168,10 @@ const file_auth_v1_auth_proto_rawDesc = "" +
 	"\n" +
 	"\x06UNLOCK\x10\a\x12\b\n" +
 	"\x04NODE\x10\b\x12\b\n" +
-	"\x04JOIN\x10\t:C\n" +
+	"\x04JOIN\x10\t\x12\v\n" +
+	"\aANYBODY\x10\n" +
+	"\x12\t\n" +
+	"\x05KNOWN\x10\v:C\n" +
 	"\x04need\x12\x1e.google.protobuf.MethodOptions\x18\xb5\x87\x03 \x03(\x0e2\r.auth.v1.RoleR\x04need:>\n" +
 	"\tserved_by\x12\x1f.google.protobuf.ServiceOptions\x18\xb6\x87\x03 \x01(\tR\bservedByB4Z2github.com/bulkhead-os/bulkhead/api/auth/v1;authv1b\x06proto3"
 

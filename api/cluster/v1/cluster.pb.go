@@ -155,8 +155,14 @@ type Node struct {
 	// The first check that fails, "" if none does.
 	Detail string `protobuf:"bytes,6,opt,name=detail,proto3" json:"detail,omitempty"`
 	// The running boot.
-	BootId        string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
-	Seen          *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=seen,proto3" json:"seen,omitempty"`
+	BootId string                 `protobuf:"bytes,7,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	Seen   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=seen,proto3" json:"seen,omitempty"`
+	// The end of the node's audit log; only in reports.
+	Audit *AuditHead `protobuf:"bytes,9,opt,name=audit,proto3" json:"audit,omitempty"`
+	// The version that lies ready, and that the next boot tries; "" if it starts the running one.
+	NextVersion string `protobuf:"bytes,10,opt,name=next_version,json=nextVersion,proto3" json:"next_version,omitempty"`
+	// The running version has not been found good yet.
+	Trial         bool `protobuf:"varint,11,opt,name=trial,proto3" json:"trial,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -247,6 +253,241 @@ func (x *Node) GetSeen() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Node) GetAudit() *AuditHead {
+	if x != nil {
+		return x.Audit
+	}
+	return nil
+}
+
+func (x *Node) GetNextVersion() string {
+	if x != nil {
+		return x.NextVersion
+	}
+	return ""
+}
+
+func (x *Node) GetTrial() bool {
+	if x != nil {
+		return x.Trial
+	}
+	return false
+}
+
+// AuditHead is the newest record of an audit log that is on the disk.
+type AuditHead struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Chain string                 `protobuf:"bytes,1,opt,name=chain,proto3" json:"chain,omitempty"`
+	// 0: there is none yet.
+	Sequence uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// Hexadecimal.
+	Hash string `protobuf:"bytes,3,opt,name=hash,proto3" json:"hash,omitempty"`
+	// The node goes down: this one is remembered, however short ago another was.
+	Last          bool `protobuf:"varint,4,opt,name=last,proto3" json:"last,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditHead) Reset() {
+	*x = AuditHead{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditHead) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditHead) ProtoMessage() {}
+
+func (x *AuditHead) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditHead.ProtoReflect.Descriptor instead.
+func (*AuditHead) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AuditHead) GetChain() string {
+	if x != nil {
+		return x.Chain
+	}
+	return ""
+}
+
+func (x *AuditHead) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *AuditHead) GetHash() string {
+	if x != nil {
+		return x.Hash
+	}
+	return ""
+}
+
+func (x *AuditHead) GetLast() bool {
+	if x != nil {
+		return x.Last
+	}
+	return false
+}
+
+type ListAuditAnchorsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of which node.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuditAnchorsRequest) Reset() {
+	*x = ListAuditAnchorsRequest{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuditAnchorsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuditAnchorsRequest) ProtoMessage() {}
+
+func (x *ListAuditAnchorsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuditAnchorsRequest.ProtoReflect.Descriptor instead.
+func (*ListAuditAnchorsRequest) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ListAuditAnchorsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ListAuditAnchorsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Anchors       []*AuditAnchor         `protobuf:"bytes,1,rep,name=anchors,proto3" json:"anchors,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuditAnchorsResponse) Reset() {
+	*x = ListAuditAnchorsResponse{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuditAnchorsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuditAnchorsResponse) ProtoMessage() {}
+
+func (x *ListAuditAnchorsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuditAnchorsResponse.ProtoReflect.Descriptor instead.
+func (*ListAuditAnchorsResponse) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ListAuditAnchorsResponse) GetAnchors() []*AuditAnchor {
+	if x != nil {
+		return x.Anchors
+	}
+	return nil
+}
+
+type AuditAnchor struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Head  *AuditHead             `protobuf:"bytes,1,opt,name=head,proto3" json:"head,omitempty"`
+	// By the clock of the control plane that took it.
+	At            *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditAnchor) Reset() {
+	*x = AuditAnchor{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditAnchor) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditAnchor) ProtoMessage() {}
+
+func (x *AuditAnchor) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditAnchor.ProtoReflect.Descriptor instead.
+func (*AuditAnchor) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *AuditAnchor) GetHead() *AuditHead {
+	if x != nil {
+		return x.Head
+	}
+	return nil
+}
+
+func (x *AuditAnchor) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
 type ReportRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// seen is set by the server; state is "ready" or "not ready".
@@ -257,7 +498,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -269,7 +510,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_v1_cluster_proto_msgTypes[4]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -282,7 +523,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{4}
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ReportRequest) GetNode() *Node {
@@ -293,14 +534,20 @@ func (x *ReportRequest) GetNode() *Node {
 }
 
 type ReportResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The clock of the control plane that took the report.
+	Clock *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=clock,proto3" json:"clock,omitempty"`
+	// Set if the node is to restart now: see Rolling.
+	Order *Order `protobuf:"bytes,2,opt,name=order,proto3" json:"order,omitempty"`
+	// An order may come soon: report again in a few seconds.
+	Soon          bool `protobuf:"varint,3,opt,name=soon,proto3" json:"soon,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_cluster_v1_cluster_proto_msgTypes[5]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -312,7 +559,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_cluster_v1_cluster_proto_msgTypes[5]
+	mi := &file_cluster_v1_cluster_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -325,7 +572,28 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{5}
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ReportResponse) GetClock() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Clock
+	}
+	return nil
+}
+
+func (x *ReportResponse) GetOrder() *Order {
+	if x != nil {
+		return x.Order
+	}
+	return nil
+}
+
+func (x *ReportResponse) GetSoon() bool {
+	if x != nil {
+		return x.Soon
+	}
+	return false
 }
 
 var File_cluster_v1_cluster_proto protoreflect.FileDescriptor
@@ -333,11 +601,11 @@ var File_cluster_v1_cluster_proto protoreflect.FileDescriptor
 const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\n" +
 	"\x18cluster/v1/cluster.proto\x12\n" +
-	"cluster.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n" +
+	"cluster.v1\x1a\x12auth/v1/auth.proto\x1a\x18cluster/v1/rolling.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n" +
 	"\x10ListNodesRequest\";\n" +
 	"\x11ListNodesResponse\x12&\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x10.cluster.v1.NodeR\x05nodes\"\x13\n" +
-	"\x11WatchNodesRequest\"\xdd\x01\n" +
+	"\x11WatchNodesRequest\"\xc3\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x1c\n" +
@@ -346,14 +614,34 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x05state\x18\x05 \x01(\tR\x05state\x12\x16\n" +
 	"\x06detail\x18\x06 \x01(\tR\x06detail\x12\x17\n" +
 	"\aboot_id\x18\a \x01(\tR\x06bootId\x12.\n" +
-	"\x04seen\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04seen\"5\n" +
+	"\x04seen\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x04seen\x12+\n" +
+	"\x05audit\x18\t \x01(\v2\x15.cluster.v1.AuditHeadR\x05audit\x12!\n" +
+	"\fnext_version\x18\n" +
+	" \x01(\tR\vnextVersion\x12\x14\n" +
+	"\x05trial\x18\v \x01(\bR\x05trial\"e\n" +
+	"\tAuditHead\x12\x14\n" +
+	"\x05chain\x18\x01 \x01(\tR\x05chain\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x12\n" +
+	"\x04hash\x18\x03 \x01(\tR\x04hash\x12\x12\n" +
+	"\x04last\x18\x04 \x01(\bR\x04last\"-\n" +
+	"\x17ListAuditAnchorsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"M\n" +
+	"\x18ListAuditAnchorsResponse\x121\n" +
+	"\aanchors\x18\x01 \x03(\v2\x17.cluster.v1.AuditAnchorR\aanchors\"d\n" +
+	"\vAuditAnchor\x12)\n" +
+	"\x04head\x18\x01 \x01(\v2\x15.cluster.v1.AuditHeadR\x04head\x12*\n" +
+	"\x02at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"5\n" +
 	"\rReportRequest\x12$\n" +
-	"\x04node\x18\x01 \x01(\v2\x10.cluster.v1.NodeR\x04node\"\x10\n" +
-	"\x0eReportResponse2\xb4\x02\n" +
+	"\x04node\x18\x01 \x01(\v2\x10.cluster.v1.NodeR\x04node\"\x7f\n" +
+	"\x0eReportResponse\x120\n" +
+	"\x05clock\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05clock\x12'\n" +
+	"\x05order\x18\x02 \x01(\v2\x11.cluster.v1.OrderR\x05order\x12\x12\n" +
+	"\x04soon\x18\x03 \x01(\bR\x04soon2\xb5\x03\n" +
 	"\bRegistry\x12c\n" +
 	"\tListNodes\x12\x1c.cluster.v1.ListNodesRequest\x1a\x1d.cluster.v1.ListNodesResponse\"\x19\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\v\x12\t/v1/nodes\x90\x02\x01\x12m\n" +
 	"\n" +
-	"WatchNodes\x12\x1d.cluster.v1.WatchNodesRequest\x1a\x1d.cluster.v1.ListNodesResponse\"\x1f\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x11\x12\x0f/v1/nodes:watch\x90\x02\x010\x01\x12I\n" +
+	"WatchNodes\x12\x1d.cluster.v1.WatchNodesRequest\x1a\x1d.cluster.v1.ListNodesResponse\"\x1f\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x11\x12\x0f/v1/nodes:watch\x90\x02\x010\x01\x12\x7f\n" +
+	"\x10ListAuditAnchors\x12#.cluster.v1.ListAuditAnchorsRequest\x1a$.cluster.v1.ListAuditAnchorsResponse\" \xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/auditanchors\x90\x02\x01\x12I\n" +
 	"\x06Report\x12\x19.cluster.v1.ReportRequest\x1a\x1a.cluster.v1.ReportResponse\"\b\xaa\xbb\x18\x01\b\x90\x02\x02\x1a\t\xb2\xbb\x18\x05etcddB:Z8github.com/bulkhead-os/bulkhead/api/cluster/v1;clusterv1b\x06proto3"
 
 var (
@@ -368,31 +656,44 @@ func file_cluster_v1_cluster_proto_rawDescGZIP() []byte {
 	return file_cluster_v1_cluster_proto_rawDescData
 }
 
-var file_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_cluster_v1_cluster_proto_goTypes = []any{
-	(*ListNodesRequest)(nil),      // 0: cluster.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),     // 1: cluster.v1.ListNodesResponse
-	(*WatchNodesRequest)(nil),     // 2: cluster.v1.WatchNodesRequest
-	(*Node)(nil),                  // 3: cluster.v1.Node
-	(*ReportRequest)(nil),         // 4: cluster.v1.ReportRequest
-	(*ReportResponse)(nil),        // 5: cluster.v1.ReportResponse
-	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
+	(*ListNodesRequest)(nil),         // 0: cluster.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),        // 1: cluster.v1.ListNodesResponse
+	(*WatchNodesRequest)(nil),        // 2: cluster.v1.WatchNodesRequest
+	(*Node)(nil),                     // 3: cluster.v1.Node
+	(*AuditHead)(nil),                // 4: cluster.v1.AuditHead
+	(*ListAuditAnchorsRequest)(nil),  // 5: cluster.v1.ListAuditAnchorsRequest
+	(*ListAuditAnchorsResponse)(nil), // 6: cluster.v1.ListAuditAnchorsResponse
+	(*AuditAnchor)(nil),              // 7: cluster.v1.AuditAnchor
+	(*ReportRequest)(nil),            // 8: cluster.v1.ReportRequest
+	(*ReportResponse)(nil),           // 9: cluster.v1.ReportResponse
+	(*timestamppb.Timestamp)(nil),    // 10: google.protobuf.Timestamp
+	(*Order)(nil),                    // 11: cluster.v1.Order
 }
 var file_cluster_v1_cluster_proto_depIdxs = []int32{
-	3, // 0: cluster.v1.ListNodesResponse.nodes:type_name -> cluster.v1.Node
-	6, // 1: cluster.v1.Node.seen:type_name -> google.protobuf.Timestamp
-	3, // 2: cluster.v1.ReportRequest.node:type_name -> cluster.v1.Node
-	0, // 3: cluster.v1.Registry.ListNodes:input_type -> cluster.v1.ListNodesRequest
-	2, // 4: cluster.v1.Registry.WatchNodes:input_type -> cluster.v1.WatchNodesRequest
-	4, // 5: cluster.v1.Registry.Report:input_type -> cluster.v1.ReportRequest
-	1, // 6: cluster.v1.Registry.ListNodes:output_type -> cluster.v1.ListNodesResponse
-	1, // 7: cluster.v1.Registry.WatchNodes:output_type -> cluster.v1.ListNodesResponse
-	5, // 8: cluster.v1.Registry.Report:output_type -> cluster.v1.ReportResponse
-	6, // [6:9] is the sub-list for method output_type
-	3, // [3:6] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	3,  // 0: cluster.v1.ListNodesResponse.nodes:type_name -> cluster.v1.Node
+	10, // 1: cluster.v1.Node.seen:type_name -> google.protobuf.Timestamp
+	4,  // 2: cluster.v1.Node.audit:type_name -> cluster.v1.AuditHead
+	7,  // 3: cluster.v1.ListAuditAnchorsResponse.anchors:type_name -> cluster.v1.AuditAnchor
+	4,  // 4: cluster.v1.AuditAnchor.head:type_name -> cluster.v1.AuditHead
+	10, // 5: cluster.v1.AuditAnchor.at:type_name -> google.protobuf.Timestamp
+	3,  // 6: cluster.v1.ReportRequest.node:type_name -> cluster.v1.Node
+	10, // 7: cluster.v1.ReportResponse.clock:type_name -> google.protobuf.Timestamp
+	11, // 8: cluster.v1.ReportResponse.order:type_name -> cluster.v1.Order
+	0,  // 9: cluster.v1.Registry.ListNodes:input_type -> cluster.v1.ListNodesRequest
+	2,  // 10: cluster.v1.Registry.WatchNodes:input_type -> cluster.v1.WatchNodesRequest
+	5,  // 11: cluster.v1.Registry.ListAuditAnchors:input_type -> cluster.v1.ListAuditAnchorsRequest
+	8,  // 12: cluster.v1.Registry.Report:input_type -> cluster.v1.ReportRequest
+	1,  // 13: cluster.v1.Registry.ListNodes:output_type -> cluster.v1.ListNodesResponse
+	1,  // 14: cluster.v1.Registry.WatchNodes:output_type -> cluster.v1.ListNodesResponse
+	6,  // 15: cluster.v1.Registry.ListAuditAnchors:output_type -> cluster.v1.ListAuditAnchorsResponse
+	9,  // 16: cluster.v1.Registry.Report:output_type -> cluster.v1.ReportResponse
+	13, // [13:17] is the sub-list for method output_type
+	9,  // [9:13] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_cluster_v1_cluster_proto_init() }
@@ -400,13 +701,14 @@ func file_cluster_v1_cluster_proto_init() {
 	if File_cluster_v1_cluster_proto != nil {
 		return
 	}
+	file_cluster_v1_rolling_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cluster_v1_cluster_proto_rawDesc), len(file_cluster_v1_cluster_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

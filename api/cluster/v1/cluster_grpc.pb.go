@@ -21,9 +21,10 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Registry_ListNodes_FullMethodName  = "/cluster.v1.Registry/ListNodes"
-	Registry_WatchNodes_FullMethodName = "/cluster.v1.Registry/WatchNodes"
-	Registry_Report_FullMethodName     = "/cluster.v1.Registry/Report"
+	Registry_ListNodes_FullMethodName        = "/cluster.v1.Registry/ListNodes"
+	Registry_WatchNodes_FullMethodName       = "/cluster.v1.Registry/WatchNodes"
+	Registry_ListAuditAnchors_FullMethodName = "/cluster.v1.Registry/ListAuditAnchors"
+	Registry_Report_FullMethodName           = "/cluster.v1.Registry/Report"
 )
 
 // RegistryClient is the client API for Registry service.
@@ -37,7 +38,11 @@ type RegistryClient interface {
 	// WatchNodes sends the whole list now and after each change, a few times a second at most; a new time of seen alone is none. UNAVAILABLE when
 	// the list cannot be known any more: there is no quorum.
 	WatchNodes(ctx context.Context, in *WatchNodesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListNodesResponse], error)
-	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's.
+	// ListAuditAnchors returns what the cluster remembers of the end of a node's audit log, oldest first: a log that does not have these records with these hashes
+	// was changed or cut. NOT_FOUND if there is none.
+	ListAuditAnchors(ctx context.Context, in *ListAuditAnchorsRequest, opts ...grpc.CallOption) (*ListAuditAnchorsResponse, error)
+	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's. The answer has what the node is to do
+	// now, as of a moment after the call.
 	Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error)
 }
 
@@ -78,6 +83,16 @@ func (c *registryClient) WatchNodes(ctx context.Context, in *WatchNodesRequest, 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Registry_WatchNodesClient = grpc.ServerStreamingClient[ListNodesResponse]
 
+func (c *registryClient) ListAuditAnchors(ctx context.Context, in *ListAuditAnchorsRequest, opts ...grpc.CallOption) (*ListAuditAnchorsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAuditAnchorsResponse)
+	err := c.cc.Invoke(ctx, Registry_ListAuditAnchors_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *registryClient) Report(ctx context.Context, in *ReportRequest, opts ...grpc.CallOption) (*ReportResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ReportResponse)
@@ -99,7 +114,11 @@ type RegistryServer interface {
 	// WatchNodes sends the whole list now and after each change, a few times a second at most; a new time of seen alone is none. UNAVAILABLE when
 	// the list cannot be known any more: there is no quorum.
 	WatchNodes(*WatchNodesRequest, grpc.ServerStreamingServer[ListNodesResponse]) error
-	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's.
+	// ListAuditAnchors returns what the cluster remembers of the end of a node's audit log, oldest first: a log that does not have these records with these hashes
+	// was changed or cut. NOT_FOUND if there is none.
+	ListAuditAnchors(context.Context, *ListAuditAnchorsRequest) (*ListAuditAnchorsResponse, error)
+	// Report says how the calling node is; machined repeats it every few seconds and at each change. The name must be the caller's. The answer has what the node is to do
+	// now, as of a moment after the call.
 	Report(context.Context, *ReportRequest) (*ReportResponse, error)
 	mustEmbedUnimplementedRegistryServer()
 }
@@ -116,6 +135,9 @@ func (UnimplementedRegistryServer) ListNodes(context.Context, *ListNodesRequest)
 }
 func (UnimplementedRegistryServer) WatchNodes(*WatchNodesRequest, grpc.ServerStreamingServer[ListNodesResponse]) error {
 	return status.Error(codes.Unimplemented, "method WatchNodes not implemented")
+}
+func (UnimplementedRegistryServer) ListAuditAnchors(context.Context, *ListAuditAnchorsRequest) (*ListAuditAnchorsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAuditAnchors not implemented")
 }
 func (UnimplementedRegistryServer) Report(context.Context, *ReportRequest) (*ReportResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Report not implemented")
@@ -170,6 +192,24 @@ func _Registry_WatchNodes_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Registry_WatchNodesServer = grpc.ServerStreamingServer[ListNodesResponse]
 
+func _Registry_ListAuditAnchors_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAuditAnchorsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RegistryServer).ListAuditAnchors(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Registry_ListAuditAnchors_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RegistryServer).ListAuditAnchors(ctx, req.(*ListAuditAnchorsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Registry_Report_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ReportRequest)
 	if err := dec(in); err != nil {
@@ -198,6 +238,10 @@ var Registry_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListNodes",
 			Handler:    _Registry_ListNodes_Handler,
+		},
+		{
+			MethodName: "ListAuditAnchors",
+			Handler:    _Registry_ListAuditAnchors_Handler,
 		},
 		{
 			MethodName: "Report",

@@ -13,6 +13,7 @@ import (
 	_ "google.golang.org/genproto/googleapis/api/annotations"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -281,7 +282,9 @@ func (x *Member) GetLearner() bool {
 }
 
 type StreamSnapshotRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of one that this node has made by its schedule; "": the database as it is now.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -314,6 +317,13 @@ func (x *StreamSnapshotRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use StreamSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*StreamSnapshotRequest) Descriptor() ([]byte, []int) {
 	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *StreamSnapshotRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
 }
 
 type Chunk struct {
@@ -361,6 +371,183 @@ func (x *Chunk) GetData() []byte {
 	return nil
 }
 
+type ListSnapshotsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSnapshotsRequest) Reset() {
+	*x = ListSnapshotsRequest{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSnapshotsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSnapshotsRequest) ProtoMessage() {}
+
+func (x *ListSnapshotsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSnapshotsRequest.ProtoReflect.Descriptor instead.
+func (*ListSnapshotsRequest) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{5}
+}
+
+type ListSnapshotsResponse struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Snapshots []*Snapshot            `protobuf:"bytes,1,rep,name=snapshots,proto3" json:"snapshots,omitempty"`
+	// Why the last try to make one failed; "" if it did not, or there was none yet.
+	Error string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	// Of the schedule; 0: this node makes none.
+	EverySeconds  uint64 `protobuf:"varint,3,opt,name=every_seconds,json=everySeconds,proto3" json:"every_seconds,omitempty"`
+	Keep          uint32 `protobuf:"varint,4,opt,name=keep,proto3" json:"keep,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSnapshotsResponse) Reset() {
+	*x = ListSnapshotsResponse{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSnapshotsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSnapshotsResponse) ProtoMessage() {}
+
+func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
+func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
+	if x != nil {
+		return x.Snapshots
+	}
+	return nil
+}
+
+func (x *ListSnapshotsResponse) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *ListSnapshotsResponse) GetEverySeconds() uint64 {
+	if x != nil {
+		return x.EverySeconds
+	}
+	return 0
+}
+
+func (x *ListSnapshotsResponse) GetKeep() uint32 {
+	if x != nil {
+		return x.Keep
+	}
+	return 0
+}
+
+type Snapshot struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// By this node's clock.
+	Made *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=made,proto3" json:"made,omitempty"`
+	// Of the whole file, with its sum.
+	Bytes uint64 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// The last one in it.
+	Revision      uint64 `protobuf:"varint,4,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Snapshot) Reset() {
+	*x = Snapshot{}
+	mi := &file_etcd_v1_etcd_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Snapshot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Snapshot) ProtoMessage() {}
+
+func (x *Snapshot) ProtoReflect() protoreflect.Message {
+	mi := &file_etcd_v1_etcd_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
+func (*Snapshot) Descriptor() ([]byte, []int) {
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Snapshot) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Snapshot) GetMade() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Made
+	}
+	return nil
+}
+
+func (x *Snapshot) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Snapshot) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 type ForfeitLeadershipRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -369,7 +556,7 @@ type ForfeitLeadershipRequest struct {
 
 func (x *ForfeitLeadershipRequest) Reset() {
 	*x = ForfeitLeadershipRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[5]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -381,7 +568,7 @@ func (x *ForfeitLeadershipRequest) String() string {
 func (*ForfeitLeadershipRequest) ProtoMessage() {}
 
 func (x *ForfeitLeadershipRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[5]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -394,7 +581,7 @@ func (x *ForfeitLeadershipRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForfeitLeadershipRequest.ProtoReflect.Descriptor instead.
 func (*ForfeitLeadershipRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{5}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{8}
 }
 
 type ForfeitLeadershipResponse struct {
@@ -407,7 +594,7 @@ type ForfeitLeadershipResponse struct {
 
 func (x *ForfeitLeadershipResponse) Reset() {
 	*x = ForfeitLeadershipResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[6]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -419,7 +606,7 @@ func (x *ForfeitLeadershipResponse) String() string {
 func (*ForfeitLeadershipResponse) ProtoMessage() {}
 
 func (x *ForfeitLeadershipResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[6]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -432,7 +619,7 @@ func (x *ForfeitLeadershipResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForfeitLeadershipResponse.ProtoReflect.Descriptor instead.
 func (*ForfeitLeadershipResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{6}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ForfeitLeadershipResponse) GetLeader() string {
@@ -452,7 +639,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[7]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -464,7 +651,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[7]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -477,7 +664,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{7}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *RemoveMemberRequest) GetName() string {
@@ -495,7 +682,7 @@ type RemoveMemberResponse struct {
 
 func (x *RemoveMemberResponse) Reset() {
 	*x = RemoveMemberResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[8]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -507,7 +694,7 @@ func (x *RemoveMemberResponse) String() string {
 func (*RemoveMemberResponse) ProtoMessage() {}
 
 func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[8]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -520,7 +707,7 @@ func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{8}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{11}
 }
 
 type LeaveRequest struct {
@@ -533,7 +720,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[9]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -545,7 +732,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[9]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -558,7 +745,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{9}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *LeaveRequest) GetForce() bool {
@@ -576,7 +763,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[10]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -588,7 +775,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[10]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -601,7 +788,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{10}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{13}
 }
 
 type RejoinRequest struct {
@@ -612,7 +799,7 @@ type RejoinRequest struct {
 
 func (x *RejoinRequest) Reset() {
 	*x = RejoinRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +811,7 @@ func (x *RejoinRequest) String() string {
 func (*RejoinRequest) ProtoMessage() {}
 
 func (x *RejoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[11]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +824,7 @@ func (x *RejoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RejoinRequest.ProtoReflect.Descriptor instead.
 func (*RejoinRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{11}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{14}
 }
 
 type RejoinResponse struct {
@@ -648,7 +835,7 @@ type RejoinResponse struct {
 
 func (x *RejoinResponse) Reset() {
 	*x = RejoinResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -660,7 +847,7 @@ func (x *RejoinResponse) String() string {
 func (*RejoinResponse) ProtoMessage() {}
 
 func (x *RejoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[12]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -673,7 +860,7 @@ func (x *RejoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RejoinResponse.ProtoReflect.Descriptor instead.
 func (*RejoinResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{12}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{15}
 }
 
 type RestoreRequest struct {
@@ -681,14 +868,16 @@ type RestoreRequest struct {
 	// In the first message: also if etcd answers. All that was written since the snapshot is lost.
 	Force bool `protobuf:"varint,1,opt,name=force,proto3" json:"force,omitempty"`
 	// As StreamSnapshot sends it, in pieces of at most 1 MiB.
-	Data          []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	// In the first message, instead of data: one that ListSnapshots of this node names. NOT_FOUND if there is none.
+	Name          string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -700,7 +889,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[13]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -713,7 +902,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{13}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RestoreRequest) GetForce() bool {
@@ -730,6 +919,13 @@ func (x *RestoreRequest) GetData() []byte {
 	return nil
 }
 
+func (x *RestoreRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
 type RestoreResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Bytes         uint64                 `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
@@ -739,7 +935,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -751,7 +947,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[14]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -764,7 +960,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{14}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RestoreResponse) GetBytes() uint64 {
@@ -782,7 +978,7 @@ type DefragmentRequest struct {
 
 func (x *DefragmentRequest) Reset() {
 	*x = DefragmentRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -794,7 +990,7 @@ func (x *DefragmentRequest) String() string {
 func (*DefragmentRequest) ProtoMessage() {}
 
 func (x *DefragmentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[15]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -807,7 +1003,7 @@ func (x *DefragmentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DefragmentRequest.ProtoReflect.Descriptor instead.
 func (*DefragmentRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{15}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{18}
 }
 
 type DefragmentResponse struct {
@@ -820,7 +1016,7 @@ type DefragmentResponse struct {
 
 func (x *DefragmentResponse) Reset() {
 	*x = DefragmentResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -832,7 +1028,7 @@ func (x *DefragmentResponse) String() string {
 func (*DefragmentResponse) ProtoMessage() {}
 
 func (x *DefragmentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[16]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -845,7 +1041,7 @@ func (x *DefragmentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DefragmentResponse.ProtoReflect.Descriptor instead.
 func (*DefragmentResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{16}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DefragmentResponse) GetBeforeBytes() uint64 {
@@ -870,7 +1066,7 @@ type DisarmAlarmsRequest struct {
 
 func (x *DisarmAlarmsRequest) Reset() {
 	*x = DisarmAlarmsRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +1078,7 @@ func (x *DisarmAlarmsRequest) String() string {
 func (*DisarmAlarmsRequest) ProtoMessage() {}
 
 func (x *DisarmAlarmsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[17]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +1091,7 @@ func (x *DisarmAlarmsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisarmAlarmsRequest.ProtoReflect.Descriptor instead.
 func (*DisarmAlarmsRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{17}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{20}
 }
 
 type DisarmAlarmsResponse struct {
@@ -907,7 +1103,7 @@ type DisarmAlarmsResponse struct {
 
 func (x *DisarmAlarmsResponse) Reset() {
 	*x = DisarmAlarmsResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -919,7 +1115,7 @@ func (x *DisarmAlarmsResponse) String() string {
 func (*DisarmAlarmsResponse) ProtoMessage() {}
 
 func (x *DisarmAlarmsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[18]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -932,7 +1128,7 @@ func (x *DisarmAlarmsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisarmAlarmsResponse.ProtoReflect.Descriptor instead.
 func (*DisarmAlarmsResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{18}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DisarmAlarmsResponse) GetDisarmed() []string {
@@ -952,7 +1148,7 @@ type AddMemberRequest struct {
 
 func (x *AddMemberRequest) Reset() {
 	*x = AddMemberRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1160,7 @@ func (x *AddMemberRequest) String() string {
 func (*AddMemberRequest) ProtoMessage() {}
 
 func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[19]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1173,7 @@ func (x *AddMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberRequest.ProtoReflect.Descriptor instead.
 func (*AddMemberRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{19}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *AddMemberRequest) GetPeerUrls() []string {
@@ -999,7 +1195,7 @@ type AddMemberResponse struct {
 
 func (x *AddMemberResponse) Reset() {
 	*x = AddMemberResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1011,7 +1207,7 @@ func (x *AddMemberResponse) String() string {
 func (*AddMemberResponse) ProtoMessage() {}
 
 func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[20]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1024,7 +1220,7 @@ func (x *AddMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddMemberResponse.ProtoReflect.Descriptor instead.
 func (*AddMemberResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{20}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AddMemberResponse) GetMembers() []*Member {
@@ -1050,7 +1246,7 @@ type PromoteRequest struct {
 
 func (x *PromoteRequest) Reset() {
 	*x = PromoteRequest{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[21]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1062,7 +1258,7 @@ func (x *PromoteRequest) String() string {
 func (*PromoteRequest) ProtoMessage() {}
 
 func (x *PromoteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[21]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1075,7 +1271,7 @@ func (x *PromoteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteRequest.ProtoReflect.Descriptor instead.
 func (*PromoteRequest) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{21}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PromoteRequest) GetMemberId() string {
@@ -1093,7 +1289,7 @@ type PromoteResponse struct {
 
 func (x *PromoteResponse) Reset() {
 	*x = PromoteResponse{}
-	mi := &file_etcd_v1_etcd_proto_msgTypes[22]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1105,7 +1301,7 @@ func (x *PromoteResponse) String() string {
 func (*PromoteResponse) ProtoMessage() {}
 
 func (x *PromoteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_etcd_v1_etcd_proto_msgTypes[22]
+	mi := &file_etcd_v1_etcd_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1118,14 +1314,14 @@ func (x *PromoteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PromoteResponse.ProtoReflect.Descriptor instead.
 func (*PromoteResponse) Descriptor() ([]byte, []int) {
-	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{22}
+	return file_etcd_v1_etcd_proto_rawDescGZIP(), []int{25}
 }
 
 var File_etcd_v1_etcd_proto protoreflect.FileDescriptor
 
 const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\n" +
-	"\x12etcd/v1/etcd.proto\x12\aetcd.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\"\x12\n" +
+	"\x12etcd/v1/etcd.proto\x12\aetcd.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x12\n" +
 	"\x10GetStatusRequest\"\x96\x03\n" +
 	"\x06Status\x12\x14\n" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x16\n" +
@@ -1150,10 +1346,22 @@ const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\tpeer_urls\x18\x03 \x03(\tR\bpeerUrls\x12\x1f\n" +
 	"\vclient_urls\x18\x04 \x03(\tR\n" +
 	"clientUrls\x12\x18\n" +
-	"\alearner\x18\x05 \x01(\bR\alearner\"\x17\n" +
-	"\x15StreamSnapshotRequest\"\x1b\n" +
+	"\alearner\x18\x05 \x01(\bR\alearner\"+\n" +
+	"\x15StreamSnapshotRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x1b\n" +
 	"\x05Chunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\x1a\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x16\n" +
+	"\x14ListSnapshotsRequest\"\x97\x01\n" +
+	"\x15ListSnapshotsResponse\x12/\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x11.etcd.v1.SnapshotR\tsnapshots\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12#\n" +
+	"\revery_seconds\x18\x03 \x01(\x04R\feverySeconds\x12\x12\n" +
+	"\x04keep\x18\x04 \x01(\rR\x04keep\"\x80\x01\n" +
+	"\bSnapshot\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12.\n" +
+	"\x04made\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04made\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x1a\n" +
+	"\brevision\x18\x04 \x01(\x04R\brevision\"\x1a\n" +
 	"\x18ForfeitLeadershipRequest\"3\n" +
 	"\x19ForfeitLeadershipResponse\x12\x16\n" +
 	"\x06leader\x18\x01 \x01(\tR\x06leader\")\n" +
@@ -1164,10 +1372,11 @@ const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\x05force\x18\x01 \x01(\bR\x05force\"\x0f\n" +
 	"\rLeaveResponse\"\x0f\n" +
 	"\rRejoinRequest\"\x10\n" +
-	"\x0eRejoinResponse\":\n" +
+	"\x0eRejoinResponse\"N\n" +
 	"\x0eRestoreRequest\x12\x14\n" +
 	"\x05force\x18\x01 \x01(\bR\x05force\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data\"'\n" +
+	"\x04data\x18\x02 \x01(\fR\x04data\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\"'\n" +
 	"\x0fRestoreResponse\x12\x14\n" +
 	"\x05bytes\x18\x01 \x01(\x04R\x05bytes\"\x13\n" +
 	"\x11DefragmentRequest\"X\n" +
@@ -1185,11 +1394,12 @@ const file_etcd_v1_etcd_proto_rawDesc = "" +
 	"\tmember_id\x18\x02 \x01(\tR\bmemberId\"-\n" +
 	"\x0ePromoteRequest\x12\x1b\n" +
 	"\tmember_id\x18\x01 \x01(\tR\bmemberId\"\x11\n" +
-	"\x0fPromoteResponse2\x9f\a\n" +
+	"\x0fPromoteResponse2\x94\b\n" +
 	"\x04Etcd\x12Q\n" +
 	"\tGetStatus\x12\x19.etcd.v1.GetStatusRequest\x1a\x0f.etcd.v1.Status\"\x18\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\n" +
 	"\x12\b/v1/etcd\x90\x02\x01\x12f\n" +
-	"\x0eStreamSnapshot\x12\x1e.etcd.v1.StreamSnapshotRequest\x1a\x0e.etcd.v1.Chunk\"\"\xaa\xbb\x18\x02\x05\x06\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/etcd/snapshot\x90\x02\x010\x01\x12\x87\x01\n" +
+	"\x0eStreamSnapshot\x12\x1e.etcd.v1.StreamSnapshotRequest\x1a\x0e.etcd.v1.Chunk\"\"\xaa\xbb\x18\x02\x05\x06\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/etcd/snapshot\x90\x02\x010\x01\x12s\n" +
+	"\rListSnapshots\x12\x1d.etcd.v1.ListSnapshotsRequest\x1a\x1e.etcd.v1.ListSnapshotsResponse\"#\xaa\xbb\x18\x02\x03\x05\x82\xd3\xe4\x93\x02\x14\x12\x12/v1/etcd/snapshots\x90\x02\x01\x12\x87\x01\n" +
 	"\x11ForfeitLeadership\x12!.etcd.v1.ForfeitLeadershipRequest\x1a\".etcd.v1.ForfeitLeadershipResponse\"+\xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\x1d\"\x1b/v1/etcd:forfeit-leadership\x90\x02\x02\x12t\n" +
 	"\fRemoveMember\x12\x1c.etcd.v1.RemoveMemberRequest\x1a\x1d.etcd.v1.RemoveMemberResponse\"'\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x19*\x17/v1/etcd/members/{name}\x90\x02\x02\x12S\n" +
 	"\x05Leave\x12\x15.etcd.v1.LeaveRequest\x1a\x16.etcd.v1.LeaveResponse\"\x1b\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x10\"\x0e/v1/etcd:leave\x12W\n" +
@@ -1214,62 +1424,70 @@ func file_etcd_v1_etcd_proto_rawDescGZIP() []byte {
 	return file_etcd_v1_etcd_proto_rawDescData
 }
 
-var file_etcd_v1_etcd_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_etcd_v1_etcd_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_etcd_v1_etcd_proto_goTypes = []any{
 	(*GetStatusRequest)(nil),          // 0: etcd.v1.GetStatusRequest
 	(*Status)(nil),                    // 1: etcd.v1.Status
 	(*Member)(nil),                    // 2: etcd.v1.Member
 	(*StreamSnapshotRequest)(nil),     // 3: etcd.v1.StreamSnapshotRequest
 	(*Chunk)(nil),                     // 4: etcd.v1.Chunk
-	(*ForfeitLeadershipRequest)(nil),  // 5: etcd.v1.ForfeitLeadershipRequest
-	(*ForfeitLeadershipResponse)(nil), // 6: etcd.v1.ForfeitLeadershipResponse
-	(*RemoveMemberRequest)(nil),       // 7: etcd.v1.RemoveMemberRequest
-	(*RemoveMemberResponse)(nil),      // 8: etcd.v1.RemoveMemberResponse
-	(*LeaveRequest)(nil),              // 9: etcd.v1.LeaveRequest
-	(*LeaveResponse)(nil),             // 10: etcd.v1.LeaveResponse
-	(*RejoinRequest)(nil),             // 11: etcd.v1.RejoinRequest
-	(*RejoinResponse)(nil),            // 12: etcd.v1.RejoinResponse
-	(*RestoreRequest)(nil),            // 13: etcd.v1.RestoreRequest
-	(*RestoreResponse)(nil),           // 14: etcd.v1.RestoreResponse
-	(*DefragmentRequest)(nil),         // 15: etcd.v1.DefragmentRequest
-	(*DefragmentResponse)(nil),        // 16: etcd.v1.DefragmentResponse
-	(*DisarmAlarmsRequest)(nil),       // 17: etcd.v1.DisarmAlarmsRequest
-	(*DisarmAlarmsResponse)(nil),      // 18: etcd.v1.DisarmAlarmsResponse
-	(*AddMemberRequest)(nil),          // 19: etcd.v1.AddMemberRequest
-	(*AddMemberResponse)(nil),         // 20: etcd.v1.AddMemberResponse
-	(*PromoteRequest)(nil),            // 21: etcd.v1.PromoteRequest
-	(*PromoteResponse)(nil),           // 22: etcd.v1.PromoteResponse
+	(*ListSnapshotsRequest)(nil),      // 5: etcd.v1.ListSnapshotsRequest
+	(*ListSnapshotsResponse)(nil),     // 6: etcd.v1.ListSnapshotsResponse
+	(*Snapshot)(nil),                  // 7: etcd.v1.Snapshot
+	(*ForfeitLeadershipRequest)(nil),  // 8: etcd.v1.ForfeitLeadershipRequest
+	(*ForfeitLeadershipResponse)(nil), // 9: etcd.v1.ForfeitLeadershipResponse
+	(*RemoveMemberRequest)(nil),       // 10: etcd.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),      // 11: etcd.v1.RemoveMemberResponse
+	(*LeaveRequest)(nil),              // 12: etcd.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 13: etcd.v1.LeaveResponse
+	(*RejoinRequest)(nil),             // 14: etcd.v1.RejoinRequest
+	(*RejoinResponse)(nil),            // 15: etcd.v1.RejoinResponse
+	(*RestoreRequest)(nil),            // 16: etcd.v1.RestoreRequest
+	(*RestoreResponse)(nil),           // 17: etcd.v1.RestoreResponse
+	(*DefragmentRequest)(nil),         // 18: etcd.v1.DefragmentRequest
+	(*DefragmentResponse)(nil),        // 19: etcd.v1.DefragmentResponse
+	(*DisarmAlarmsRequest)(nil),       // 20: etcd.v1.DisarmAlarmsRequest
+	(*DisarmAlarmsResponse)(nil),      // 21: etcd.v1.DisarmAlarmsResponse
+	(*AddMemberRequest)(nil),          // 22: etcd.v1.AddMemberRequest
+	(*AddMemberResponse)(nil),         // 23: etcd.v1.AddMemberResponse
+	(*PromoteRequest)(nil),            // 24: etcd.v1.PromoteRequest
+	(*PromoteResponse)(nil),           // 25: etcd.v1.PromoteResponse
+	(*timestamppb.Timestamp)(nil),     // 26: google.protobuf.Timestamp
 }
 var file_etcd_v1_etcd_proto_depIdxs = []int32{
 	2,  // 0: etcd.v1.Status.members:type_name -> etcd.v1.Member
-	2,  // 1: etcd.v1.AddMemberResponse.members:type_name -> etcd.v1.Member
-	0,  // 2: etcd.v1.Etcd.GetStatus:input_type -> etcd.v1.GetStatusRequest
-	3,  // 3: etcd.v1.Etcd.StreamSnapshot:input_type -> etcd.v1.StreamSnapshotRequest
-	5,  // 4: etcd.v1.Etcd.ForfeitLeadership:input_type -> etcd.v1.ForfeitLeadershipRequest
-	7,  // 5: etcd.v1.Etcd.RemoveMember:input_type -> etcd.v1.RemoveMemberRequest
-	9,  // 6: etcd.v1.Etcd.Leave:input_type -> etcd.v1.LeaveRequest
-	11, // 7: etcd.v1.Etcd.Rejoin:input_type -> etcd.v1.RejoinRequest
-	13, // 8: etcd.v1.Etcd.Restore:input_type -> etcd.v1.RestoreRequest
-	15, // 9: etcd.v1.Etcd.Defragment:input_type -> etcd.v1.DefragmentRequest
-	17, // 10: etcd.v1.Etcd.DisarmAlarms:input_type -> etcd.v1.DisarmAlarmsRequest
-	19, // 11: etcd.v1.Peers.AddMember:input_type -> etcd.v1.AddMemberRequest
-	21, // 12: etcd.v1.Peers.Promote:input_type -> etcd.v1.PromoteRequest
-	1,  // 13: etcd.v1.Etcd.GetStatus:output_type -> etcd.v1.Status
-	4,  // 14: etcd.v1.Etcd.StreamSnapshot:output_type -> etcd.v1.Chunk
-	6,  // 15: etcd.v1.Etcd.ForfeitLeadership:output_type -> etcd.v1.ForfeitLeadershipResponse
-	8,  // 16: etcd.v1.Etcd.RemoveMember:output_type -> etcd.v1.RemoveMemberResponse
-	10, // 17: etcd.v1.Etcd.Leave:output_type -> etcd.v1.LeaveResponse
-	12, // 18: etcd.v1.Etcd.Rejoin:output_type -> etcd.v1.RejoinResponse
-	14, // 19: etcd.v1.Etcd.Restore:output_type -> etcd.v1.RestoreResponse
-	16, // 20: etcd.v1.Etcd.Defragment:output_type -> etcd.v1.DefragmentResponse
-	18, // 21: etcd.v1.Etcd.DisarmAlarms:output_type -> etcd.v1.DisarmAlarmsResponse
-	20, // 22: etcd.v1.Peers.AddMember:output_type -> etcd.v1.AddMemberResponse
-	22, // 23: etcd.v1.Peers.Promote:output_type -> etcd.v1.PromoteResponse
-	13, // [13:24] is the sub-list for method output_type
-	2,  // [2:13] is the sub-list for method input_type
-	2,  // [2:2] is the sub-list for extension type_name
-	2,  // [2:2] is the sub-list for extension extendee
-	0,  // [0:2] is the sub-list for field type_name
+	7,  // 1: etcd.v1.ListSnapshotsResponse.snapshots:type_name -> etcd.v1.Snapshot
+	26, // 2: etcd.v1.Snapshot.made:type_name -> google.protobuf.Timestamp
+	2,  // 3: etcd.v1.AddMemberResponse.members:type_name -> etcd.v1.Member
+	0,  // 4: etcd.v1.Etcd.GetStatus:input_type -> etcd.v1.GetStatusRequest
+	3,  // 5: etcd.v1.Etcd.StreamSnapshot:input_type -> etcd.v1.StreamSnapshotRequest
+	5,  // 6: etcd.v1.Etcd.ListSnapshots:input_type -> etcd.v1.ListSnapshotsRequest
+	8,  // 7: etcd.v1.Etcd.ForfeitLeadership:input_type -> etcd.v1.ForfeitLeadershipRequest
+	10, // 8: etcd.v1.Etcd.RemoveMember:input_type -> etcd.v1.RemoveMemberRequest
+	12, // 9: etcd.v1.Etcd.Leave:input_type -> etcd.v1.LeaveRequest
+	14, // 10: etcd.v1.Etcd.Rejoin:input_type -> etcd.v1.RejoinRequest
+	16, // 11: etcd.v1.Etcd.Restore:input_type -> etcd.v1.RestoreRequest
+	18, // 12: etcd.v1.Etcd.Defragment:input_type -> etcd.v1.DefragmentRequest
+	20, // 13: etcd.v1.Etcd.DisarmAlarms:input_type -> etcd.v1.DisarmAlarmsRequest
+	22, // 14: etcd.v1.Peers.AddMember:input_type -> etcd.v1.AddMemberRequest
+	24, // 15: etcd.v1.Peers.Promote:input_type -> etcd.v1.PromoteRequest
+	1,  // 16: etcd.v1.Etcd.GetStatus:output_type -> etcd.v1.Status
+	4,  // 17: etcd.v1.Etcd.StreamSnapshot:output_type -> etcd.v1.Chunk
+	6,  // 18: etcd.v1.Etcd.ListSnapshots:output_type -> etcd.v1.ListSnapshotsResponse
+	9,  // 19: etcd.v1.Etcd.ForfeitLeadership:output_type -> etcd.v1.ForfeitLeadershipResponse
+	11, // 20: etcd.v1.Etcd.RemoveMember:output_type -> etcd.v1.RemoveMemberResponse
+	13, // 21: etcd.v1.Etcd.Leave:output_type -> etcd.v1.LeaveResponse
+	15, // 22: etcd.v1.Etcd.Rejoin:output_type -> etcd.v1.RejoinResponse
+	17, // 23: etcd.v1.Etcd.Restore:output_type -> etcd.v1.RestoreResponse
+	19, // 24: etcd.v1.Etcd.Defragment:output_type -> etcd.v1.DefragmentResponse
+	21, // 25: etcd.v1.Etcd.DisarmAlarms:output_type -> etcd.v1.DisarmAlarmsResponse
+	23, // 26: etcd.v1.Peers.AddMember:output_type -> etcd.v1.AddMemberResponse
+	25, // 27: etcd.v1.Peers.Promote:output_type -> etcd.v1.PromoteResponse
+	16, // [16:28] is the sub-list for method output_type
+	4,  // [4:16] is the sub-list for method input_type
+	4,  // [4:4] is the sub-list for extension type_name
+	4,  // [4:4] is the sub-list for extension extendee
+	0,  // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_etcd_v1_etcd_proto_init() }
@@ -1283,7 +1501,7 @@ func file_etcd_v1_etcd_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_etcd_v1_etcd_proto_rawDesc), len(file_etcd_v1_etcd_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -23,6 +23,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Etcd_GetStatus_FullMethodName         = "/etcd.v1.Etcd/GetStatus"
 	Etcd_StreamSnapshot_FullMethodName    = "/etcd.v1.Etcd/StreamSnapshot"
+	Etcd_ListSnapshots_FullMethodName     = "/etcd.v1.Etcd/ListSnapshots"
 	Etcd_ForfeitLeadership_FullMethodName = "/etcd.v1.Etcd/ForfeitLeadership"
 	Etcd_RemoveMember_FullMethodName      = "/etcd.v1.Etcd/RemoveMember"
 	Etcd_Leave_FullMethodName             = "/etcd.v1.Etcd/Leave"
@@ -40,8 +41,11 @@ const (
 type EtcdClient interface {
 	// GetStatus returns what the member says of itself.
 	GetStatus(ctx context.Context, in *GetStatusRequest, opts ...grpc.CallOption) (*Status, error)
-	// StreamSnapshot sends a snapshot of the whole database; its last 32 bytes are the SHA-256 that etcd checks on restore.
+	// StreamSnapshot sends a snapshot of the whole database, as it is now or one that ListSnapshots names; its last 32 bytes are the SHA-256 that etcd checks on restore.
+	// NOT_FOUND if there is none of that name.
 	StreamSnapshot(ctx context.Context, in *StreamSnapshotRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Chunk], error)
+	// ListSnapshots returns those that this node has made by its schedule, the oldest first, and how the last try ended.
+	ListSnapshots(ctx context.Context, in *ListSnapshotsRequest, opts ...grpc.CallOption) (*ListSnapshotsResponse, error)
 	// ForfeitLeadership hands leadership to another voter; it changes nothing if this member does not lead, or is alone.
 	ForfeitLeadership(ctx context.Context, in *ForfeitLeadershipRequest, opts ...grpc.CallOption) (*ForfeitLeadershipResponse, error)
 	// RemoveMember removes another member. FAILED_PRECONDITION if the rest would have no quorum of members that answer, or it is this one: see Leave.
@@ -97,6 +101,16 @@ func (c *etcdClient) StreamSnapshot(ctx context.Context, in *StreamSnapshotReque
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Etcd_StreamSnapshotClient = grpc.ServerStreamingClient[Chunk]
+
+func (c *etcdClient) ListSnapshots(ctx context.Context, in *ListSnapshotsRequest, opts ...grpc.CallOption) (*ListSnapshotsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListSnapshotsResponse)
+	err := c.cc.Invoke(ctx, Etcd_ListSnapshots_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
 
 func (c *etcdClient) ForfeitLeadership(ctx context.Context, in *ForfeitLeadershipRequest, opts ...grpc.CallOption) (*ForfeitLeadershipResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -179,8 +193,11 @@ func (c *etcdClient) DisarmAlarms(ctx context.Context, in *DisarmAlarmsRequest, 
 type EtcdServer interface {
 	// GetStatus returns what the member says of itself.
 	GetStatus(context.Context, *GetStatusRequest) (*Status, error)
-	// StreamSnapshot sends a snapshot of the whole database; its last 32 bytes are the SHA-256 that etcd checks on restore.
+	// StreamSnapshot sends a snapshot of the whole database, as it is now or one that ListSnapshots names; its last 32 bytes are the SHA-256 that etcd checks on restore.
+	// NOT_FOUND if there is none of that name.
 	StreamSnapshot(*StreamSnapshotRequest, grpc.ServerStreamingServer[Chunk]) error
+	// ListSnapshots returns those that this node has made by its schedule, the oldest first, and how the last try ended.
+	ListSnapshots(context.Context, *ListSnapshotsRequest) (*ListSnapshotsResponse, error)
 	// ForfeitLeadership hands leadership to another voter; it changes nothing if this member does not lead, or is alone.
 	ForfeitLeadership(context.Context, *ForfeitLeadershipRequest) (*ForfeitLeadershipResponse, error)
 	// RemoveMember removes another member. FAILED_PRECONDITION if the rest would have no quorum of members that answer, or it is this one: see Leave.
@@ -213,6 +230,9 @@ func (UnimplementedEtcdServer) GetStatus(context.Context, *GetStatusRequest) (*S
 }
 func (UnimplementedEtcdServer) StreamSnapshot(*StreamSnapshotRequest, grpc.ServerStreamingServer[Chunk]) error {
 	return status.Error(codes.Unimplemented, "method StreamSnapshot not implemented")
+}
+func (UnimplementedEtcdServer) ListSnapshots(context.Context, *ListSnapshotsRequest) (*ListSnapshotsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListSnapshots not implemented")
 }
 func (UnimplementedEtcdServer) ForfeitLeadership(context.Context, *ForfeitLeadershipRequest) (*ForfeitLeadershipResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ForfeitLeadership not implemented")
@@ -284,6 +304,24 @@ func _Etcd_StreamSnapshot_Handler(srv interface{}, stream grpc.ServerStream) err
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Etcd_StreamSnapshotServer = grpc.ServerStreamingServer[Chunk]
+
+func _Etcd_ListSnapshots_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListSnapshotsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EtcdServer).ListSnapshots(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Etcd_ListSnapshots_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EtcdServer).ListSnapshots(ctx, req.(*ListSnapshotsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
 
 func _Etcd_ForfeitLeadership_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ForfeitLeadershipRequest)
@@ -410,6 +448,10 @@ var Etcd_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetStatus",
 			Handler:    _Etcd_GetStatus_Handler,
+		},
+		{
+			MethodName: "ListSnapshots",
+			Handler:    _Etcd_ListSnapshots_Handler,
 		},
 		{
 			MethodName: "ForfeitLeadership",

@@ -87,7 +87,7 @@ func (x Boot_End) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Boot_End.Descriptor instead.
 func (Boot_End) EnumDescriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{25, 0}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{27, 0}
 }
 
 type GetVersionRequest struct {
@@ -919,6 +919,271 @@ func (x *Event) GetText() string {
 	return ""
 }
 
+type GetAuditRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only records from this time on, by the node's clock.
+	Since *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=since,proto3" json:"since,omitempty"`
+	// Only calls of this caller; "" for all.
+	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	// Only calls of methods with this in their full name, for example "Config/Apply"; "" for all.
+	Method string `protobuf:"bytes,3,opt,name=method,proto3" json:"method,omitempty"`
+	// Only calls that changed something: they succeeded, and their method is not one that only reads.
+	Changed bool `protobuf:"varint,4,opt,name=changed,proto3" json:"changed,omitempty"`
+	// Keep sending what comes.
+	Follow        bool `protobuf:"varint,5,opt,name=follow,proto3" json:"follow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetAuditRequest) Reset() {
+	*x = GetAuditRequest{}
+	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetAuditRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetAuditRequest) ProtoMessage() {}
+
+func (x *GetAuditRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetAuditRequest.ProtoReflect.Descriptor instead.
+func (*GetAuditRequest) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *GetAuditRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *GetAuditRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *GetAuditRequest) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *GetAuditRequest) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+func (x *GetAuditRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+type AuditRecord struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The log's random name: another one says that the log began anew.
+	Chain string `protobuf:"bytes,1,opt,name=chain,proto3" json:"chain,omitempty"`
+	// From 1, without gaps.
+	Sequence uint64                 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Time     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=time,proto3" json:"time,omitempty"`
+	// The kernel's id of the boot.
+	BootId string `protobuf:"bytes,4,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	// "call"; or "start", "torn", "lost", "rotated", which are about the log itself and have a note.
+	Kind  string   `protobuf:"bytes,5,opt,name=kind,proto3" json:"kind,omitempty"`
+	Who   string   `protobuf:"bytes,6,opt,name=who,proto3" json:"who,omitempty"`
+	Roles []string `protobuf:"bytes,7,rep,name=roles,proto3" json:"roles,omitempty"`
+	// The full method, "/service/Method", or "unknown".
+	Method string `protobuf:"bytes,8,opt,name=method,proto3" json:"method,omitempty"`
+	// The caller's address, or "gateway ADDRESS", or a daemon.
+	Peer string `protobuf:"bytes,9,opt,name=peer,proto3" json:"peer,omitempty"`
+	Node string `protobuf:"bytes,10,opt,name=node,proto3" json:"node,omitempty"`
+	// The node to which the call was passed on; "" if it was answered here.
+	Target string `protobuf:"bytes,11,opt,name=target,proto3" json:"target,omitempty"`
+	// The control plane that passed it on; "" if none did.
+	Via string `protobuf:"bytes,12,opt,name=via,proto3" json:"via,omitempty"`
+	// The outcome as gRPC names it: "OK", "PermissionDenied".
+	Code string `protobuf:"bytes,13,opt,name=code,proto3" json:"code,omitempty"`
+	// The method is one that changes something.
+	Change bool   `protobuf:"varint,14,opt,name=change,proto3" json:"change,omitempty"`
+	Note   string `protobuf:"bytes,15,opt,name=note,proto3" json:"note,omitempty"`
+	// SHA-256 that the next record names, hexadecimal.
+	Hash string `protobuf:"bytes,16,opt,name=hash,proto3" json:"hash,omitempty"`
+	// The record as it is stored: what the hash is of.
+	Line          string `protobuf:"bytes,17,opt,name=line,proto3" json:"line,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditRecord) Reset() {
+	*x = AuditRecord{}
+	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditRecord) ProtoMessage() {}
+
+func (x *AuditRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
+func (*AuditRecord) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *AuditRecord) GetChain() string {
+	if x != nil {
+		return x.Chain
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *AuditRecord) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *AuditRecord) GetBootId() string {
+	if x != nil {
+		return x.BootId
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetWho() string {
+	if x != nil {
+		return x.Who
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetRoles() []string {
+	if x != nil {
+		return x.Roles
+	}
+	return nil
+}
+
+func (x *AuditRecord) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetVia() string {
+	if x != nil {
+		return x.Via
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetCode() string {
+	if x != nil {
+		return x.Code
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetChange() bool {
+	if x != nil {
+		return x.Change
+	}
+	return false
+}
+
+func (x *AuditRecord) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetHash() string {
+	if x != nil {
+		return x.Hash
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetLine() string {
+	if x != nil {
+		return x.Line
+	}
+	return ""
+}
+
 type TellEventRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// One word, for example "update".
@@ -931,7 +1196,7 @@ type TellEventRequest struct {
 
 func (x *TellEventRequest) Reset() {
 	*x = TellEventRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	mi := &file_machine_v1_machine_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -943,7 +1208,7 @@ func (x *TellEventRequest) String() string {
 func (*TellEventRequest) ProtoMessage() {}
 
 func (x *TellEventRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	mi := &file_machine_v1_machine_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -956,7 +1221,7 @@ func (x *TellEventRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TellEventRequest.ProtoReflect.Descriptor instead.
 func (*TellEventRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{15}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TellEventRequest) GetType() string {
@@ -981,7 +1246,7 @@ type TellEventResponse struct {
 
 func (x *TellEventResponse) Reset() {
 	*x = TellEventResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	mi := &file_machine_v1_machine_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -993,7 +1258,7 @@ func (x *TellEventResponse) String() string {
 func (*TellEventResponse) ProtoMessage() {}
 
 func (x *TellEventResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	mi := &file_machine_v1_machine_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1006,7 +1271,7 @@ func (x *TellEventResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TellEventResponse.ProtoReflect.Descriptor instead.
 func (*TellEventResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{16}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{18}
 }
 
 type ListMetricsRequest struct {
@@ -1017,7 +1282,7 @@ type ListMetricsRequest struct {
 
 func (x *ListMetricsRequest) Reset() {
 	*x = ListMetricsRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[17]
+	mi := &file_machine_v1_machine_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +1294,7 @@ func (x *ListMetricsRequest) String() string {
 func (*ListMetricsRequest) ProtoMessage() {}
 
 func (x *ListMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[17]
+	mi := &file_machine_v1_machine_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +1307,7 @@ func (x *ListMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMetricsRequest.ProtoReflect.Descriptor instead.
 func (*ListMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{17}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{19}
 }
 
 type ListMetricsResponse struct {
@@ -1054,7 +1319,7 @@ type ListMetricsResponse struct {
 
 func (x *ListMetricsResponse) Reset() {
 	*x = ListMetricsResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[18]
+	mi := &file_machine_v1_machine_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1066,7 +1331,7 @@ func (x *ListMetricsResponse) String() string {
 func (*ListMetricsResponse) ProtoMessage() {}
 
 func (x *ListMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[18]
+	mi := &file_machine_v1_machine_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1079,7 +1344,7 @@ func (x *ListMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMetricsResponse.ProtoReflect.Descriptor instead.
 func (*ListMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{18}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListMetricsResponse) GetDaemons() []*DaemonMetrics {
@@ -1101,7 +1366,7 @@ type DaemonMetrics struct {
 
 func (x *DaemonMetrics) Reset() {
 	*x = DaemonMetrics{}
-	mi := &file_machine_v1_machine_proto_msgTypes[19]
+	mi := &file_machine_v1_machine_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1113,7 +1378,7 @@ func (x *DaemonMetrics) String() string {
 func (*DaemonMetrics) ProtoMessage() {}
 
 func (x *DaemonMetrics) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[19]
+	mi := &file_machine_v1_machine_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1126,7 +1391,7 @@ func (x *DaemonMetrics) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DaemonMetrics.ProtoReflect.Descriptor instead.
 func (*DaemonMetrics) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{19}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DaemonMetrics) GetDaemon() string {
@@ -1158,7 +1423,7 @@ type GetSecurityRequest struct {
 
 func (x *GetSecurityRequest) Reset() {
 	*x = GetSecurityRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	mi := &file_machine_v1_machine_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1170,7 +1435,7 @@ func (x *GetSecurityRequest) String() string {
 func (*GetSecurityRequest) ProtoMessage() {}
 
 func (x *GetSecurityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	mi := &file_machine_v1_machine_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1183,7 +1448,7 @@ func (x *GetSecurityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSecurityRequest.ProtoReflect.Descriptor instead.
 func (*GetSecurityRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{20}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{22}
 }
 
 type GetSecurityResponse struct {
@@ -1195,7 +1460,7 @@ type GetSecurityResponse struct {
 
 func (x *GetSecurityResponse) Reset() {
 	*x = GetSecurityResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	mi := &file_machine_v1_machine_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1207,7 +1472,7 @@ func (x *GetSecurityResponse) String() string {
 func (*GetSecurityResponse) ProtoMessage() {}
 
 func (x *GetSecurityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	mi := &file_machine_v1_machine_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1220,7 +1485,7 @@ func (x *GetSecurityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSecurityResponse.ProtoReflect.Descriptor instead.
 func (*GetSecurityResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{21}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetSecurityResponse) GetSettings() []*SecuritySetting {
@@ -1251,7 +1516,7 @@ type SecuritySetting struct {
 
 func (x *SecuritySetting) Reset() {
 	*x = SecuritySetting{}
-	mi := &file_machine_v1_machine_proto_msgTypes[22]
+	mi := &file_machine_v1_machine_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1263,7 +1528,7 @@ func (x *SecuritySetting) String() string {
 func (*SecuritySetting) ProtoMessage() {}
 
 func (x *SecuritySetting) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[22]
+	mi := &file_machine_v1_machine_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1276,7 +1541,7 @@ func (x *SecuritySetting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecuritySetting.ProtoReflect.Descriptor instead.
 func (*SecuritySetting) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{22}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SecuritySetting) GetName() string {
@@ -1329,7 +1594,7 @@ type ListBootsRequest struct {
 
 func (x *ListBootsRequest) Reset() {
 	*x = ListBootsRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[23]
+	mi := &file_machine_v1_machine_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1341,7 +1606,7 @@ func (x *ListBootsRequest) String() string {
 func (*ListBootsRequest) ProtoMessage() {}
 
 func (x *ListBootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[23]
+	mi := &file_machine_v1_machine_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1354,7 +1619,7 @@ func (x *ListBootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBootsRequest.ProtoReflect.Descriptor instead.
 func (*ListBootsRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{23}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{25}
 }
 
 type ListBootsResponse struct {
@@ -1366,7 +1631,7 @@ type ListBootsResponse struct {
 
 func (x *ListBootsResponse) Reset() {
 	*x = ListBootsResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[24]
+	mi := &file_machine_v1_machine_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1378,7 +1643,7 @@ func (x *ListBootsResponse) String() string {
 func (*ListBootsResponse) ProtoMessage() {}
 
 func (x *ListBootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[24]
+	mi := &file_machine_v1_machine_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1391,7 +1656,7 @@ func (x *ListBootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBootsResponse.ProtoReflect.Descriptor instead.
 func (*ListBootsResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{24}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListBootsResponse) GetBoots() []*Boot {
@@ -1422,7 +1687,7 @@ type Boot struct {
 
 func (x *Boot) Reset() {
 	*x = Boot{}
-	mi := &file_machine_v1_machine_proto_msgTypes[25]
+	mi := &file_machine_v1_machine_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1434,7 +1699,7 @@ func (x *Boot) String() string {
 func (*Boot) ProtoMessage() {}
 
 func (x *Boot) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[25]
+	mi := &file_machine_v1_machine_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1447,7 +1712,7 @@ func (x *Boot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Boot.ProtoReflect.Descriptor instead.
 func (*Boot) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{25}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Boot) GetNumber() uint64 {
@@ -1513,7 +1778,7 @@ type StreamBootLogRequest struct {
 
 func (x *StreamBootLogRequest) Reset() {
 	*x = StreamBootLogRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[26]
+	mi := &file_machine_v1_machine_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1525,7 +1790,7 @@ func (x *StreamBootLogRequest) String() string {
 func (*StreamBootLogRequest) ProtoMessage() {}
 
 func (x *StreamBootLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[26]
+	mi := &file_machine_v1_machine_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1538,7 +1803,7 @@ func (x *StreamBootLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamBootLogRequest.ProtoReflect.Descriptor instead.
 func (*StreamBootLogRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{26}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StreamBootLogRequest) GetBoot() int64 {
@@ -1575,7 +1840,7 @@ type BootLogLine struct {
 
 func (x *BootLogLine) Reset() {
 	*x = BootLogLine{}
-	mi := &file_machine_v1_machine_proto_msgTypes[27]
+	mi := &file_machine_v1_machine_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1587,7 +1852,7 @@ func (x *BootLogLine) String() string {
 func (*BootLogLine) ProtoMessage() {}
 
 func (x *BootLogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[27]
+	mi := &file_machine_v1_machine_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1600,7 +1865,7 @@ func (x *BootLogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BootLogLine.ProtoReflect.Descriptor instead.
 func (*BootLogLine) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{27}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *BootLogLine) GetTime() *timestamppb.Timestamp {
@@ -1632,7 +1897,7 @@ type RebootRequest struct {
 
 func (x *RebootRequest) Reset() {
 	*x = RebootRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[28]
+	mi := &file_machine_v1_machine_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1644,7 +1909,7 @@ func (x *RebootRequest) String() string {
 func (*RebootRequest) ProtoMessage() {}
 
 func (x *RebootRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[28]
+	mi := &file_machine_v1_machine_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1657,7 +1922,7 @@ func (x *RebootRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootRequest.ProtoReflect.Descriptor instead.
 func (*RebootRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{28}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{30}
 }
 
 type RebootResponse struct {
@@ -1668,7 +1933,7 @@ type RebootResponse struct {
 
 func (x *RebootResponse) Reset() {
 	*x = RebootResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[29]
+	mi := &file_machine_v1_machine_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1680,7 +1945,7 @@ func (x *RebootResponse) String() string {
 func (*RebootResponse) ProtoMessage() {}
 
 func (x *RebootResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[29]
+	mi := &file_machine_v1_machine_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1693,7 +1958,7 @@ func (x *RebootResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootResponse.ProtoReflect.Descriptor instead.
 func (*RebootResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{29}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{31}
 }
 
 type ShutdownRequest struct {
@@ -1704,7 +1969,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[30]
+	mi := &file_machine_v1_machine_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1716,7 +1981,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[30]
+	mi := &file_machine_v1_machine_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1729,7 +1994,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{30}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{32}
 }
 
 type ShutdownResponse struct {
@@ -1740,7 +2005,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[31]
+	mi := &file_machine_v1_machine_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1752,7 +2017,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[31]
+	mi := &file_machine_v1_machine_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1765,7 +2030,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{31}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{33}
 }
 
 type ResetRequest struct {
@@ -1784,7 +2049,7 @@ type ResetRequest struct {
 
 func (x *ResetRequest) Reset() {
 	*x = ResetRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[32]
+	mi := &file_machine_v1_machine_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1796,7 +2061,7 @@ func (x *ResetRequest) String() string {
 func (*ResetRequest) ProtoMessage() {}
 
 func (x *ResetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[32]
+	mi := &file_machine_v1_machine_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1809,7 +2074,7 @@ func (x *ResetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetRequest.ProtoReflect.Descriptor instead.
 func (*ResetRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{32}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ResetRequest) GetNode() string {
@@ -1856,7 +2121,7 @@ type ResetProgress struct {
 
 func (x *ResetProgress) Reset() {
 	*x = ResetProgress{}
-	mi := &file_machine_v1_machine_proto_msgTypes[33]
+	mi := &file_machine_v1_machine_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1868,7 +2133,7 @@ func (x *ResetProgress) String() string {
 func (*ResetProgress) ProtoMessage() {}
 
 func (x *ResetProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[33]
+	mi := &file_machine_v1_machine_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1881,7 +2146,7 @@ func (x *ResetProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetProgress.ProtoReflect.Descriptor instead.
 func (*ResetProgress) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{33}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ResetProgress) GetStep() string {
@@ -1968,7 +2233,32 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04type\x12\x12\n" +
-	"\x04text\x18\x04 \x01(\tR\x04text\":\n" +
+	"\x04text\x18\x04 \x01(\tR\x04text\"\xa1\x01\n" +
+	"\x0fGetAuditRequest\x120\n" +
+	"\x05since\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x16\n" +
+	"\x06method\x18\x03 \x01(\tR\x06method\x12\x18\n" +
+	"\achanged\x18\x04 \x01(\bR\achanged\x12\x16\n" +
+	"\x06follow\x18\x05 \x01(\bR\x06follow\"\x96\x03\n" +
+	"\vAuditRecord\x12\x14\n" +
+	"\x05chain\x18\x01 \x01(\tR\x05chain\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12.\n" +
+	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x17\n" +
+	"\aboot_id\x18\x04 \x01(\tR\x06bootId\x12\x12\n" +
+	"\x04kind\x18\x05 \x01(\tR\x04kind\x12\x10\n" +
+	"\x03who\x18\x06 \x01(\tR\x03who\x12\x14\n" +
+	"\x05roles\x18\a \x03(\tR\x05roles\x12\x16\n" +
+	"\x06method\x18\b \x01(\tR\x06method\x12\x12\n" +
+	"\x04peer\x18\t \x01(\tR\x04peer\x12\x12\n" +
+	"\x04node\x18\n" +
+	" \x01(\tR\x04node\x12\x16\n" +
+	"\x06target\x18\v \x01(\tR\x06target\x12\x10\n" +
+	"\x03via\x18\f \x01(\tR\x03via\x12\x12\n" +
+	"\x04code\x18\r \x01(\tR\x04code\x12\x16\n" +
+	"\x06change\x18\x0e \x01(\bR\x06change\x12\x12\n" +
+	"\x04note\x18\x0f \x01(\tR\x04note\x12\x12\n" +
+	"\x04hash\x18\x10 \x01(\tR\x04hash\x12\x12\n" +
+	"\x04line\x18\x11 \x01(\tR\x04line\":\n" +
 	"\x10TellEventRequest\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"\x13\n" +
@@ -2030,7 +2320,7 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\n" +
 	"elapsed_ms\x18\x02 \x01(\x04R\telapsedMs\x12\x14\n" +
 	"\x05begun\x18\x03 \x01(\bR\x05begun\x12\x14\n" +
-	"\x05facts\x18\x04 \x03(\tR\x05facts2\xd1\f\n" +
+	"\x05facts\x18\x04 \x03(\tR\x05facts2\xb0\r\n" +
 	"\aMachine\x12h\n" +
 	"\n" +
 	"GetVersion\x12\x1d.machine.v1.GetVersionRequest\x1a\x1e.machine.v1.GetVersionResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/version\x90\x02\x01\x12d\n" +
@@ -2042,7 +2332,8 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"StreamLogs\x12\x1d.machine.v1.StreamLogsRequest\x1a\x13.machine.v1.LogLine\"(\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x1a\x12\x18/v1/services/{name}/logs\x90\x02\x010\x01\x12l\n" +
 	"\x0fStreamKernelLog\x12\".machine.v1.StreamKernelLogRequest\x1a\x13.machine.v1.LogLine\"\x1e\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/kernel/log\x90\x02\x010\x01\x12`\n" +
 	"\fStreamEvents\x12\x1f.machine.v1.StreamEventsRequest\x1a\x11.machine.v1.Event\"\x1a\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\f\x12\n" +
-	"/v1/events\x90\x02\x010\x01\x12O\n" +
+	"/v1/events\x90\x02\x010\x01\x12]\n" +
+	"\bGetAudit\x12\x1b.machine.v1.GetAuditRequest\x1a\x17.machine.v1.AuditRecord\"\x19\xaa\xbb\x18\x01\x04\x82\xd3\xe4\x93\x02\v\x12\t/v1/audit\x90\x02\x010\x01\x12O\n" +
 	"\tTellEvent\x12\x1c.machine.v1.TellEventRequest\x1a\x1d.machine.v1.TellEventResponse\"\x05\xaa\xbb\x18\x01\x01\x12k\n" +
 	"\vListMetrics\x12\x1e.machine.v1.ListMetricsRequest\x1a\x1f.machine.v1.ListMetricsResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/metrics\x90\x02\x01\x12l\n" +
 	"\vGetSecurity\x12\x1e.machine.v1.GetSecurityRequest\x1a\x1f.machine.v1.GetSecurityResponse\"\x1c\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x0e\x12\f/v1/security\x90\x02\x01\x12c\n" +
@@ -2065,7 +2356,7 @@ func file_machine_v1_machine_proto_rawDescGZIP() []byte {
 }
 
 var file_machine_v1_machine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_machine_v1_machine_proto_goTypes = []any{
 	(Boot_End)(0),                  // 0: machine.v1.Boot.End
 	(*GetVersionRequest)(nil),      // 1: machine.v1.GetVersionRequest
@@ -2083,77 +2374,83 @@ var file_machine_v1_machine_proto_goTypes = []any{
 	(*LogLine)(nil),                // 13: machine.v1.LogLine
 	(*StreamEventsRequest)(nil),    // 14: machine.v1.StreamEventsRequest
 	(*Event)(nil),                  // 15: machine.v1.Event
-	(*TellEventRequest)(nil),       // 16: machine.v1.TellEventRequest
-	(*TellEventResponse)(nil),      // 17: machine.v1.TellEventResponse
-	(*ListMetricsRequest)(nil),     // 18: machine.v1.ListMetricsRequest
-	(*ListMetricsResponse)(nil),    // 19: machine.v1.ListMetricsResponse
-	(*DaemonMetrics)(nil),          // 20: machine.v1.DaemonMetrics
-	(*GetSecurityRequest)(nil),     // 21: machine.v1.GetSecurityRequest
-	(*GetSecurityResponse)(nil),    // 22: machine.v1.GetSecurityResponse
-	(*SecuritySetting)(nil),        // 23: machine.v1.SecuritySetting
-	(*ListBootsRequest)(nil),       // 24: machine.v1.ListBootsRequest
-	(*ListBootsResponse)(nil),      // 25: machine.v1.ListBootsResponse
-	(*Boot)(nil),                   // 26: machine.v1.Boot
-	(*StreamBootLogRequest)(nil),   // 27: machine.v1.StreamBootLogRequest
-	(*BootLogLine)(nil),            // 28: machine.v1.BootLogLine
-	(*RebootRequest)(nil),          // 29: machine.v1.RebootRequest
-	(*RebootResponse)(nil),         // 30: machine.v1.RebootResponse
-	(*ShutdownRequest)(nil),        // 31: machine.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),       // 32: machine.v1.ShutdownResponse
-	(*ResetRequest)(nil),           // 33: machine.v1.ResetRequest
-	(*ResetProgress)(nil),          // 34: machine.v1.ResetProgress
-	(*timestamppb.Timestamp)(nil),  // 35: google.protobuf.Timestamp
-	(*v1.Family)(nil),              // 36: control.v1.Family
+	(*GetAuditRequest)(nil),        // 16: machine.v1.GetAuditRequest
+	(*AuditRecord)(nil),            // 17: machine.v1.AuditRecord
+	(*TellEventRequest)(nil),       // 18: machine.v1.TellEventRequest
+	(*TellEventResponse)(nil),      // 19: machine.v1.TellEventResponse
+	(*ListMetricsRequest)(nil),     // 20: machine.v1.ListMetricsRequest
+	(*ListMetricsResponse)(nil),    // 21: machine.v1.ListMetricsResponse
+	(*DaemonMetrics)(nil),          // 22: machine.v1.DaemonMetrics
+	(*GetSecurityRequest)(nil),     // 23: machine.v1.GetSecurityRequest
+	(*GetSecurityResponse)(nil),    // 24: machine.v1.GetSecurityResponse
+	(*SecuritySetting)(nil),        // 25: machine.v1.SecuritySetting
+	(*ListBootsRequest)(nil),       // 26: machine.v1.ListBootsRequest
+	(*ListBootsResponse)(nil),      // 27: machine.v1.ListBootsResponse
+	(*Boot)(nil),                   // 28: machine.v1.Boot
+	(*StreamBootLogRequest)(nil),   // 29: machine.v1.StreamBootLogRequest
+	(*BootLogLine)(nil),            // 30: machine.v1.BootLogLine
+	(*RebootRequest)(nil),          // 31: machine.v1.RebootRequest
+	(*RebootResponse)(nil),         // 32: machine.v1.RebootResponse
+	(*ShutdownRequest)(nil),        // 33: machine.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),       // 34: machine.v1.ShutdownResponse
+	(*ResetRequest)(nil),           // 35: machine.v1.ResetRequest
+	(*ResetProgress)(nil),          // 36: machine.v1.ResetProgress
+	(*timestamppb.Timestamp)(nil),  // 37: google.protobuf.Timestamp
+	(*v1.Family)(nil),              // 38: control.v1.Family
 }
 var file_machine_v1_machine_proto_depIdxs = []int32{
 	5,  // 0: machine.v1.GetHealthResponse.checks:type_name -> machine.v1.Check
 	8,  // 1: machine.v1.ListServicesResponse.services:type_name -> machine.v1.Service
-	35, // 2: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
-	35, // 3: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	35, // 4: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
-	20, // 5: machine.v1.ListMetricsResponse.daemons:type_name -> machine.v1.DaemonMetrics
-	36, // 6: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
-	23, // 7: machine.v1.GetSecurityResponse.settings:type_name -> machine.v1.SecuritySetting
-	26, // 8: machine.v1.ListBootsResponse.boots:type_name -> machine.v1.Boot
-	35, // 9: machine.v1.Boot.started:type_name -> google.protobuf.Timestamp
-	0,  // 10: machine.v1.Boot.end:type_name -> machine.v1.Boot.End
-	35, // 11: machine.v1.Boot.last_seen:type_name -> google.protobuf.Timestamp
-	35, // 12: machine.v1.BootLogLine.time:type_name -> google.protobuf.Timestamp
-	1,  // 13: machine.v1.Machine.GetVersion:input_type -> machine.v1.GetVersionRequest
-	3,  // 14: machine.v1.Machine.GetHealth:input_type -> machine.v1.GetHealthRequest
-	6,  // 15: machine.v1.Machine.ListServices:input_type -> machine.v1.ListServicesRequest
-	9,  // 16: machine.v1.Machine.RestartService:input_type -> machine.v1.RestartServiceRequest
-	11, // 17: machine.v1.Machine.StreamLogs:input_type -> machine.v1.StreamLogsRequest
-	12, // 18: machine.v1.Machine.StreamKernelLog:input_type -> machine.v1.StreamKernelLogRequest
-	14, // 19: machine.v1.Machine.StreamEvents:input_type -> machine.v1.StreamEventsRequest
-	16, // 20: machine.v1.Machine.TellEvent:input_type -> machine.v1.TellEventRequest
-	18, // 21: machine.v1.Machine.ListMetrics:input_type -> machine.v1.ListMetricsRequest
-	21, // 22: machine.v1.Machine.GetSecurity:input_type -> machine.v1.GetSecurityRequest
-	24, // 23: machine.v1.Machine.ListBoots:input_type -> machine.v1.ListBootsRequest
-	27, // 24: machine.v1.Machine.StreamBootLog:input_type -> machine.v1.StreamBootLogRequest
-	29, // 25: machine.v1.Machine.Reboot:input_type -> machine.v1.RebootRequest
-	31, // 26: machine.v1.Machine.Shutdown:input_type -> machine.v1.ShutdownRequest
-	33, // 27: machine.v1.Machine.Reset:input_type -> machine.v1.ResetRequest
-	2,  // 28: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
-	4,  // 29: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
-	7,  // 30: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
-	10, // 31: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
-	13, // 32: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
-	13, // 33: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
-	15, // 34: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
-	17, // 35: machine.v1.Machine.TellEvent:output_type -> machine.v1.TellEventResponse
-	19, // 36: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
-	22, // 37: machine.v1.Machine.GetSecurity:output_type -> machine.v1.GetSecurityResponse
-	25, // 38: machine.v1.Machine.ListBoots:output_type -> machine.v1.ListBootsResponse
-	28, // 39: machine.v1.Machine.StreamBootLog:output_type -> machine.v1.BootLogLine
-	30, // 40: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
-	32, // 41: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
-	34, // 42: machine.v1.Machine.Reset:output_type -> machine.v1.ResetProgress
-	28, // [28:43] is the sub-list for method output_type
-	13, // [13:28] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	37, // 2: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
+	37, // 3: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	37, // 4: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
+	37, // 5: machine.v1.GetAuditRequest.since:type_name -> google.protobuf.Timestamp
+	37, // 6: machine.v1.AuditRecord.time:type_name -> google.protobuf.Timestamp
+	22, // 7: machine.v1.ListMetricsResponse.daemons:type_name -> machine.v1.DaemonMetrics
+	38, // 8: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
+	25, // 9: machine.v1.GetSecurityResponse.settings:type_name -> machine.v1.SecuritySetting
+	28, // 10: machine.v1.ListBootsResponse.boots:type_name -> machine.v1.Boot
+	37, // 11: machine.v1.Boot.started:type_name -> google.protobuf.Timestamp
+	0,  // 12: machine.v1.Boot.end:type_name -> machine.v1.Boot.End
+	37, // 13: machine.v1.Boot.last_seen:type_name -> google.protobuf.Timestamp
+	37, // 14: machine.v1.BootLogLine.time:type_name -> google.protobuf.Timestamp
+	1,  // 15: machine.v1.Machine.GetVersion:input_type -> machine.v1.GetVersionRequest
+	3,  // 16: machine.v1.Machine.GetHealth:input_type -> machine.v1.GetHealthRequest
+	6,  // 17: machine.v1.Machine.ListServices:input_type -> machine.v1.ListServicesRequest
+	9,  // 18: machine.v1.Machine.RestartService:input_type -> machine.v1.RestartServiceRequest
+	11, // 19: machine.v1.Machine.StreamLogs:input_type -> machine.v1.StreamLogsRequest
+	12, // 20: machine.v1.Machine.StreamKernelLog:input_type -> machine.v1.StreamKernelLogRequest
+	14, // 21: machine.v1.Machine.StreamEvents:input_type -> machine.v1.StreamEventsRequest
+	16, // 22: machine.v1.Machine.GetAudit:input_type -> machine.v1.GetAuditRequest
+	18, // 23: machine.v1.Machine.TellEvent:input_type -> machine.v1.TellEventRequest
+	20, // 24: machine.v1.Machine.ListMetrics:input_type -> machine.v1.ListMetricsRequest
+	23, // 25: machine.v1.Machine.GetSecurity:input_type -> machine.v1.GetSecurityRequest
+	26, // 26: machine.v1.Machine.ListBoots:input_type -> machine.v1.ListBootsRequest
+	29, // 27: machine.v1.Machine.StreamBootLog:input_type -> machine.v1.StreamBootLogRequest
+	31, // 28: machine.v1.Machine.Reboot:input_type -> machine.v1.RebootRequest
+	33, // 29: machine.v1.Machine.Shutdown:input_type -> machine.v1.ShutdownRequest
+	35, // 30: machine.v1.Machine.Reset:input_type -> machine.v1.ResetRequest
+	2,  // 31: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
+	4,  // 32: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
+	7,  // 33: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
+	10, // 34: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
+	13, // 35: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
+	13, // 36: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
+	15, // 37: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
+	17, // 38: machine.v1.Machine.GetAudit:output_type -> machine.v1.AuditRecord
+	19, // 39: machine.v1.Machine.TellEvent:output_type -> machine.v1.TellEventResponse
+	21, // 40: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
+	24, // 41: machine.v1.Machine.GetSecurity:output_type -> machine.v1.GetSecurityResponse
+	27, // 42: machine.v1.Machine.ListBoots:output_type -> machine.v1.ListBootsResponse
+	30, // 43: machine.v1.Machine.StreamBootLog:output_type -> machine.v1.BootLogLine
+	32, // 44: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
+	34, // 45: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
+	36, // 46: machine.v1.Machine.Reset:output_type -> machine.v1.ResetProgress
+	31, // [31:47] is the sub-list for method output_type
+	15, // [15:31] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_machine_v1_machine_proto_init() }
@@ -2167,7 +2464,7 @@ func file_machine_v1_machine_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_machine_v1_machine_proto_rawDesc), len(file_machine_v1_machine_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   34,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -28,6 +28,7 @@ const (
 	Machine_StreamLogs_FullMethodName      = "/machine.v1.Machine/StreamLogs"
 	Machine_StreamKernelLog_FullMethodName = "/machine.v1.Machine/StreamKernelLog"
 	Machine_StreamEvents_FullMethodName    = "/machine.v1.Machine/StreamEvents"
+	Machine_GetAudit_FullMethodName        = "/machine.v1.Machine/GetAudit"
 	Machine_TellEvent_FullMethodName       = "/machine.v1.Machine/TellEvent"
 	Machine_ListMetrics_FullMethodName     = "/machine.v1.Machine/ListMetrics"
 	Machine_GetSecurity_FullMethodName     = "/machine.v1.Machine/GetSecurity"
@@ -58,6 +59,9 @@ type MachineClient interface {
 	StreamKernelLog(ctx context.Context, in *StreamKernelLogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogLine], error)
 	// StreamEvents sends what changed on the node.
 	StreamEvents(ctx context.Context, in *StreamEventsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Event], error)
+	// GetAudit sends the audit log, oldest first: every call of a method that a reader may not call. It is kept on STATE: until that is open, this is
+	// FAILED_PRECONDITION. Filters leave records out; without any, the lines are the whole log and can be checked.
+	GetAudit(ctx context.Context, in *GetAuditRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditRecord], error)
 	// TellEvent adds an event. It is for daemons that do what no unit's state and no spec shows.
 	TellEvent(ctx context.Context, in *TellEventRequest, opts ...grpc.CallOption) (*TellEventResponse, error)
 	// ListMetrics returns the figures of every daemon on the node, for Prometheus.
@@ -77,7 +81,8 @@ type MachineClient interface {
 	// Reset makes the node one that nobody owns: it stops all workloads, destroys STATE and VAR such that no key opens them any more, and restarts.
 	// The stream tells how far it is; its last message has facts, and then the machine goes down. It is not stopped by its caller's leaving. If the power
 	// fails, the next start finds the node as it was, or goes on by itself. A wrong node is INVALID_ARGUMENT; FAILED_PRECONDITION, with nothing
-	// changed, if the node cannot leave its cluster or its TPM, unless force is set.
+	// changed, if the node cannot leave its cluster or its TPM, unless force is set. A member of etcd leaves it first, and at the very end, after the facts, the cluster takes
+	// the node off its list: then whoever is connected through another node may lose the stream. If that fails, another message says so.
 	Reset(ctx context.Context, in *ResetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ResetProgress], error)
 }
 
@@ -186,6 +191,25 @@ func (c *machineClient) StreamEvents(ctx context.Context, in *StreamEventsReques
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Machine_StreamEventsClient = grpc.ServerStreamingClient[Event]
 
+func (c *machineClient) GetAudit(ctx context.Context, in *GetAuditRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[AuditRecord], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Machine_ServiceDesc.Streams[3], Machine_GetAudit_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[GetAuditRequest, AuditRecord]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Machine_GetAuditClient = grpc.ServerStreamingClient[AuditRecord]
+
 func (c *machineClient) TellEvent(ctx context.Context, in *TellEventRequest, opts ...grpc.CallOption) (*TellEventResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(TellEventResponse)
@@ -228,7 +252,7 @@ func (c *machineClient) ListBoots(ctx context.Context, in *ListBootsRequest, opt
 
 func (c *machineClient) StreamBootLog(ctx context.Context, in *StreamBootLogRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BootLogLine], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Machine_ServiceDesc.Streams[3], Machine_StreamBootLog_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Machine_ServiceDesc.Streams[4], Machine_StreamBootLog_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -267,7 +291,7 @@ func (c *machineClient) Shutdown(ctx context.Context, in *ShutdownRequest, opts 
 
 func (c *machineClient) Reset(ctx context.Context, in *ResetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ResetProgress], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Machine_ServiceDesc.Streams[4], Machine_Reset_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Machine_ServiceDesc.Streams[5], Machine_Reset_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -304,6 +328,9 @@ type MachineServer interface {
 	StreamKernelLog(*StreamKernelLogRequest, grpc.ServerStreamingServer[LogLine]) error
 	// StreamEvents sends what changed on the node.
 	StreamEvents(*StreamEventsRequest, grpc.ServerStreamingServer[Event]) error
+	// GetAudit sends the audit log, oldest first: every call of a method that a reader may not call. It is kept on STATE: until that is open, this is
+	// FAILED_PRECONDITION. Filters leave records out; without any, the lines are the whole log and can be checked.
+	GetAudit(*GetAuditRequest, grpc.ServerStreamingServer[AuditRecord]) error
 	// TellEvent adds an event. It is for daemons that do what no unit's state and no spec shows.
 	TellEvent(context.Context, *TellEventRequest) (*TellEventResponse, error)
 	// ListMetrics returns the figures of every daemon on the node, for Prometheus.
@@ -323,7 +350,8 @@ type MachineServer interface {
 	// Reset makes the node one that nobody owns: it stops all workloads, destroys STATE and VAR such that no key opens them any more, and restarts.
 	// The stream tells how far it is; its last message has facts, and then the machine goes down. It is not stopped by its caller's leaving. If the power
 	// fails, the next start finds the node as it was, or goes on by itself. A wrong node is INVALID_ARGUMENT; FAILED_PRECONDITION, with nothing
-	// changed, if the node cannot leave its cluster or its TPM, unless force is set.
+	// changed, if the node cannot leave its cluster or its TPM, unless force is set. A member of etcd leaves it first, and at the very end, after the facts, the cluster takes
+	// the node off its list: then whoever is connected through another node may lose the stream. If that fails, another message says so.
 	Reset(*ResetRequest, grpc.ServerStreamingServer[ResetProgress]) error
 	mustEmbedUnimplementedMachineServer()
 }
@@ -355,6 +383,9 @@ func (UnimplementedMachineServer) StreamKernelLog(*StreamKernelLogRequest, grpc.
 }
 func (UnimplementedMachineServer) StreamEvents(*StreamEventsRequest, grpc.ServerStreamingServer[Event]) error {
 	return status.Error(codes.Unimplemented, "method StreamEvents not implemented")
+}
+func (UnimplementedMachineServer) GetAudit(*GetAuditRequest, grpc.ServerStreamingServer[AuditRecord]) error {
+	return status.Error(codes.Unimplemented, "method GetAudit not implemented")
 }
 func (UnimplementedMachineServer) TellEvent(context.Context, *TellEventRequest) (*TellEventResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method TellEvent not implemented")
@@ -505,6 +536,17 @@ func _Machine_StreamEvents_Handler(srv interface{}, stream grpc.ServerStream) er
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Machine_StreamEventsServer = grpc.ServerStreamingServer[Event]
+
+func _Machine_GetAudit_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(GetAuditRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(MachineServer).GetAudit(m, &grpc.GenericServerStream[GetAuditRequest, AuditRecord]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Machine_GetAuditServer = grpc.ServerStreamingServer[AuditRecord]
 
 func _Machine_TellEvent_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(TellEventRequest)
@@ -698,6 +740,11 @@ var Machine_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "StreamEvents",
 			Handler:       _Machine_StreamEvents_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "GetAudit",
+			Handler:       _Machine_GetAudit_Handler,
 			ServerStreams: true,
 		},
 		{

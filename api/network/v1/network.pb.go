@@ -97,6 +97,266 @@ func (*WatchStatusRequest) Descriptor() ([]byte, []int) {
 	return file_network_v1_network_proto_rawDescGZIP(), []int{1}
 }
 
+type SetPodNetworkRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the whole cluster, in CIDR form; one of each family at most. None: no routes and no masquerading.
+	PodSubnets []string `protobuf:"bytes,1,rep,name=pod_subnets,json=podSubnets,proto3" json:"pod_subnets,omitempty"`
+	// Of this node's own pods. What they send to anything outside of the pod subnets leaves the node with the node's address.
+	LocalPrefixes []string `protobuf:"bytes,2,rep,name=local_prefixes,json=localPrefixes,proto3" json:"local_prefixes,omitempty"`
+	// One for each other node's pods and family.
+	Routes        []*PodRoute `protobuf:"bytes,3,rep,name=routes,proto3" json:"routes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetPodNetworkRequest) Reset() {
+	*x = SetPodNetworkRequest{}
+	mi := &file_network_v1_network_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetPodNetworkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetPodNetworkRequest) ProtoMessage() {}
+
+func (x *SetPodNetworkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_network_v1_network_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetPodNetworkRequest.ProtoReflect.Descriptor instead.
+func (*SetPodNetworkRequest) Descriptor() ([]byte, []int) {
+	return file_network_v1_network_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *SetPodNetworkRequest) GetPodSubnets() []string {
+	if x != nil {
+		return x.PodSubnets
+	}
+	return nil
+}
+
+func (x *SetPodNetworkRequest) GetLocalPrefixes() []string {
+	if x != nil {
+		return x.LocalPrefixes
+	}
+	return nil
+}
+
+func (x *SetPodNetworkRequest) GetRoutes() []*PodRoute {
+	if x != nil {
+		return x.Routes
+	}
+	return nil
+}
+
+type PodRoute struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In CIDR form.
+	Prefix string `protobuf:"bytes,1,opt,name=prefix,proto3" json:"prefix,omitempty"`
+	// The other node's address.
+	Via           string `protobuf:"bytes,2,opt,name=via,proto3" json:"via,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PodRoute) Reset() {
+	*x = PodRoute{}
+	mi := &file_network_v1_network_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PodRoute) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PodRoute) ProtoMessage() {}
+
+func (x *PodRoute) ProtoReflect() protoreflect.Message {
+	mi := &file_network_v1_network_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PodRoute.ProtoReflect.Descriptor instead.
+func (*PodRoute) Descriptor() ([]byte, []int) {
+	return file_network_v1_network_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *PodRoute) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
+	}
+	return ""
+}
+
+func (x *PodRoute) GetVia() string {
+	if x != nil {
+		return x.Via
+	}
+	return ""
+}
+
+type HoldRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Addresses []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	// When they go, in milliseconds of CLOCK_BOOTTIME, down to a second before. Not from now: a request that was stuck on its way must not mean a later time.
+	UntilMilliseconds uint64 `protobuf:"varint,2,opt,name=until_milliseconds,json=untilMilliseconds,proto3" json:"until_milliseconds,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *HoldRequest) Reset() {
+	*x = HoldRequest{}
+	mi := &file_network_v1_network_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldRequest) ProtoMessage() {}
+
+func (x *HoldRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_network_v1_network_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldRequest.ProtoReflect.Descriptor instead.
+func (*HoldRequest) Descriptor() ([]byte, []int) {
+	return file_network_v1_network_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *HoldRequest) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *HoldRequest) GetUntilMilliseconds() uint64 {
+	if x != nil {
+		return x.UntilMilliseconds
+	}
+	return 0
+}
+
+type HoldResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One sentence for each address that no link has the subnet of; the others are held.
+	Unreachable   []string `protobuf:"bytes,1,rep,name=unreachable,proto3" json:"unreachable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldResponse) Reset() {
+	*x = HoldResponse{}
+	mi := &file_network_v1_network_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldResponse) ProtoMessage() {}
+
+func (x *HoldResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_network_v1_network_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldResponse.ProtoReflect.Descriptor instead.
+func (*HoldResponse) Descriptor() ([]byte, []int) {
+	return file_network_v1_network_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HoldResponse) GetUnreachable() []string {
+	if x != nil {
+		return x.Unreachable
+	}
+	return nil
+}
+
+type SetPodNetworkResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One sentence for each route that waits: its gateway is on no link's subnet.
+	Unreachable   []string `protobuf:"bytes,1,rep,name=unreachable,proto3" json:"unreachable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetPodNetworkResponse) Reset() {
+	*x = SetPodNetworkResponse{}
+	mi := &file_network_v1_network_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetPodNetworkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetPodNetworkResponse) ProtoMessage() {}
+
+func (x *SetPodNetworkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_network_v1_network_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetPodNetworkResponse.ProtoReflect.Descriptor instead.
+func (*SetPodNetworkResponse) Descriptor() ([]byte, []int) {
+	return file_network_v1_network_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *SetPodNetworkResponse) GetUnreachable() []string {
+	if x != nil {
+		return x.Unreachable
+	}
+	return nil
+}
+
 // Status is the network of the node. Lists are sorted.
 type Status struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -120,7 +380,7 @@ type Status struct {
 
 func (x *Status) Reset() {
 	*x = Status{}
-	mi := &file_network_v1_network_proto_msgTypes[2]
+	mi := &file_network_v1_network_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -132,7 +392,7 @@ func (x *Status) String() string {
 func (*Status) ProtoMessage() {}
 
 func (x *Status) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[2]
+	mi := &file_network_v1_network_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -145,7 +405,7 @@ func (x *Status) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Status.ProtoReflect.Descriptor instead.
 func (*Status) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{2}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Status) GetGeneration() uint64 {
@@ -253,7 +513,7 @@ type Link struct {
 
 func (x *Link) Reset() {
 	*x = Link{}
-	mi := &file_network_v1_network_proto_msgTypes[3]
+	mi := &file_network_v1_network_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -265,7 +525,7 @@ func (x *Link) String() string {
 func (*Link) ProtoMessage() {}
 
 func (x *Link) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[3]
+	mi := &file_network_v1_network_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -278,7 +538,7 @@ func (x *Link) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Link.ProtoReflect.Descriptor instead.
 func (*Link) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{3}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Link) GetName() string {
@@ -349,7 +609,7 @@ type Address struct {
 	Link  string                 `protobuf:"bytes,1,opt,name=link,proto3" json:"link,omitempty"`
 	// In CIDR form.
 	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
-	// "static", "dhcp" or "other".
+	// "static", "dhcp", "virtual" (the cluster's, as long as this node has it) or "other".
 	Origin        string `protobuf:"bytes,3,opt,name=origin,proto3" json:"origin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -357,7 +617,7 @@ type Address struct {
 
 func (x *Address) Reset() {
 	*x = Address{}
-	mi := &file_network_v1_network_proto_msgTypes[4]
+	mi := &file_network_v1_network_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -369,7 +629,7 @@ func (x *Address) String() string {
 func (*Address) ProtoMessage() {}
 
 func (x *Address) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[4]
+	mi := &file_network_v1_network_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -382,7 +642,7 @@ func (x *Address) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Address.ProtoReflect.Descriptor instead.
 func (*Address) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{4}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Address) GetLink() string {
@@ -414,7 +674,7 @@ type Route struct {
 	Gateway string `protobuf:"bytes,2,opt,name=gateway,proto3" json:"gateway,omitempty"`
 	Link    string `protobuf:"bytes,3,opt,name=link,proto3" json:"link,omitempty"`
 	Metric  uint32 `protobuf:"varint,4,opt,name=metric,proto3" json:"metric,omitempty"`
-	// "static", "dhcp", "kernel" or "other".
+	// "static", "dhcp", "pod" (to the pods of another node), "kernel" or "other".
 	Origin        string `protobuf:"bytes,5,opt,name=origin,proto3" json:"origin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -422,7 +682,7 @@ type Route struct {
 
 func (x *Route) Reset() {
 	*x = Route{}
-	mi := &file_network_v1_network_proto_msgTypes[5]
+	mi := &file_network_v1_network_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -434,7 +694,7 @@ func (x *Route) String() string {
 func (*Route) ProtoMessage() {}
 
 func (x *Route) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[5]
+	mi := &file_network_v1_network_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -447,7 +707,7 @@ func (x *Route) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Route.ProtoReflect.Descriptor instead.
 func (*Route) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{5}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Route) GetDestination() string {
@@ -497,7 +757,7 @@ type Rule struct {
 
 func (x *Rule) Reset() {
 	*x = Rule{}
-	mi := &file_network_v1_network_proto_msgTypes[6]
+	mi := &file_network_v1_network_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -509,7 +769,7 @@ func (x *Rule) String() string {
 func (*Rule) ProtoMessage() {}
 
 func (x *Rule) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[6]
+	mi := &file_network_v1_network_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -522,7 +782,7 @@ func (x *Rule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rule.ProtoReflect.Descriptor instead.
 func (*Rule) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{6}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Rule) GetText() string {
@@ -559,7 +819,7 @@ type Lease struct {
 
 func (x *Lease) Reset() {
 	*x = Lease{}
-	mi := &file_network_v1_network_proto_msgTypes[7]
+	mi := &file_network_v1_network_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -571,7 +831,7 @@ func (x *Lease) String() string {
 func (*Lease) ProtoMessage() {}
 
 func (x *Lease) ProtoReflect() protoreflect.Message {
-	mi := &file_network_v1_network_proto_msgTypes[7]
+	mi := &file_network_v1_network_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -584,7 +844,7 @@ func (x *Lease) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Lease.ProtoReflect.Descriptor instead.
 func (*Lease) Descriptor() ([]byte, []int) {
-	return file_network_v1_network_proto_rawDescGZIP(), []int{7}
+	return file_network_v1_network_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Lease) GetLink() string {
@@ -622,7 +882,22 @@ const file_network_v1_network_proto_rawDesc = "" +
 	"\x18network/v1/network.proto\x12\n" +
 	"network.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\"\x12\n" +
 	"\x10GetStatusRequest\"\x14\n" +
-	"\x12WatchStatusRequest\"\xb4\x03\n" +
+	"\x12WatchStatusRequest\"\x8c\x01\n" +
+	"\x14SetPodNetworkRequest\x12\x1f\n" +
+	"\vpod_subnets\x18\x01 \x03(\tR\n" +
+	"podSubnets\x12%\n" +
+	"\x0elocal_prefixes\x18\x02 \x03(\tR\rlocalPrefixes\x12,\n" +
+	"\x06routes\x18\x03 \x03(\v2\x14.network.v1.PodRouteR\x06routes\"4\n" +
+	"\bPodRoute\x12\x16\n" +
+	"\x06prefix\x18\x01 \x01(\tR\x06prefix\x12\x10\n" +
+	"\x03via\x18\x02 \x01(\tR\x03via\"Z\n" +
+	"\vHoldRequest\x12\x1c\n" +
+	"\taddresses\x18\x01 \x03(\tR\taddresses\x12-\n" +
+	"\x12until_milliseconds\x18\x02 \x01(\x04R\x11untilMilliseconds\"0\n" +
+	"\fHoldResponse\x12 \n" +
+	"\vunreachable\x18\x01 \x03(\tR\vunreachable\"9\n" +
+	"\x15SetPodNetworkResponse\x12 \n" +
+	"\vunreachable\x18\x01 \x03(\tR\vunreachable\"\xb4\x03\n" +
 	"\x06Status\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x01 \x01(\x04R\n" +
@@ -671,7 +946,11 @@ const file_network_v1_network_proto_rawDesc = "" +
 	"\x11remaining_seconds\x18\x04 \x01(\x04R\x10remainingSeconds2\xdb\x01\n" +
 	"\aNetwork\x12Z\n" +
 	"\tGetStatus\x12\x1c.network.v1.GetStatusRequest\x1a\x12.network.v1.Status\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/network\x90\x02\x01\x12f\n" +
-	"\vWatchStatus\x12\x1e.network.v1.WatchStatusRequest\x1a\x12.network.v1.Status\"!\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/network:watch\x90\x02\x010\x01\x1a\f\xb2\xbb\x18\bnetworkdB:Z8github.com/bulkhead-os/bulkhead/api/network/v1;networkv1b\x06proto3"
+	"\vWatchStatus\x12\x1e.network.v1.WatchStatusRequest\x1a\x12.network.v1.Status\"!\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/network:watch\x90\x02\x010\x01\x1a\f\xb2\xbb\x18\bnetworkd2f\n" +
+	"\x04Pods\x12^\n" +
+	"\rSetPodNetwork\x12 .network.v1.SetPodNetworkRequest\x1a!.network.v1.SetPodNetworkResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x022N\n" +
+	"\aVirtual\x12C\n" +
+	"\x04Hold\x12\x17.network.v1.HoldRequest\x1a\x18.network.v1.HoldResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02B:Z8github.com/bulkhead-os/bulkhead/api/network/v1;networkv1b\x06proto3"
 
 var (
 	file_network_v1_network_proto_rawDescOnce sync.Once
@@ -685,32 +964,42 @@ func file_network_v1_network_proto_rawDescGZIP() []byte {
 	return file_network_v1_network_proto_rawDescData
 }
 
-var file_network_v1_network_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_network_v1_network_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_network_v1_network_proto_goTypes = []any{
-	(*GetStatusRequest)(nil),   // 0: network.v1.GetStatusRequest
-	(*WatchStatusRequest)(nil), // 1: network.v1.WatchStatusRequest
-	(*Status)(nil),             // 2: network.v1.Status
-	(*Link)(nil),               // 3: network.v1.Link
-	(*Address)(nil),            // 4: network.v1.Address
-	(*Route)(nil),              // 5: network.v1.Route
-	(*Rule)(nil),               // 6: network.v1.Rule
-	(*Lease)(nil),              // 7: network.v1.Lease
+	(*GetStatusRequest)(nil),      // 0: network.v1.GetStatusRequest
+	(*WatchStatusRequest)(nil),    // 1: network.v1.WatchStatusRequest
+	(*SetPodNetworkRequest)(nil),  // 2: network.v1.SetPodNetworkRequest
+	(*PodRoute)(nil),              // 3: network.v1.PodRoute
+	(*HoldRequest)(nil),           // 4: network.v1.HoldRequest
+	(*HoldResponse)(nil),          // 5: network.v1.HoldResponse
+	(*SetPodNetworkResponse)(nil), // 6: network.v1.SetPodNetworkResponse
+	(*Status)(nil),                // 7: network.v1.Status
+	(*Link)(nil),                  // 8: network.v1.Link
+	(*Address)(nil),               // 9: network.v1.Address
+	(*Route)(nil),                 // 10: network.v1.Route
+	(*Rule)(nil),                  // 11: network.v1.Rule
+	(*Lease)(nil),                 // 12: network.v1.Lease
 }
 var file_network_v1_network_proto_depIdxs = []int32{
-	3, // 0: network.v1.Status.links:type_name -> network.v1.Link
-	4, // 1: network.v1.Status.addresses:type_name -> network.v1.Address
-	5, // 2: network.v1.Status.routes:type_name -> network.v1.Route
-	6, // 3: network.v1.Status.rules:type_name -> network.v1.Rule
-	7, // 4: network.v1.Status.leases:type_name -> network.v1.Lease
-	0, // 5: network.v1.Network.GetStatus:input_type -> network.v1.GetStatusRequest
-	1, // 6: network.v1.Network.WatchStatus:input_type -> network.v1.WatchStatusRequest
-	2, // 7: network.v1.Network.GetStatus:output_type -> network.v1.Status
-	2, // 8: network.v1.Network.WatchStatus:output_type -> network.v1.Status
-	7, // [7:9] is the sub-list for method output_type
-	5, // [5:7] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	3,  // 0: network.v1.SetPodNetworkRequest.routes:type_name -> network.v1.PodRoute
+	8,  // 1: network.v1.Status.links:type_name -> network.v1.Link
+	9,  // 2: network.v1.Status.addresses:type_name -> network.v1.Address
+	10, // 3: network.v1.Status.routes:type_name -> network.v1.Route
+	11, // 4: network.v1.Status.rules:type_name -> network.v1.Rule
+	12, // 5: network.v1.Status.leases:type_name -> network.v1.Lease
+	0,  // 6: network.v1.Network.GetStatus:input_type -> network.v1.GetStatusRequest
+	1,  // 7: network.v1.Network.WatchStatus:input_type -> network.v1.WatchStatusRequest
+	2,  // 8: network.v1.Pods.SetPodNetwork:input_type -> network.v1.SetPodNetworkRequest
+	4,  // 9: network.v1.Virtual.Hold:input_type -> network.v1.HoldRequest
+	7,  // 10: network.v1.Network.GetStatus:output_type -> network.v1.Status
+	7,  // 11: network.v1.Network.WatchStatus:output_type -> network.v1.Status
+	6,  // 12: network.v1.Pods.SetPodNetwork:output_type -> network.v1.SetPodNetworkResponse
+	5,  // 13: network.v1.Virtual.Hold:output_type -> network.v1.HoldResponse
+	10, // [10:14] is the sub-list for method output_type
+	6,  // [6:10] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_network_v1_network_proto_init() }
@@ -724,9 +1013,9 @@ func file_network_v1_network_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_network_v1_network_proto_rawDesc), len(file_network_v1_network_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   13,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   3,
 		},
 		GoTypes:           file_network_v1_network_proto_goTypes,
 		DependencyIndexes: file_network_v1_network_proto_depIdxs,

@@ -173,3 +173,239 @@ var Network_ServiceDesc = grpc.ServiceDesc{
 	},
 	Metadata: "network/v1/network.proto",
 }
+
+const (
+	Pods_SetPodNetwork_FullMethodName = "/network.v1.Pods/SetPodNetwork"
+)
+
+// PodsClient is the client API for Pods service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Pods is for kubeletd: what the pods of this node need of the node's network. networkd does it only with the built-in pod network.
+type PodsClient interface {
+	// SetPodNetwork replaces what was set before; the same again changes nothing. It returns once it is accepted; the routes appear in Network's status with the origin "pod".
+	//
+	// What it cannot mean is INVALID, and nothing is changed: a prefix outside of the pod subnets or with bits behind its length, one that is there twice or overlaps a local one, a gateway of the
+	// other family or among the pods, more than 5,000 routes. FAILED_PRECONDITION: the node's document has another pod subnet or another pod network. A gateway that is on none of the node's links
+	// does not harm the others: that route waits until it is, and the answer says so.
+	//
+	// networkd forgets it with its process, but leaves the routes and rules that are there until it is told again: repeat it every minute, and when networkd has been away.
+	SetPodNetwork(ctx context.Context, in *SetPodNetworkRequest, opts ...grpc.CallOption) (*SetPodNetworkResponse, error)
+}
+
+type podsClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewPodsClient(cc grpc.ClientConnInterface) PodsClient {
+	return &podsClient{cc}
+}
+
+func (c *podsClient) SetPodNetwork(ctx context.Context, in *SetPodNetworkRequest, opts ...grpc.CallOption) (*SetPodNetworkResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SetPodNetworkResponse)
+	err := c.cc.Invoke(ctx, Pods_SetPodNetwork_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// PodsServer is the server API for Pods service.
+// All implementations must embed UnimplementedPodsServer
+// for forward compatibility.
+//
+// Pods is for kubeletd: what the pods of this node need of the node's network. networkd does it only with the built-in pod network.
+type PodsServer interface {
+	// SetPodNetwork replaces what was set before; the same again changes nothing. It returns once it is accepted; the routes appear in Network's status with the origin "pod".
+	//
+	// What it cannot mean is INVALID, and nothing is changed: a prefix outside of the pod subnets or with bits behind its length, one that is there twice or overlaps a local one, a gateway of the
+	// other family or among the pods, more than 5,000 routes. FAILED_PRECONDITION: the node's document has another pod subnet or another pod network. A gateway that is on none of the node's links
+	// does not harm the others: that route waits until it is, and the answer says so.
+	//
+	// networkd forgets it with its process, but leaves the routes and rules that are there until it is told again: repeat it every minute, and when networkd has been away.
+	SetPodNetwork(context.Context, *SetPodNetworkRequest) (*SetPodNetworkResponse, error)
+	mustEmbedUnimplementedPodsServer()
+}
+
+// UnimplementedPodsServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedPodsServer struct{}
+
+func (UnimplementedPodsServer) SetPodNetwork(context.Context, *SetPodNetworkRequest) (*SetPodNetworkResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetPodNetwork not implemented")
+}
+func (UnimplementedPodsServer) mustEmbedUnimplementedPodsServer() {}
+func (UnimplementedPodsServer) testEmbeddedByValue()              {}
+
+// UnsafePodsServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to PodsServer will
+// result in compilation errors.
+type UnsafePodsServer interface {
+	mustEmbedUnimplementedPodsServer()
+}
+
+func RegisterPodsServer(s grpc.ServiceRegistrar, srv PodsServer) {
+	// If the following call panics, it indicates UnimplementedPodsServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Pods_ServiceDesc, srv)
+}
+
+func _Pods_SetPodNetwork_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetPodNetworkRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(PodsServer).SetPodNetwork(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Pods_SetPodNetwork_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(PodsServer).SetPodNetwork(ctx, req.(*SetPodNetworkRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Pods_ServiceDesc is the grpc.ServiceDesc for Pods service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Pods_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "network.v1.Pods",
+	HandlerType: (*PodsServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "SetPodNetwork",
+			Handler:    _Pods_SetPodNetwork_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "network/v1/network.proto",
+}
+
+const (
+	Virtual_Hold_FullMethodName = "/network.v1.Virtual/Hold"
+)
+
+// VirtualClient is the client API for Virtual service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Virtual is for kubeletd: addresses that are on this node for as long as it is said again and again.
+type VirtualClient interface {
+	// Hold puts the cluster's virtual addresses on the link that has their subnet, or keeps them there, and tells neighbours that they are here. The kernel itself takes them away when their time ends, whatever has
+	// become of networkd and kubeletd by then. Virtual addresses that are not in the request go at once; none in it: all.
+	//
+	// INVALID: an address that is not among the document's Cluster.virtualIPs, or that the node has anyway; a time that is more than 10 seconds away. FAILED_PRECONDITION: no link has the subnet of any, or less than a second
+	// is left; then none is here.
+	Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (*HoldResponse, error)
+}
+
+type virtualClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewVirtualClient(cc grpc.ClientConnInterface) VirtualClient {
+	return &virtualClient{cc}
+}
+
+func (c *virtualClient) Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (*HoldResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HoldResponse)
+	err := c.cc.Invoke(ctx, Virtual_Hold_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// VirtualServer is the server API for Virtual service.
+// All implementations must embed UnimplementedVirtualServer
+// for forward compatibility.
+//
+// Virtual is for kubeletd: addresses that are on this node for as long as it is said again and again.
+type VirtualServer interface {
+	// Hold puts the cluster's virtual addresses on the link that has their subnet, or keeps them there, and tells neighbours that they are here. The kernel itself takes them away when their time ends, whatever has
+	// become of networkd and kubeletd by then. Virtual addresses that are not in the request go at once; none in it: all.
+	//
+	// INVALID: an address that is not among the document's Cluster.virtualIPs, or that the node has anyway; a time that is more than 10 seconds away. FAILED_PRECONDITION: no link has the subnet of any, or less than a second
+	// is left; then none is here.
+	Hold(context.Context, *HoldRequest) (*HoldResponse, error)
+	mustEmbedUnimplementedVirtualServer()
+}
+
+// UnimplementedVirtualServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedVirtualServer struct{}
+
+func (UnimplementedVirtualServer) Hold(context.Context, *HoldRequest) (*HoldResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Hold not implemented")
+}
+func (UnimplementedVirtualServer) mustEmbedUnimplementedVirtualServer() {}
+func (UnimplementedVirtualServer) testEmbeddedByValue()                 {}
+
+// UnsafeVirtualServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to VirtualServer will
+// result in compilation errors.
+type UnsafeVirtualServer interface {
+	mustEmbedUnimplementedVirtualServer()
+}
+
+func RegisterVirtualServer(s grpc.ServiceRegistrar, srv VirtualServer) {
+	// If the following call panics, it indicates UnimplementedVirtualServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Virtual_ServiceDesc, srv)
+}
+
+func _Virtual_Hold_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HoldRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(VirtualServer).Hold(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Virtual_Hold_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(VirtualServer).Hold(ctx, req.(*HoldRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Virtual_ServiceDesc is the grpc.ServiceDesc for Virtual service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Virtual_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "network.v1.Virtual",
+	HandlerType: (*VirtualServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Hold",
+			Handler:    _Virtual_Hold_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "network/v1/network.proto",
+}

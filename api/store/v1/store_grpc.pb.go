@@ -30,7 +30,7 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Store is served by etcdd. Each caller has one prefix below /bulkhead/, by its user id: trustd /bulkhead/trust/, machined /bulkhead/machine/. Keys in requests and
+// Store is served by etcdd. Each caller has one prefix below /bulkhead/, by its user id: trustd /bulkhead/trust/, machined /bulkhead/machine/, kubeletd /bulkhead/kubernetes/. Keys in requests and
 // answers are whole. UNAVAILABLE while there is no member or no quorum.
 type StoreClient interface {
 	// Read returns the keys that begin with a prefix, linearizably.
@@ -92,7 +92,7 @@ type Store_WatchClient = grpc.ServerStreamingClient[WatchResponse]
 // All implementations must embed UnimplementedStoreServer
 // for forward compatibility.
 //
-// Store is served by etcdd. Each caller has one prefix below /bulkhead/, by its user id: trustd /bulkhead/trust/, machined /bulkhead/machine/. Keys in requests and
+// Store is served by etcdd. Each caller has one prefix below /bulkhead/, by its user id: trustd /bulkhead/trust/, machined /bulkhead/machine/, kubeletd /bulkhead/kubernetes/. Keys in requests and
 // answers are whole. UNAVAILABLE while there is no member or no quorum.
 type StoreServer interface {
 	// Read returns the keys that begin with a prefix, linearizably.

@@ -496,6 +496,78 @@ func (x *NodeProof) GetInstance() []byte {
 	return nil
 }
 
+type LeaveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaveRequest) Reset() {
+	*x = LeaveRequest{}
+	mi := &file_trust_v1_join_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaveRequest) ProtoMessage() {}
+
+func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
+func (*LeaveRequest) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{7}
+}
+
+type LeaveResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaveResponse) Reset() {
+	*x = LeaveResponse{}
+	mi := &file_trust_v1_join_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaveResponse) ProtoMessage() {}
+
+func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
+func (*LeaveResponse) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{8}
+}
+
 type MakeJoinTokenRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "controlplane" or "worker".
@@ -510,7 +582,7 @@ type MakeJoinTokenRequest struct {
 
 func (x *MakeJoinTokenRequest) Reset() {
 	*x = MakeJoinTokenRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[7]
+	mi := &file_trust_v1_join_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -522,7 +594,7 @@ func (x *MakeJoinTokenRequest) String() string {
 func (*MakeJoinTokenRequest) ProtoMessage() {}
 
 func (x *MakeJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[7]
+	mi := &file_trust_v1_join_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -535,7 +607,7 @@ func (x *MakeJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*MakeJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{7}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *MakeJoinTokenRequest) GetRole() string {
@@ -571,7 +643,7 @@ type MakeJoinTokenResponse struct {
 
 func (x *MakeJoinTokenResponse) Reset() {
 	*x = MakeJoinTokenResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[8]
+	mi := &file_trust_v1_join_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -583,7 +655,7 @@ func (x *MakeJoinTokenResponse) String() string {
 func (*MakeJoinTokenResponse) ProtoMessage() {}
 
 func (x *MakeJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[8]
+	mi := &file_trust_v1_join_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -596,7 +668,7 @@ func (x *MakeJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*MakeJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{8}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *MakeJoinTokenResponse) GetToken() string {
@@ -638,7 +710,7 @@ type JoinToken struct {
 
 func (x *JoinToken) Reset() {
 	*x = JoinToken{}
-	mi := &file_trust_v1_join_proto_msgTypes[9]
+	mi := &file_trust_v1_join_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -650,7 +722,7 @@ func (x *JoinToken) String() string {
 func (*JoinToken) ProtoMessage() {}
 
 func (x *JoinToken) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[9]
+	mi := &file_trust_v1_join_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -663,7 +735,7 @@ func (x *JoinToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinToken.ProtoReflect.Descriptor instead.
 func (*JoinToken) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{9}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *JoinToken) GetId() string {
@@ -723,7 +795,7 @@ type ListJoinTokensRequest struct {
 
 func (x *ListJoinTokensRequest) Reset() {
 	*x = ListJoinTokensRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[10]
+	mi := &file_trust_v1_join_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -735,7 +807,7 @@ func (x *ListJoinTokensRequest) String() string {
 func (*ListJoinTokensRequest) ProtoMessage() {}
 
 func (x *ListJoinTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[10]
+	mi := &file_trust_v1_join_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -748,7 +820,7 @@ func (x *ListJoinTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJoinTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListJoinTokensRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{10}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{12}
 }
 
 type ListJoinTokensResponse struct {
@@ -760,7 +832,7 @@ type ListJoinTokensResponse struct {
 
 func (x *ListJoinTokensResponse) Reset() {
 	*x = ListJoinTokensResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[11]
+	mi := &file_trust_v1_join_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -772,7 +844,7 @@ func (x *ListJoinTokensResponse) String() string {
 func (*ListJoinTokensResponse) ProtoMessage() {}
 
 func (x *ListJoinTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[11]
+	mi := &file_trust_v1_join_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -785,7 +857,7 @@ func (x *ListJoinTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJoinTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListJoinTokensResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{11}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListJoinTokensResponse) GetTokens() []*JoinToken {
@@ -804,7 +876,7 @@ type RevokeJoinTokenRequest struct {
 
 func (x *RevokeJoinTokenRequest) Reset() {
 	*x = RevokeJoinTokenRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[12]
+	mi := &file_trust_v1_join_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -816,7 +888,7 @@ func (x *RevokeJoinTokenRequest) String() string {
 func (*RevokeJoinTokenRequest) ProtoMessage() {}
 
 func (x *RevokeJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[12]
+	mi := &file_trust_v1_join_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -829,7 +901,7 @@ func (x *RevokeJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{12}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RevokeJoinTokenRequest) GetId() string {
@@ -847,7 +919,7 @@ type RevokeJoinTokenResponse struct {
 
 func (x *RevokeJoinTokenResponse) Reset() {
 	*x = RevokeJoinTokenResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[13]
+	mi := &file_trust_v1_join_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -859,7 +931,7 @@ func (x *RevokeJoinTokenResponse) String() string {
 func (*RevokeJoinTokenResponse) ProtoMessage() {}
 
 func (x *RevokeJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[13]
+	mi := &file_trust_v1_join_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -872,7 +944,7 @@ func (x *RevokeJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{13}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{15}
 }
 
 type ListMembersRequest struct {
@@ -883,7 +955,7 @@ type ListMembersRequest struct {
 
 func (x *ListMembersRequest) Reset() {
 	*x = ListMembersRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[14]
+	mi := &file_trust_v1_join_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -895,7 +967,7 @@ func (x *ListMembersRequest) String() string {
 func (*ListMembersRequest) ProtoMessage() {}
 
 func (x *ListMembersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[14]
+	mi := &file_trust_v1_join_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -908,7 +980,7 @@ func (x *ListMembersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMembersRequest.ProtoReflect.Descriptor instead.
 func (*ListMembersRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{14}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{16}
 }
 
 type ListMembersResponse struct {
@@ -920,7 +992,7 @@ type ListMembersResponse struct {
 
 func (x *ListMembersResponse) Reset() {
 	*x = ListMembersResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[15]
+	mi := &file_trust_v1_join_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -932,7 +1004,7 @@ func (x *ListMembersResponse) String() string {
 func (*ListMembersResponse) ProtoMessage() {}
 
 func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[15]
+	mi := &file_trust_v1_join_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -945,7 +1017,7 @@ func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMembersResponse.ProtoReflect.Descriptor instead.
 func (*ListMembersResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{15}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListMembersResponse) GetMembers() []*ClusterMember {
@@ -973,7 +1045,7 @@ type ClusterMember struct {
 
 func (x *ClusterMember) Reset() {
 	*x = ClusterMember{}
-	mi := &file_trust_v1_join_proto_msgTypes[16]
+	mi := &file_trust_v1_join_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -985,7 +1057,7 @@ func (x *ClusterMember) String() string {
 func (*ClusterMember) ProtoMessage() {}
 
 func (x *ClusterMember) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[16]
+	mi := &file_trust_v1_join_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -998,7 +1070,7 @@ func (x *ClusterMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterMember.ProtoReflect.Descriptor instead.
 func (*ClusterMember) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{16}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ClusterMember) GetName() string {
@@ -1052,7 +1124,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[17]
+	mi := &file_trust_v1_join_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1064,7 +1136,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[17]
+	mi := &file_trust_v1_join_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1077,7 +1149,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{17}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RemoveMemberRequest) GetName() string {
@@ -1095,7 +1167,7 @@ type RemoveMemberResponse struct {
 
 func (x *RemoveMemberResponse) Reset() {
 	*x = RemoveMemberResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[18]
+	mi := &file_trust_v1_join_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1179,7 @@ func (x *RemoveMemberResponse) String() string {
 func (*RemoveMemberResponse) ProtoMessage() {}
 
 func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[18]
+	mi := &file_trust_v1_join_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1192,7 @@ func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{18}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{20}
 }
 
 type RevokeRequest struct {
@@ -1133,7 +1205,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[19]
+	mi := &file_trust_v1_join_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1145,7 +1217,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[19]
+	mi := &file_trust_v1_join_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1158,7 +1230,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{19}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RevokeRequest) GetId() string {
@@ -1176,7 +1248,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[20]
+	mi := &file_trust_v1_join_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1188,7 +1260,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[20]
+	mi := &file_trust_v1_join_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1201,7 +1273,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{20}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{22}
 }
 
 var File_trust_v1_join_proto protoreflect.FileDescriptor
@@ -1241,7 +1313,9 @@ const file_trust_v1_join_proto_rawDesc = "" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\x12'\n" +
 	"\x0fchannel_binding\x18\x03 \x01(\fR\x0echannelBinding\x12%\n" +
 	"\x0eremote_address\x18\x04 \x01(\tR\rremoteAddress\x12\x1a\n" +
-	"\binstance\x18\x05 \x01(\fR\binstance\"_\n" +
+	"\binstance\x18\x05 \x01(\fR\binstance\"\x0e\n" +
+	"\fLeaveRequest\"\x0f\n" +
+	"\rLeaveResponse\"_\n" +
 	"\x14MakeJoinTokenRequest\x12\x12\n" +
 	"\x04role\x18\x01 \x01(\tR\x04role\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1f\n" +
@@ -1288,6 +1362,9 @@ const file_trust_v1_join_proto_rawDesc = "" +
 	"\vSignForNode\x12\x1c.trust.v1.SignForNodeRequest\x1a!.trust.v1.SignCertificateResponse\"\b\xaa\xbb\x18\x01\t\x90\x02\x02\x12O\n" +
 	"\fWatchCluster\x12\x1d.trust.v1.WatchClusterRequest\x1a\x14.trust.v1.TrustState\"\b\xaa\xbb\x18\x01\t\x90\x02\x010\x01\x12`\n" +
 	"\x0fConfirmRotation\x12 .trust.v1.ConfirmRotationRequest\x1a!.trust.v1.ConfirmRotationResponse\"\b\xaa\xbb\x18\x01\t\x90\x02\x02\x1a\n" +
+	"\xb2\xbb\x18\x06trustd2[\n" +
+	"\tDeparture\x12B\n" +
+	"\x05Leave\x12\x16.trust.v1.LeaveRequest\x1a\x17.trust.v1.LeaveResponse\"\b\xaa\xbb\x18\x01\b\x90\x02\x02\x1a\n" +
 	"\xb2\xbb\x18\x06trustd2\xb9\x05\n" +
 	"\n" +
 	"Membership\x12p\n" +
@@ -1311,7 +1388,7 @@ func file_trust_v1_join_proto_rawDescGZIP() []byte {
 	return file_trust_v1_join_proto_rawDescData
 }
 
-var file_trust_v1_join_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_trust_v1_join_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_trust_v1_join_proto_goTypes = []any{
 	(*JoinRequest)(nil),             // 0: trust.v1.JoinRequest
 	(*JoinResponse)(nil),            // 1: trust.v1.JoinResponse
@@ -1320,58 +1397,62 @@ var file_trust_v1_join_proto_goTypes = []any{
 	(*ConfirmRotationRequest)(nil),  // 4: trust.v1.ConfirmRotationRequest
 	(*ConfirmRotationResponse)(nil), // 5: trust.v1.ConfirmRotationResponse
 	(*NodeProof)(nil),               // 6: trust.v1.NodeProof
-	(*MakeJoinTokenRequest)(nil),    // 7: trust.v1.MakeJoinTokenRequest
-	(*MakeJoinTokenResponse)(nil),   // 8: trust.v1.MakeJoinTokenResponse
-	(*JoinToken)(nil),               // 9: trust.v1.JoinToken
-	(*ListJoinTokensRequest)(nil),   // 10: trust.v1.ListJoinTokensRequest
-	(*ListJoinTokensResponse)(nil),  // 11: trust.v1.ListJoinTokensResponse
-	(*RevokeJoinTokenRequest)(nil),  // 12: trust.v1.RevokeJoinTokenRequest
-	(*RevokeJoinTokenResponse)(nil), // 13: trust.v1.RevokeJoinTokenResponse
-	(*ListMembersRequest)(nil),      // 14: trust.v1.ListMembersRequest
-	(*ListMembersResponse)(nil),     // 15: trust.v1.ListMembersResponse
-	(*ClusterMember)(nil),           // 16: trust.v1.ClusterMember
-	(*RemoveMemberRequest)(nil),     // 17: trust.v1.RemoveMemberRequest
-	(*RemoveMemberResponse)(nil),    // 18: trust.v1.RemoveMemberResponse
-	(*RevokeRequest)(nil),           // 19: trust.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 20: trust.v1.RevokeResponse
-	(*TrustState)(nil),              // 21: trust.v1.TrustState
-	(*RotationStage)(nil),           // 22: trust.v1.RotationStage
-	(*timestamppb.Timestamp)(nil),   // 23: google.protobuf.Timestamp
-	(*SignCertificateResponse)(nil), // 24: trust.v1.SignCertificateResponse
+	(*LeaveRequest)(nil),            // 7: trust.v1.LeaveRequest
+	(*LeaveResponse)(nil),           // 8: trust.v1.LeaveResponse
+	(*MakeJoinTokenRequest)(nil),    // 9: trust.v1.MakeJoinTokenRequest
+	(*MakeJoinTokenResponse)(nil),   // 10: trust.v1.MakeJoinTokenResponse
+	(*JoinToken)(nil),               // 11: trust.v1.JoinToken
+	(*ListJoinTokensRequest)(nil),   // 12: trust.v1.ListJoinTokensRequest
+	(*ListJoinTokensResponse)(nil),  // 13: trust.v1.ListJoinTokensResponse
+	(*RevokeJoinTokenRequest)(nil),  // 14: trust.v1.RevokeJoinTokenRequest
+	(*RevokeJoinTokenResponse)(nil), // 15: trust.v1.RevokeJoinTokenResponse
+	(*ListMembersRequest)(nil),      // 16: trust.v1.ListMembersRequest
+	(*ListMembersResponse)(nil),     // 17: trust.v1.ListMembersResponse
+	(*ClusterMember)(nil),           // 18: trust.v1.ClusterMember
+	(*RemoveMemberRequest)(nil),     // 19: trust.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),    // 20: trust.v1.RemoveMemberResponse
+	(*RevokeRequest)(nil),           // 21: trust.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 22: trust.v1.RevokeResponse
+	(*TrustState)(nil),              // 23: trust.v1.TrustState
+	(*RotationStage)(nil),           // 24: trust.v1.RotationStage
+	(*timestamppb.Timestamp)(nil),   // 25: google.protobuf.Timestamp
+	(*SignCertificateResponse)(nil), // 26: trust.v1.SignCertificateResponse
 }
 var file_trust_v1_join_proto_depIdxs = []int32{
-	21, // 0: trust.v1.JoinResponse.state:type_name -> trust.v1.TrustState
+	23, // 0: trust.v1.JoinResponse.state:type_name -> trust.v1.TrustState
 	6,  // 1: trust.v1.SignForNodeRequest.proof:type_name -> trust.v1.NodeProof
 	6,  // 2: trust.v1.WatchClusterRequest.proof:type_name -> trust.v1.NodeProof
 	6,  // 3: trust.v1.ConfirmRotationRequest.proof:type_name -> trust.v1.NodeProof
-	22, // 4: trust.v1.ConfirmRotationRequest.done:type_name -> trust.v1.RotationStage
-	23, // 5: trust.v1.MakeJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	23, // 6: trust.v1.JoinToken.expires:type_name -> google.protobuf.Timestamp
-	9,  // 7: trust.v1.ListJoinTokensResponse.tokens:type_name -> trust.v1.JoinToken
-	16, // 8: trust.v1.ListMembersResponse.members:type_name -> trust.v1.ClusterMember
-	23, // 9: trust.v1.ClusterMember.joined:type_name -> google.protobuf.Timestamp
+	24, // 4: trust.v1.ConfirmRotationRequest.done:type_name -> trust.v1.RotationStage
+	25, // 5: trust.v1.MakeJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	25, // 6: trust.v1.JoinToken.expires:type_name -> google.protobuf.Timestamp
+	11, // 7: trust.v1.ListJoinTokensResponse.tokens:type_name -> trust.v1.JoinToken
+	18, // 8: trust.v1.ListMembersResponse.members:type_name -> trust.v1.ClusterMember
+	25, // 9: trust.v1.ClusterMember.joined:type_name -> google.protobuf.Timestamp
 	0,  // 10: trust.v1.Join.Join:input_type -> trust.v1.JoinRequest
 	2,  // 11: trust.v1.Nodes.SignForNode:input_type -> trust.v1.SignForNodeRequest
 	3,  // 12: trust.v1.Nodes.WatchCluster:input_type -> trust.v1.WatchClusterRequest
 	4,  // 13: trust.v1.Nodes.ConfirmRotation:input_type -> trust.v1.ConfirmRotationRequest
-	7,  // 14: trust.v1.Membership.MakeJoinToken:input_type -> trust.v1.MakeJoinTokenRequest
-	10, // 15: trust.v1.Membership.ListJoinTokens:input_type -> trust.v1.ListJoinTokensRequest
-	12, // 16: trust.v1.Membership.RevokeJoinToken:input_type -> trust.v1.RevokeJoinTokenRequest
-	14, // 17: trust.v1.Membership.ListMembers:input_type -> trust.v1.ListMembersRequest
-	17, // 18: trust.v1.Membership.RemoveMember:input_type -> trust.v1.RemoveMemberRequest
-	19, // 19: trust.v1.Membership.Revoke:input_type -> trust.v1.RevokeRequest
-	1,  // 20: trust.v1.Join.Join:output_type -> trust.v1.JoinResponse
-	24, // 21: trust.v1.Nodes.SignForNode:output_type -> trust.v1.SignCertificateResponse
-	21, // 22: trust.v1.Nodes.WatchCluster:output_type -> trust.v1.TrustState
-	5,  // 23: trust.v1.Nodes.ConfirmRotation:output_type -> trust.v1.ConfirmRotationResponse
-	8,  // 24: trust.v1.Membership.MakeJoinToken:output_type -> trust.v1.MakeJoinTokenResponse
-	11, // 25: trust.v1.Membership.ListJoinTokens:output_type -> trust.v1.ListJoinTokensResponse
-	13, // 26: trust.v1.Membership.RevokeJoinToken:output_type -> trust.v1.RevokeJoinTokenResponse
-	15, // 27: trust.v1.Membership.ListMembers:output_type -> trust.v1.ListMembersResponse
-	18, // 28: trust.v1.Membership.RemoveMember:output_type -> trust.v1.RemoveMemberResponse
-	20, // 29: trust.v1.Membership.Revoke:output_type -> trust.v1.RevokeResponse
-	20, // [20:30] is the sub-list for method output_type
-	10, // [10:20] is the sub-list for method input_type
+	7,  // 14: trust.v1.Departure.Leave:input_type -> trust.v1.LeaveRequest
+	9,  // 15: trust.v1.Membership.MakeJoinToken:input_type -> trust.v1.MakeJoinTokenRequest
+	12, // 16: trust.v1.Membership.ListJoinTokens:input_type -> trust.v1.ListJoinTokensRequest
+	14, // 17: trust.v1.Membership.RevokeJoinToken:input_type -> trust.v1.RevokeJoinTokenRequest
+	16, // 18: trust.v1.Membership.ListMembers:input_type -> trust.v1.ListMembersRequest
+	19, // 19: trust.v1.Membership.RemoveMember:input_type -> trust.v1.RemoveMemberRequest
+	21, // 20: trust.v1.Membership.Revoke:input_type -> trust.v1.RevokeRequest
+	1,  // 21: trust.v1.Join.Join:output_type -> trust.v1.JoinResponse
+	26, // 22: trust.v1.Nodes.SignForNode:output_type -> trust.v1.SignCertificateResponse
+	23, // 23: trust.v1.Nodes.WatchCluster:output_type -> trust.v1.TrustState
+	5,  // 24: trust.v1.Nodes.ConfirmRotation:output_type -> trust.v1.ConfirmRotationResponse
+	8,  // 25: trust.v1.Departure.Leave:output_type -> trust.v1.LeaveResponse
+	10, // 26: trust.v1.Membership.MakeJoinToken:output_type -> trust.v1.MakeJoinTokenResponse
+	13, // 27: trust.v1.Membership.ListJoinTokens:output_type -> trust.v1.ListJoinTokensResponse
+	15, // 28: trust.v1.Membership.RevokeJoinToken:output_type -> trust.v1.RevokeJoinTokenResponse
+	17, // 29: trust.v1.Membership.ListMembers:output_type -> trust.v1.ListMembersResponse
+	20, // 30: trust.v1.Membership.RemoveMember:output_type -> trust.v1.RemoveMemberResponse
+	22, // 31: trust.v1.Membership.Revoke:output_type -> trust.v1.RevokeResponse
+	21, // [21:32] is the sub-list for method output_type
+	10, // [10:21] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -1389,9 +1470,9 @@ func file_trust_v1_join_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_trust_v1_join_proto_rawDesc), len(file_trust_v1_join_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   23,
 			NumExtensions: 0,
-			NumServices:   3,
+			NumServices:   4,
 		},
 		GoTypes:           file_trust_v1_join_proto_goTypes,
 		DependencyIndexes: file_trust_v1_join_proto_depIdxs,

@@ -337,6 +337,114 @@ var Nodes_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
+	Departure_Leave_FullMethodName = "/trust.v1.Departure/Leave"
+)
+
+// DepartureClient is the client API for Departure service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Departure is for nodes that leave.
+type DepartureClient interface {
+	// Leave ends the calling node's membership as RemoveMember does; a node can end no other's. FAILED_PRECONDITION while etcd has it as a member.
+	Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.CallOption) (*LeaveResponse, error)
+}
+
+type departureClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewDepartureClient(cc grpc.ClientConnInterface) DepartureClient {
+	return &departureClient{cc}
+}
+
+func (c *departureClient) Leave(ctx context.Context, in *LeaveRequest, opts ...grpc.CallOption) (*LeaveResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(LeaveResponse)
+	err := c.cc.Invoke(ctx, Departure_Leave_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// DepartureServer is the server API for Departure service.
+// All implementations must embed UnimplementedDepartureServer
+// for forward compatibility.
+//
+// Departure is for nodes that leave.
+type DepartureServer interface {
+	// Leave ends the calling node's membership as RemoveMember does; a node can end no other's. FAILED_PRECONDITION while etcd has it as a member.
+	Leave(context.Context, *LeaveRequest) (*LeaveResponse, error)
+	mustEmbedUnimplementedDepartureServer()
+}
+
+// UnimplementedDepartureServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedDepartureServer struct{}
+
+func (UnimplementedDepartureServer) Leave(context.Context, *LeaveRequest) (*LeaveResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Leave not implemented")
+}
+func (UnimplementedDepartureServer) mustEmbedUnimplementedDepartureServer() {}
+func (UnimplementedDepartureServer) testEmbeddedByValue()                   {}
+
+// UnsafeDepartureServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to DepartureServer will
+// result in compilation errors.
+type UnsafeDepartureServer interface {
+	mustEmbedUnimplementedDepartureServer()
+}
+
+func RegisterDepartureServer(s grpc.ServiceRegistrar, srv DepartureServer) {
+	// If the following call panics, it indicates UnimplementedDepartureServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Departure_ServiceDesc, srv)
+}
+
+func _Departure_Leave_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(LeaveRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DepartureServer).Leave(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Departure_Leave_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DepartureServer).Leave(ctx, req.(*LeaveRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Departure_ServiceDesc is the grpc.ServiceDesc for Departure service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Departure_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "trust.v1.Departure",
+	HandlerType: (*DepartureServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Leave",
+			Handler:    _Departure_Leave_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "trust/v1/join.proto",
+}
+
+const (
 	Membership_MakeJoinToken_FullMethodName   = "/trust.v1.Membership/MakeJoinToken"
 	Membership_ListJoinTokens_FullMethodName  = "/trust.v1.Membership/ListJoinTokens"
 	Membership_RevokeJoinToken_FullMethodName = "/trust.v1.Membership/RevokeJoinToken"

@@ -173,8 +173,10 @@ func check(u unit.Unit) error {
 	}
 	for _, l := range u.Listen {
 		var port uint16
-		if _, err := fmt.Sscanf(l, "tcp:%d", &port); l != "unix" && (err != nil || port == 0) {
-			return fmt.Errorf("listen: %q is neither \"unix\" nor \"tcp:PORT\"", l)
+		_, all := fmt.Sscanf(l, "tcp:%d", &port)
+		_, own := fmt.Sscanf(l, "loopback:%d", &port)
+		if l != "unix" && (all != nil && own != nil || port == 0) {
+			return fmt.Errorf("listen: %q is neither \"unix\" nor \"tcp:PORT\" nor \"loopback:PORT\"", l)
 		}
 	}
 	if u.OOMScoreAdj < -1000 || u.OOMScoreAdj > 1000 {

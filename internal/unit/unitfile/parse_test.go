@@ -34,6 +34,7 @@ func TestParseRefuses(t *testing.T) {
 		{`"NET_ADMIN"`, `"CAP_NET_ADMIN"`, `no capability "CAP_NET_ADMIN"`},
 		{`"host"`, `"bridge"`, `network: "bridge" is none of`},
 		{`"tcp:50000"`, `"udp:1"`, `listen: "udp:1" is neither`},
+		{`"tcp:50000"`, `"loopback:0"`, `listen: "loopback:0" is neither`},
 		{`"64M"`, `"64"`, `memory_max: "64" is not a size`},
 		{`"always"`, `"often"`, `restart: "often" is none of`},
 		{`"5s"`, `"five"`, `stop_timeout: "five"`},

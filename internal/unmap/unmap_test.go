@@ -1,4 +1,4 @@
-package main
+package unmap
 
 import (
 	"os"
@@ -17,14 +17,14 @@ func TestReadOnly(t *testing.T) {
 7ffd1000-7ffd3000 r-xp 00000000 00:00 0                          [vdso]
 nonsense
 `
-	want := [][2]uintptr{{0x400000, 0xbab000}, {0xbab000, 0x14b1000}}
+	want := Regions{{0x400000, 0xbab000}, {0xbab000, 0x14b1000}}
 	if got := readOnly(maps, "/usr/lib/bulkhead/bulkheadd"); !slices.Equal(got, want) {
 		t.Errorf("got %x, want %x", got, want)
 	}
 }
 
-// A program that was unmapped goes on, and has less mapped.
-func TestUnmap(t *testing.T) {
+// A program that was dropped goes on, and has less mapped.
+func TestDrop(t *testing.T) {
 	resident := func() int {
 		b, err := os.ReadFile("/proc/self/smaps_rollup")
 		if err != nil {
@@ -38,7 +38,7 @@ func TestUnmap(t *testing.T) {
 		return n
 	}
 	before := resident()
-	unmap(textOf())
+	Program().Drop()
 	after := resident()
 	if err := os.WriteFile(t.TempDir()+"/file", []byte("it goes on"), 0o600); err != nil {
 		t.Error(err)

@@ -1,0 +1,142 @@
+package balance
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// probeAll has one goroutine for each backend that there is.
+func (b *Balancer) probeAll(ctx context.Context) error {
+	var all sync.WaitGroup
+	defer all.Wait()
+	for {
+		b.mu.Lock()
+		t := b.targets
+		cfg, err := t.config()
+		for _, k := range b.backends {
+			if k.stop != nil {
+				k.stop() // it goes on below, with the new roots
+			}
+			if err != nil || cfg == nil {
+				continue
+			}
+			pctx, stop := context.WithCancel(ctx)
+			k.stop = stop
+			all.Go(func() {
+				defer stop()
+				b.probeOne(pctx, k, cfg)
+			})
+		}
+		b.mu.Unlock()
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-b.wake:
+		}
+	}
+}
+
+// probeOne asks one backend until ctx is done.
+func (b *Balancer) probeOne(ctx context.Context, k *backend, cfg *tls.Config) {
+	cfg = cfg.Clone()
+	cfg.ServerName = k.address.Addr().String()
+	for {
+		start := time.Now()
+		answered, err := b.probe(ctx, k.address, cfg)
+		if ctx.Err() != nil {
+			return
+		}
+		next := period
+		if err == nil {
+			b.good(k)
+		} else if b.bad(k, err, !answered, 1); b.doubted(k) {
+			next = retryPause
+		}
+		if !pause(ctx, next-time.Since(start)) {
+			return
+		}
+	}
+}
+
+// doubted reports whether a backend is up, though its last probe failed: the next one decides, soon.
+func (b *Balancer) doubted(k *backend) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return k.up
+}
+
+// maxAnswer is bytes of an answer to /readyz; it lists the checks that failed.
+const maxAnswer = 16 << 10
+
+// probe asks one backend once whether it is ready. answered is false if it said nothing that can be trusted.
+func (b *Balancer) probe(ctx context.Context, address netip.AddrPort, cfg *tls.Config) (answered bool, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, probeTimeout, fmt.Errorf("no answer within %s", probeTimeout))
+	defer cancel()
+	defer func() {
+		if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			err = context.Cause(ctx)
+		}
+	}()
+	raw, err := b.dialer.DialContext(ctx, "tcp", address.String())
+	if err != nil {
+		return false, err
+	}
+	defer raw.Close()
+	stop := context.AfterFunc(ctx, func() { raw.Close() })
+	defer stop()
+	conn := tls.Client(raw, cfg)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return false, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+address.String()+"/readyz", nil)
+	if err != nil {
+		return false, err
+	}
+	req.Close = true
+	if err := req.Write(conn); err != nil {
+		return false, err
+	}
+	answer, err := http.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxAnswer)), req)
+	if err != nil {
+		return false, fmt.Errorf("GET /readyz: %w", err)
+	}
+	answer.Body.Close()
+	switch answer.StatusCode {
+	case http.StatusOK, http.StatusUnauthorized, http.StatusForbidden: // it lives, and does not tell us more
+		return true, nil
+	}
+	return true, fmt.Errorf("GET /readyz: %s", answer.Status)
+}
+
+// pool reads PEM certificates; anything else in there is an error.
+func pool(roots string) (*x509.CertPool, error) {
+	p := x509.NewCertPool()
+	rest := []byte(roots)
+	n := 0
+	for {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			break
+		}
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		p.AddCert(c)
+		n++
+	}
+	if n == 0 {
+		return nil, errors.New("no certificate in PEM form")
+	}
+	return p, nil
+}

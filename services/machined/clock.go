@@ -1,0 +1,31 @@
+package machined
+
+import (
+	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/clock"
+	"github.com/bulkhead-os/bulkhead/internal/version"
+)
+
+// heardClock notes how far the clock of a control plane is from this node's. The report took from before until now: what lies in
+// between is no difference.
+func (d *Daemon) heardClock(at, before time.Time) {
+	now := time.Now()
+	var off time.Duration
+	switch {
+	case at.Before(before):
+		off = at.Sub(before)
+	case at.After(now):
+		off = at.Sub(now)
+	}
+	d.skew.Store(int64(off))
+}
+
+// clockTrouble is what is wrong with the node's clock; "" if nothing is known to be.
+func (d *Daemon) clockTrouble() string {
+	now := time.Now()
+	if t := clock.Built(now, version.BuildTime()); t != "" {
+		return t
+	}
+	return clock.Cluster(now, time.Duration(d.skew.Load()))
+}
