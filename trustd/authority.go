@@ -89,7 +89,7 @@ type leaf struct {
 	usage   []x509.ExtKeyUsage
 	private asn1.ObjectIdentifier // a usage of our own
 	life    time.Duration
-	old     bool // valid since its authority is, see claim
+	old     bool // valid since its authority is: apid knows break-glass by that
 }
 
 // sign certifies a key. A leaf never outlives its authority. A clock that is behind the making of the authority is wrong: then the leaf is of that time, so that it is

@@ -138,6 +138,9 @@ func (s trustServer) IssueCertificate(ctx context.Context, r *trustv1.IssueCerti
 	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles(), s.d.grantable()); err != nil {
 		return nil, err
 	}
+	if r.GetBreakGlass() && !slices.Contains(r.GetRoles(), "admin") {
+		return nil, errs.New(errs.Invalid, "break_glass: is for certificates with the role admin; this one is to have %q", r.GetRoles())
+	}
 	life, err := lifetime(r.GetTtlSeconds(), day, ownerLife)
 	if err != nil {
 		return nil, err
@@ -146,7 +149,9 @@ func (s trustServer) IssueCertificate(ctx context.Context, r *trustv1.IssueCerti
 	if err != nil {
 		return nil, errs.New(errs.Invalid, "%w", err)
 	}
-	cert, err := k.os.sign(csr.PublicKey, personal(r.GetName(), r.GetRoles(), life), s.d.cfg.Random, s.d.cfg.Now())
+	person := personal(r.GetName(), r.GetRoles(), life)
+	person.old = r.GetBreakGlass()
+	cert, err := k.os.sign(csr.PublicKey, person, s.d.cfg.Random, s.d.cfg.Now())
 	if err != nil {
 		return nil, err
 	}

@@ -26,7 +26,7 @@ const (
 func (a *app) trustCmd() *cobra.Command {
 	c := &cobra.Command{Use: "trust", Short: "The cluster's authorities, and this user's certificate"}
 	c.AddCommand(a.rotateCmd(), &cobra.Command{Use: "renew", Short: "Get a new certificate with the same rights, and the authorities of now, into the context", Args: cobra.NoArgs,
-		Long: "Get a new certificate with the same name, roles and remaining life into the context, and the authorities that the cluster trusts now. Needs role admin.",
+		Long: "Get a new certificate with the same name, roles and remaining life, break-glass if the old one is, into the context, and the authorities that the cluster trusts now. Needs role admin.",
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.renew(cmd.Context(), true) }})
 	return c
 }
@@ -197,6 +197,15 @@ func (a *app) renew(ctx context.Context, strict bool) error {
 		return err
 	}
 	block, _ := pem.Decode([]byte(target.Certificate))
+	if block == nil && target.SignIn != nil { // the issuer's keys are not replaced
+		return a.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
+			ca, _, err := osAuthorities(ctx, conn, nil)
+			if err != nil {
+				return err
+			}
+			return a.keep(func(c *clusterContext) { c.CA = ca })
+		})
+	}
 	if block == nil {
 		if strict {
 			return errors.New("this context has no certificate but a token: get another one, bhctl token")
@@ -214,19 +223,11 @@ func (a *app) renew(ctx context.Context, strict bool) error {
 			r.Roles = append(r.Roles, role)
 		}
 	}
+	r.BreakGlass = breakGlass(old, target.CA)
 	return a.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
-		c := trustv1.NewTrustClient(conn)
-		list, err := c.ListCertificates(ctx, &trustv1.ListCertificatesRequest{})
+		ca, signs, err := osAuthorities(ctx, conn, old)
 		if err != nil {
 			return err
-		}
-		var ca string
-		signs := false
-		for _, x := range list.Certificates {
-			if x.Profile == "os-ca" && x.Pem != "" {
-				ca += x.Pem
-				signs = signs || x.State == "signs" && issuedBy(old, x.Pem)
-			}
 		}
 		if signs && !strict {
 			return a.keep(func(c *clusterContext) { c.CA = ca })
@@ -236,7 +237,7 @@ func (a *app) renew(ctx context.Context, strict bool) error {
 			return err
 		}
 		r.Csr = csr
-		resp, err := c.IssueCertificate(ctx, r)
+		resp, err := trustv1.NewTrustClient(conn).IssueCertificate(ctx, r)
 		if err != nil {
 			return err
 		}
@@ -248,6 +249,34 @@ func (a *app) renew(ctx context.Context, strict bool) error {
 		}
 		return a.say("this context has a new certificate, until %s\n", resp.Expires.AsTime().Local().Format(time.DateTime))
 	})
+}
+
+// osAuthorities returns those that the cluster trusts for Bulkhead's API (PEM), and whether the one that signs has signed c, which may be nil.
+func osAuthorities(ctx context.Context, conn *grpc.ClientConn, c *x509.Certificate) (ca string, signs bool, err error) {
+	list, err := trustv1.NewTrustClient(conn).ListCertificates(ctx, &trustv1.ListCertificatesRequest{})
+	if err != nil {
+		return "", false, err
+	}
+	for _, x := range list.Certificates {
+		if x.Profile == "os-ca" && x.Pem != "" {
+			ca += x.Pem
+			signs = signs || c != nil && x.State == "signs" && issuedBy(c, x.Pem)
+		}
+	}
+	return ca, signs, nil
+}
+
+// breakGlass reports whether a certificate is as old as the one of the authorities (PEM) that signed it.
+func breakGlass(c *x509.Certificate, authorities string) bool {
+	for rest := []byte(authorities); ; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			return false
+		}
+		if ca, err := x509.ParseCertificate(block.Bytes); err == nil && c.CheckSignatureFrom(ca) == nil && c.NotBefore.Equal(ca.NotBefore) {
+			return slices.Contains(c.Subject.Organization, "bulkhead:admin")
+		}
+	}
 }
 
 func issuedBy(c *x509.Certificate, authority string) bool {

@@ -59,8 +59,11 @@ func (w *wallet) renew(ctx context.Context, n *node) {
 	conn, err := client.Dial(n.address, w.get())
 	n.must(err)
 	defer conn.Close()
-	r, err := trustv1.NewTrustClient(conn).IssueCertificate(ctx, &trustv1.IssueCertificateRequest{Csr: csr, Name: "ann", Roles: []string{"admin"}})
+	r, err := trustv1.NewTrustClient(conn).IssueCertificate(ctx, &trustv1.IssueCertificateRequest{Csr: csr, Name: "ann", Roles: []string{"admin"}, BreakGlass: true})
 	n.must(err)
+	if cert, ca := n.parse(r.GetCertificate()), n.parse(r.GetCa()); !cert.NotBefore.Equal(ca.NotBefore) {
+		n.t.Errorf("break-glass is valid from %s, its authority from %s", cert.NotBefore, ca.NotBefore)
+	}
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	n.must(err)
 	w.using.Lock() // whoever calls with the old one has done
@@ -69,6 +72,13 @@ func (w *wallet) renew(ctx context.Context, n *node) {
 	defer w.mu.Unlock()
 	w.creds.Certificate = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: r.GetCertificate()})
 	w.creds.Key = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+}
+
+func (n *node) parse(der []byte) *x509.Certificate {
+	n.t.Helper()
+	c, err := x509.ParseCertificate(der)
+	n.must(err)
+	return c
 }
 
 // cluster is two control planes and a worker, as on machines, and their owner.
