@@ -466,7 +466,7 @@ func waiting(what string, want spec, have State) error {
 		hint = "the document of kind Machine names none"
 	case what == "etcd":
 		hint = "nobody listens on " + have.EtcdAddress
-	case what == "node Ready" && have.Node == nil:
+	case what == "node" || what == "node Ready" && have.Node == nil:
 		hint = fmt.Sprintf("the kubelet has not registered %q yet", want.Node)
 	case what == "node Ready":
 		hint = have.Node.Reason

@@ -99,7 +99,7 @@ var rules = []rule{
 	{unit: "kube-apiserver", after: []string{"volume VAR", "bootstrap", "address", "etcd"}},
 	{unit: "kube-controller-manager", after: []string{"kube-apiserver"}},
 	{unit: "kubelet", worker: true, after: []string{"hostname", "containerd", "image-load", "kube-apiserver", "addon rbac"}},
-	{unit: "kube-proxy", worker: true, after: []string{"hostname", "kube-apiserver"}},
+	{unit: "kube-proxy", worker: true, after: []string{"hostname", "kube-apiserver", "node"}}, // of which it needs the address: it would end when that comes
 	{unit: "kube-scheduler", after: []string{"kube-apiserver"}},
 }
 
@@ -248,6 +248,8 @@ func (p *planner) reached(what string) bool {
 		return p.want.Node != ""
 	case "etcd":
 		return p.have.Etcd
+	case "node":
+		return p.have.Node != nil
 	case "kube-apiserver":
 		return p.have.API || p.want.Role == config.Worker
 	case "containerd":
