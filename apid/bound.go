@@ -26,9 +26,10 @@ const (
 
 // labels are those of the TLS exporter (RFC 8446 section 7.5) for the methods that nodes call at others before they have a certificate.
 var labels = map[string]string{
-	trustv1.Join_Join_FullMethodName:          join.Label,
-	trustv1.Nodes_SignForNode_FullMethodName:  join.NodeLabel,
-	trustv1.Nodes_WatchCluster_FullMethodName: join.NodeLabel,
+	trustv1.Join_Join_FullMethodName:             join.Label,
+	trustv1.Nodes_SignForNode_FullMethodName:     join.NodeLabel,
+	trustv1.Nodes_WatchCluster_FullMethodName:    join.NodeLabel,
+	trustv1.Nodes_ConfirmRotation_FullMethodName: join.NodeLabel,
 }
 
 // bindingOf returns what ties a method's proof to the connection of its caller.
@@ -125,6 +126,8 @@ func (b bound) unary(method string) error {
 		return answer(b, trustv1.NewJoinClient(b.conn).Join, func(r *trustv1.JoinRequest) { r.ChannelBinding, r.RemoteAddress = b.binding, b.remote })
 	case trustv1.Nodes_SignForNode_FullMethodName:
 		return answer(b, trustv1.NewNodesClient(b.conn).SignForNode, func(r *trustv1.SignForNodeRequest) { r.Proof = b.proof(r.GetProof()) })
+	case trustv1.Nodes_ConfirmRotation_FullMethodName:
+		return answer(b, trustv1.NewNodesClient(b.conn).ConfirmRotation, func(r *trustv1.ConfirmRotationRequest) { r.Proof = b.proof(r.GetProof()) })
 	}
 	return errNoMethod
 }

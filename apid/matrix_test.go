@@ -53,7 +53,7 @@ roles:
 func customMay(role, service, method string) bool {
 	switch role {
 	case "dns-team":
-		return service == "network.v1.Network" || service == "machine.v1.Machine" && method == "Reboot" || service == "trust.v1.Trust" || service == "trust.v1.Membership"
+		return service == "network.v1.Network" || service == "machine.v1.Machine" && method == "Reboot" || slices.Contains([]string{"trust.v1.Trust", "trust.v1.Membership", "trust.v1.Authorities"}, service)
 	case "here":
 		return service == "machine.v1.Machine" && strings.HasPrefix(method, "Get")
 	}

@@ -190,7 +190,7 @@ func TestExchangeRefuses(t *testing.T) {
 		text   string
 	}{
 		"nothing wrong":    {func(*outboundv1.Open) {}, codes.OK, ""},
-		"another method":   {func(o *outboundv1.Open) { o.Method = "/machine.v1.Machine/Reboot" }, codes.PermissionDenied, "only Join, SignForNode and WatchCluster"},
+		"another method":   {func(o *outboundv1.Open) { o.Method = "/machine.v1.Machine/Reboot" }, codes.PermissionDenied, "only Join, SignForNode, WatchCluster and ConfirmRotation"},
 		"another label":    {func(o *outboundv1.Open) { o.BindingLabel = "EXPORTER-bulkhead-claim" }, codes.InvalidArgument, join.NodeLabel},
 		"no roots":         {func(o *outboundv1.Open) { o.Roots = "" }, codes.InvalidArgument, "needs roots"},
 		"roots of garbage": {func(o *outboundv1.Open) { o.Roots = "x" }, codes.InvalidArgument, "no PEM"},

@@ -125,7 +125,7 @@ func serve(t *testing.T) *httptest.Server {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	g, err := New(Config{Env: daemon.Env{Log: slog.New(slog.DiscardHandler), TCP: l, Metrics: metrics.New("gateway")}, Apid: conn, Leaf: leaf.New(leaf.Config{})})
+	g, err := New(Config{Env: daemon.Env{Log: slog.New(slog.DiscardHandler), TCP: l, Metrics: metrics.New("gateway")}, Apid: conn, Leaf: leaf.New(leaf.Config{Trust: leaf.NewTrust(nil, slog.New(slog.DiscardHandler))})})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -49,7 +49,7 @@ func (g *Gateway) routes() (http.Handler, error) {
 	ctx := context.Background() // the handlers close nothing: the connection is the caller's
 	for _, register := range []func(context.Context, *runtime.ServeMux, *grpc.ClientConn) error{
 		machinev1.RegisterMachineHandler, configv1.RegisterConfigHandler, networkv1.RegisterNetworkHandler, storagev1.RegisterStorageHandler, storagev1.RegisterKeysHandler, storagev1.RegisterSecureBootHandler,
-		accessv1.RegisterAccessHandler, trustv1.RegisterTrustHandler, trustv1.RegisterMembershipHandler, clusterv1.RegisterRegistryHandler, clusterv1.RegisterRollingHandler, etcdv1.RegisterEtcdHandler, kubernetesv1.RegisterKubernetesHandler, updatev1.RegisterUpdateHandler,
+		accessv1.RegisterAccessHandler, trustv1.RegisterTrustHandler, trustv1.RegisterMembershipHandler, trustv1.RegisterAuthoritiesHandler, clusterv1.RegisterRegistryHandler, clusterv1.RegisterRollingHandler, etcdv1.RegisterEtcdHandler, kubernetesv1.RegisterKubernetesHandler, updatev1.RegisterUpdateHandler,
 	} {
 		if err := register(ctx, rest, g.cfg.Apid); err != nil {
 			return nil, err

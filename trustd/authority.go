@@ -15,6 +15,7 @@ import (
 	"io"
 	"math/big"
 	"net"
+	"strconv"
 	"time"
 )
 
@@ -33,8 +34,18 @@ type authority struct {
 	pem  []byte // of cert
 }
 
-// newAuthority makes an authority that may sign leaves only.
+// newAuthority makes the first authority of its name.
 func newAuthority(name string, random io.Reader, now time.Time) (*authority, error) {
+	return makeAuthority(name, 1, random, now)
+}
+
+// successor makes the authority that takes the place of a.
+func (a *authority) successor(random io.Reader, now time.Time) (*authority, error) {
+	return makeAuthority(a.name, generation(a.cert)+1, random, now)
+}
+
+// makeAuthority makes an authority that may sign leaves, and its successor.
+func makeAuthority(name string, generation uint32, random io.Reader, now time.Time) (*authority, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), random)
 	if err != nil {
 		return nil, err
@@ -46,11 +57,11 @@ func newAuthority(name string, random io.Reader, now time.Time) (*authority, err
 	tmpl := &x509.Certificate{
 		SerialNumber: serial,
 		// The serial tells the authorities of two clusters apart for people.
-		Subject:               pkix.Name{CommonName: "bulkhead " + name + " " + serial.Text(16)[:8]},
+		Subject:               pkix.Name{CommonName: "bulkhead " + name + " " + serial.Text(16)[:8], SerialNumber: strconv.FormatUint(uint64(generation), 10)},
 		NotBefore:             now.Add(-authorityBackdate),
 		NotAfter:              now.Add(authorityLife),
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign | x509.KeyUsageDigitalSignature,
-		BasicConstraintsValid: true, IsCA: true, MaxPathLenZero: true,
+		BasicConstraintsValid: true, IsCA: true, MaxPathLen: 1,
 	}
 	der, err := x509.CreateCertificate(random, tmpl, tmpl, key.Public(), key)
 	if err != nil {
@@ -78,7 +89,7 @@ type leaf struct {
 	usage   []x509.ExtKeyUsage
 	private asn1.ObjectIdentifier // a usage of our own
 	life    time.Duration
-	old     bool // valid since its authority is, see claim
+	old     bool // valid since its authority is: apid knows break-glass by that
 }
 
 // sign certifies a key. A leaf never outlives its authority. A clock that is behind the making of the authority is wrong: then the leaf is of that time, so that it is

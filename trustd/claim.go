@@ -84,7 +84,7 @@ func (d *Daemon) claim(r *trustv1.ClaimRequest) (*trustv1.ClaimResponse, error) 
 		return nil, err
 	}
 	owner := personal(name, []string{"admin"}, ownerLife)
-	owner.old = true // apid knows it by that while the clock is behind the authority, when nobody else is let in
+	owner.old = true // while the clock is behind the authority nobody else is let in
 	cert, err := keys.os.sign(csr.PublicKey, owner, d.cfg.Random, d.cfg.Now())
 	if err != nil {
 		return nil, err

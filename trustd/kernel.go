@@ -134,6 +134,9 @@ func (d *Daemon) load(dir string, where place) error {
 		known = d.known // the same node moves: it has heard more than it was told when it joined
 	}
 	d.where, d.known = where, known
+	if where == durable {
+		d.kept = known // it is from there
+	}
 	d.keys.Set(k)
 	d.publish()
 	d.report()

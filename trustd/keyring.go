@@ -25,6 +25,7 @@ type keyring struct {
 	tokens  []key      // newest first; Ed25519
 	cluster *cluster   // nil: not bootstrapped
 	node    *member    // nil: not in a cluster of nodes
+	rot     *rotation  // the newest replacement of authorities; nil: there was none. All above is as it is at its stage
 }
 
 // owned reports whether the node belongs to somebody.
@@ -177,8 +178,17 @@ func (c *cluster) disk() ([]byte, error) {
 	return json.Marshal(file)
 }
 
-// readKeyring reads the keys in a folder; files that are not there leave their part empty.
+// readKeyring reads the keys in a folder, as they are at the stage of a replacement of authorities; files that are not there leave their part empty.
 func readKeyring(dir string) (*keyring, error) {
+	k, err := readBase(dir)
+	if err != nil {
+		return nil, err
+	}
+	return k.readRotation(dir)
+}
+
+// readBase reads all but the file of a replacement.
+func readBase(dir string) (*keyring, error) {
 	k := &keyring{}
 	if err := k.readNode(dir); err != nil || k.node != nil && !k.node.first {
 		return k, err // all of one that joined is in that file

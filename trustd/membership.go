@@ -66,7 +66,9 @@ func (d *Daemon) joinKey() ([]byte, error) {
 	if err := writeFile(d.cfg.StateDir, clusterFile, data); err != nil {
 		return nil, err
 	}
-	d.keys.Set(&keyring{os: k.os, tokens: k.tokens, cluster: &c, node: k.node})
+	next := *k
+	next.cluster = &c
+	d.keys.Set(&next)
 	d.log.Info("key for join tokens made")
 	return c.joinKey, nil
 }

@@ -1,6 +1,7 @@
 package trustd
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/x509"
@@ -55,6 +56,8 @@ type nodeOnDisk struct {
 type clusterKeys struct {
 	Identity json.RawMessage `json:"identity"` // as identity.json
 	Cluster  json.RawMessage `json:"cluster"`  // as cluster.json
+	// Rotation is as rotation.json, if authorities are being replaced; a file of that name counts more.
+	Rotation json.RawMessage `json:"rotation,omitempty"`
 }
 
 func newNodeKey(random io.Reader) (*ecdsa.PrivateKey, []byte, error) {
@@ -147,6 +150,13 @@ func (k *keyring) parseKeys(keys *clusterKeys, osCA *x509.Certificate) error {
 		return fmt.Errorf("keys: cluster: %w", err)
 	}
 	k.cluster = c
+	if len(keys.Rotation) > 0 {
+		r, err := parseRotation(keys.Rotation)
+		if err != nil {
+			return fmt.Errorf("keys: rotation: %w", err)
+		}
+		*k = *k.turned(r)
+	}
 	return nil
 }
 
@@ -157,7 +167,14 @@ func (k *keyring) keys() (*clusterKeys, error) {
 		return nil, err
 	}
 	cluster, err := k.cluster.disk()
-	return &clusterKeys{Identity: identity, Cluster: cluster}, err
+	if err != nil {
+		return nil, err
+	}
+	out := &clusterKeys{Identity: identity, Cluster: cluster}
+	if k.rot != nil && len(k.rot.turns) > 0 {
+		out.Rotation, err = k.rot.disk()
+	}
+	return out, err
 }
 
 // file is the node's file.
@@ -171,7 +188,10 @@ func (k *keyring) file(certificate []byte) ([]byte, error) {
 	if n.first {
 		return json.Marshal(f)
 	}
-	f.Certificate, f.OSCA = string(pemCert(certificate)), string(pemCert(n.osCA.Raw))
+	f.OSCA = string(pemCert(n.osCA.Raw))
+	if certificate != nil {
+		f.Certificate = string(pemCert(certificate))
+	}
 	if f.State, err = protojson.Marshal(n.state); err != nil {
 		return nil, err
 	}
@@ -274,16 +294,51 @@ func (d *Daemon) learn(t *trustv1.TrustState) {
 	}
 	d.known = t
 	if d.where == durable {
-		data, err := protojson.Marshal(t)
-		if err == nil {
-			err = writeFile(d.cfg.StateDir, knownFile, data)
-		}
-		if err != nil {
+		if err := d.keep(t); err != nil {
 			d.log.Warn("what is known of the cluster is not kept", "err", err.Error())
+		} else {
+			d.kept = t
 		}
 	}
 	d.publish()
 	d.report()
+}
+
+// keep writes what was heard of the cluster. A worker takes the authority that signs now for the one that let it in: in the end it is the only one. The caller holds d.mu.
+func (d *Daemon) keep(t *trustv1.TrustState) error {
+	data, err := protojson.Marshal(t)
+	if err != nil {
+		return err
+	}
+	if err := writeFile(d.cfg.StateDir, knownFile, data); err != nil {
+		return err
+	}
+	k, _ := d.keys.Get()
+	block, _ := pem.Decode([]byte(t.GetOsCa()))
+	if !k.worker() || block == nil || bytes.Equal(block.Bytes, k.node.osCA.Raw) {
+		return nil
+	}
+	next, n := *k, *k.node
+	if n.osCA, err = x509.ParseCertificate(block.Bytes); err != nil {
+		return err
+	}
+	n.state, next.node = t, &n
+	if data, err = next.file(nil); err != nil {
+		return err
+	}
+	if err := writeFile(d.cfg.StateDir, nodeFile, data); err != nil {
+		return err
+	}
+	d.keys.Set(&next)
+	d.log.Info("the cluster's authority is another one now", "authority", n.osCA.Subject.CommonName)
+	return nil
+}
+
+// keeps reports whether what a worker trusts is on its disk, so that it goes on with it after its power failed.
+func (d *Daemon) keeps(t *trustv1.TrustState) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.kept != nil && d.kept == d.known && proto.Equal(d.known.GetRotation(), t.GetRotation())
 }
 
 // others is how many other nodes are known. The caller holds d.mu.

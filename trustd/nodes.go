@@ -118,7 +118,7 @@ func (s nodesServer) SignForNode(ctx context.Context, r *trustv1.SignForNodeRequ
 		return nil, err
 	}
 	d.remember(r.GetProfile(), cert)
-	return &trustv1.SignCertificateResponse{Certificate: string(pemCert(cert.Raw)), Ca: string(ca.pem)}, nil
+	return &trustv1.SignCertificateResponse{Certificate: string(pemCert(cert.Raw)), Ca: string(ca.pem), Chain: k.chain(ca)}, nil
 }
 
 func (s nodesServer) WatchCluster(r *trustv1.WatchClusterRequest, out grpc.ServerStreamingServer[trustv1.TrustState]) error {

@@ -117,6 +117,15 @@ func (n nodesDoor) SignForNode(ctx context.Context, r *trustv1.SignForNodeReques
 	return trustv1.NewNodesClient(c).SignForNode(ctx, r)
 }
 
+func (n nodesDoor) ConfirmRotation(ctx context.Context, r *trustv1.ConfirmRotationRequest) (*trustv1.ConfirmRotationResponse, error) {
+	r.Proof.ChannelBinding, r.Proof.RemoteAddress = seen(ctx, join.NodeLabel)
+	c, err := inside(n.to)
+	if err != nil {
+		return nil, err
+	}
+	return trustv1.NewNodesClient(c).ConfirmRotation(ctx, r)
+}
+
 func (n nodesDoor) WatchCluster(r *trustv1.WatchClusterRequest, out grpc.ServerStreamingServer[trustv1.TrustState]) error {
 	r.Proof.ChannelBinding, r.Proof.RemoteAddress = seen(out.Context(), join.NodeLabel)
 	c, err := inside(n.to)

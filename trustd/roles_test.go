@@ -56,6 +56,26 @@ func TestCustomRoles(t *testing.T) {
 	if got := cert.Subject.Organization; len(got) != 2 || !slices.Contains(got, "bulkhead:dns-team") || !slices.Contains(got, "bulkhead:reader") {
 		t.Errorf("the certificate is for %q", got)
 	}
+	keys, _ := d.keys.Get()
+	made := keys.os.cert.NotBefore
+	if cert.NotBefore.Equal(made) {
+		t.Error("a certificate that nobody asked for as break-glass is as old as the authority")
+	}
+	old := &trustv1.IssueCertificateRequest{Csr: csr, Name: "ann", Roles: []string{"reader"}, BreakGlass: true}
+	if _, err := trust.IssueCertificate(caller("admin"), old); !errs.Is(err, errs.Invalid) || !strings.Contains(errs.Text(err), "role admin") {
+		t.Errorf("break-glass for a reader: %v", err)
+	}
+	old.Roles = []string{"admin"}
+	if _, err := trust.IssueCertificate(caller("minters"), old); !errs.Is(err, errs.Denied) {
+		t.Errorf("break-glass from who is no administrator: %v", err)
+	}
+	signed, err = trust.IssueCertificate(caller("admin"), old)
+	m.must(err)
+	cert, err = x509.ParseCertificate(signed.GetCertificate())
+	m.must(err)
+	if !cert.NotBefore.Equal(made) || time.Until(cert.NotAfter) > day {
+		t.Errorf("break-glass is valid from %s to %s", cert.NotBefore, cert.NotAfter)
+	}
 	m.must(mint(caller("minters"), "minters"))
 	for _, role := range []string{"admin", "reader", "dns-team"} {
 		if err := mint(caller("minters"), role); !errs.Is(err, errs.Denied) {

@@ -78,7 +78,9 @@ func (d *Daemon) bootstrap() (already bool, err error) {
 	if err := writeFile(d.folder(), clusterFile, data); err != nil {
 		return false, err
 	}
-	d.keys.Set(&keyring{os: k.os, tokens: k.tokens, cluster: c, node: k.node})
+	next := *k
+	next.cluster = c
+	d.keys.Set(&next)
 	d.publish()
 	d.report()
 	d.log.Info("cluster's authorities made")
@@ -136,6 +138,9 @@ func (s trustServer) IssueCertificate(ctx context.Context, r *trustv1.IssueCerti
 	if err := checkGrant(peer.CallerFrom(ctx), r.GetName(), r.GetRoles(), s.d.grantable()); err != nil {
 		return nil, err
 	}
+	if r.GetBreakGlass() && !slices.Contains(r.GetRoles(), "admin") {
+		return nil, errs.New(errs.Invalid, "break_glass: is for certificates with the role admin; this one is to have %q", r.GetRoles())
+	}
 	life, err := lifetime(r.GetTtlSeconds(), day, ownerLife)
 	if err != nil {
 		return nil, err
@@ -144,7 +149,9 @@ func (s trustServer) IssueCertificate(ctx context.Context, r *trustv1.IssueCerti
 	if err != nil {
 		return nil, errs.New(errs.Invalid, "%w", err)
 	}
-	cert, err := k.os.sign(csr.PublicKey, personal(r.GetName(), r.GetRoles(), life), s.d.cfg.Random, s.d.cfg.Now())
+	person := personal(r.GetName(), r.GetRoles(), life)
+	person.old = r.GetBreakGlass()
+	cert, err := k.os.sign(csr.PublicKey, person, s.d.cfg.Random, s.d.cfg.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -188,9 +195,10 @@ func (s trustServer) ListCertificates(context.Context, *trustv1.ListCertificates
 	k, _ := s.d.keys.Get()
 	out := &trustv1.ListCertificatesResponse{}
 	for _, a := range k.authorities() {
-		c := describe(a.name, a.cert)
-		c.Pem = string(a.pem)
-		out.Certificates = append(out.Certificates, c)
+		out.Certificates = append(out.Certificates, describeAuthority(a.name, a.cert, true))
+		if other := k.other(a); other != nil {
+			out.Certificates = append(out.Certificates, describeAuthority(a.name, other.cert, false))
+		}
 	}
 	if k.worker() {
 		t, _ := s.d.trust.Get()
@@ -204,6 +212,7 @@ func (s trustServer) ListCertificates(context.Context, *trustv1.ListCertificates
 func trusted(t *trustv1.TrustState) []*trustv1.Certificate {
 	var out []*trustv1.Certificate
 	for _, a := range []struct{ name, pem string }{{"os-ca", t.GetOsCa()}, {"etcd-ca", t.GetEtcdCa()}, {"kubernetes-ca", t.GetKubernetesCa()}, {"front-proxy-ca", t.GetFrontProxyCa()}} {
+		signs := true
 		for rest := []byte(a.pem); ; {
 			var block *pem.Block
 			if block, rest = pem.Decode(rest); block == nil {
@@ -213,14 +222,24 @@ func trusted(t *trustv1.TrustState) []*trustv1.Certificate {
 			if err != nil {
 				continue
 			}
-			c := describe(a.name, cert)
-			c.Pem = string(pemCert(cert.Raw))
-			out = append(out, c)
+			out = append(out, describeAuthority(a.name, cert, signs))
+			signs = false
 		}
 	}
 	return out
 }
 
+// describeAuthority says of an authority what it is, and whether it signs or is only trusted.
+func describeAuthority(name string, cert *x509.Certificate, signs bool) *trustv1.Certificate {
+	c := describe(name, cert)
+	c.Pem, c.Generation, c.State = string(pemCert(cert.Raw)), generation(cert), "trusted"
+	if signs {
+		c.State = "signs"
+	}
+	return c
+}
+
+// authorities are those that sign.
 func (k *keyring) authorities() []*authority {
 	var out []*authority
 	if k.os != nil {
@@ -238,6 +257,13 @@ type signerServer struct {
 }
 
 func (s signerServer) WatchTrust(_ *trustv1.WatchTrustRequest, out grpc.ServerStreamingServer[trustv1.TrustState]) error {
+	if who, ok := peer.From(out.Context()); ok {
+		done, err := s.d.ears.open(who)
+		if err != nil {
+			s.d.log.Warn("who listens is not kept", "err", err.Error())
+		}
+		defer done()
+	}
 	return s.d.trust.Watch(out.Context(), func(t *trustv1.TrustState) error {
 		if t == nil {
 			return nil
@@ -290,7 +316,7 @@ func (s signerServer) SignCertificate(ctx context.Context, r *trustv1.SignCertif
 		return nil, err
 	}
 	s.d.remember(r.GetProfile(), cert)
-	return &trustv1.SignCertificateResponse{Certificate: string(pemCert(cert.Raw)), Ca: string(ca.pem)}, nil
+	return &trustv1.SignCertificateResponse{Certificate: string(pemCert(cert.Raw)), Ca: string(ca.pem), Chain: k.chain(ca)}, nil
 }
 
 // specFor is what the node's certificates are made from, or why none can be.

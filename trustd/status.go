@@ -67,6 +67,7 @@ func (d *Daemon) publish() {
 	if k.node != nil {
 		t.NodeName, t.NodeRole = k.node.name, k.node.role
 	}
+	t.Authorities = authoritiesID(t)
 	if old, _ := d.trust.Get(); proto.Equal(old, t) && old != nil {
 		return
 	}
@@ -85,12 +86,15 @@ func (d *Daemon) publish() {
 
 // trust is what the keys say by themselves.
 func (k *keyring) trust() *trustv1.TrustState {
-	t := &trustv1.TrustState{Claimed: k.owned(), Bootstrapped: k.cluster != nil, OsCa: k.osPEM()}
+	t := &trustv1.TrustState{Claimed: k.owned(), Bootstrapped: k.cluster != nil, OsCa: k.osPEM(), Rotation: k.stageOf()}
+	if k.os != nil {
+		t.OsCa = k.bundle(k.os)
+	}
 	for _, key := range k.tokens {
 		t.TokenKeys = append(t.TokenKeys, &trustv1.TokenKey{Id: key.id, PublicKey: key.public})
 	}
 	if c := k.cluster; c != nil {
-		t.EtcdCa, t.KubernetesCa, t.FrontProxyCa = string(c.etcd.pem), string(c.kubernetes.pem), string(c.frontProxy.pem)
+		t.EtcdCa, t.KubernetesCa, t.FrontProxyCa = k.bundle(c.etcd), k.bundle(c.kubernetes), k.bundle(c.frontProxy)
 	}
 	return t
 }

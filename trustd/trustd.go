@@ -7,6 +7,7 @@ package trustd
 
 import (
 	"context"
+	"crypto/hpke"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -89,6 +90,12 @@ type Daemon struct {
 	past     signed              // what was signed since the start
 	count    figures
 
+	ears     ears                // daemons that follow what is trusted
+	rotating sync.Mutex          // held while authorities are replaced a step further; before mu
+	wantKey  hpke.PrivateKey     // guarded by rotating; to which the new keys are to be sealed
+	wantID   string              // guarded by rotating; for which replacement
+	kept     *trustv1.TrustState // guarded by mu; what of known is on the disk
+
 	etcdd, apid *grpc.ClientConn // opened when first used
 }
 
@@ -136,6 +143,9 @@ func New(cfg Config) (*Daemon, error) {
 	if _, err := io.ReadFull(cfg.Random, d.instance); err != nil {
 		return nil, err
 	}
+	if err := d.ears.load(cfg.Runtime, cfg.Now()); err != nil {
+		d.log.Warn("who listened before is not known", "err", err.Error())
+	}
 	d.keys.Set(&keyring{})
 	d.spec.Set(&spec{})
 	d.report()
@@ -153,10 +163,12 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.follow(ctx) })
 	g.Go(func() error { return d.followCluster(ctx) })
 	g.Go(func() error { return d.keepRecord(ctx) })
+	g.Go(func() error { return d.rotate(ctx) })
 	g.Go(func() error {
 		return daemon.Serve(ctx, d.cfg.Env, callers(), func(s *grpc.Server) {
 			trustv1.RegisterClaimServer(s, claimServer{d: d})
 			trustv1.RegisterTrustServer(s, trustServer{d: d})
+			trustv1.RegisterAuthoritiesServer(s, authoritiesServer{d: d})
 			trustv1.RegisterSignerServer(s, signerServer{d: d})
 			trustv1.RegisterJoinServer(s, joinServer{d: d})
 			trustv1.RegisterNodesServer(s, nodesServer{d: d})

@@ -91,6 +91,7 @@ func (a *app) certificateCmd() *cobra.Command {
 	var roles []string
 	var ttl time.Duration
 	var as string
+	var breakGlass bool
 	c := &cobra.Command{Use: "certificate NAME --as CONTEXT", Short: "Make a client certificate, as a new context", Args: cobra.ExactArgs(1), RunE: func(cmd *cobra.Command, args []string) error {
 		if as == "" {
 			return errors.New("--as: give the name of the context to make")
@@ -104,7 +105,7 @@ func (a *app) certificateCmd() *cobra.Command {
 			return err
 		}
 		return a.call(cmd.Context(), func(ctx context.Context, conn *grpc.ClientConn) error {
-			r, err := trustv1.NewTrustClient(conn).IssueCertificate(ctx, &trustv1.IssueCertificateRequest{Csr: csr, Name: args[0], Roles: roles, TtlSeconds: uint64(ttl.Seconds())})
+			r, err := trustv1.NewTrustClient(conn).IssueCertificate(ctx, &trustv1.IssueCertificateRequest{Csr: csr, Name: args[0], Roles: roles, TtlSeconds: uint64(ttl.Seconds()), BreakGlass: breakGlass})
 			if err != nil {
 				return err
 			}
@@ -125,6 +126,7 @@ func (a *app) certificateCmd() *cobra.Command {
 	c.Flags().StringSliceVar(&roles, "role", []string{"reader"}, "role: "+strings.Join(roleNames, ", ")+", or one that the configuration makes (kind Access); may be given more than once")
 	c.Flags().DurationVar(&ttl, "ttl", 24*time.Hour, "how long it is good; at most 8760h")
 	c.Flags().StringVar(&as, "as", "", "name of the context to make")
+	c.Flags().BoolVar(&breakGlass, "break-glass", false, "one that is let in even while a node's clock is behind the making of the cluster; with --role admin")
 	return c
 }
 

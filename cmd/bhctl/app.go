@@ -49,6 +49,7 @@ func (a *app) dial(ctx context.Context) (*grpc.ClientConn, error) {
 	}
 	cred := c.credentials()
 	cred.AnyTime = a.wrongClock
+	cred.Learn = a.learn
 	return client.DialAny(c.all(), cred)
 }
 
@@ -125,7 +126,7 @@ func explain(err error) string {
 		if strings.Contains(text, "your ID token of") { // it says itself what to do
 			return text
 		}
-		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  bhctl login where the cluster has an issuer, or ask an administrator for bhctl token / bhctl certificate."
+		return text + "\n  The node does not know you. Check the context (bhctl config show), or get credentials: bhctl claim on a new node,\n  bhctl login where the cluster has an issuer, or ask an administrator for bhctl token / bhctl certificate.\n  Credentials of before the cluster's authority was replaced (bhctl trust rotate-ca) are worth nothing any more."
 	case codes.PermissionDenied:
 		if strings.Contains(text, "needs role") { // others say themselves what to do
 			return text + "\n  Ask an administrator for a credential with that role: bhctl token --role ROLE."
@@ -136,7 +137,7 @@ func explain(err error) string {
 				time.Now().UTC().Format(time.RFC3339) + ";\n  the node's is set with the machine's own, in its firmware or hypervisor, and read when it starts."
 		}
 		if strings.Contains(text, "certificate") {
-			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, was it reset, or is its volume STATE\n  locked? Its console says so; then: bhctl unlock."
+			return text + "\n  The node's certificate is not signed by this context's authority: is it another node, was it reset, or is its volume STATE\n  locked? Its console says so; then: bhctl unlock. Or the cluster's authority was replaced (bhctl trust rotate-ca) and this context has slept\n  through it: then ask an administrator for a new context (bhctl certificate NAME --as CONTEXT), or for the authority of now (bhctl config ca)."
 		}
 		return text + "\n  Is the node up, and the endpoint right? bhctl config show; for a local machine: bhctl status."
 	case codes.DeadlineExceeded:

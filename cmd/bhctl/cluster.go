@@ -125,7 +125,7 @@ func (a *app) join(ctx context.Context, address string, f joinFlags) error {
 	if err != nil {
 		return err
 	}
-	if authority != "" && strings.TrimSpace(authority) != strings.TrimSpace(string(ca)) {
+	if authority != "" && !strings.Contains(authority, strings.TrimSpace(string(ca))) {
 		return fmt.Errorf("%s has joined another cluster than this context's: it believes another authority. Reset it (on its console), and look at the token and the endpoints", address)
 	}
 	return a.say("%s is %s, a %s of the cluster. Next: bhctl -n %s apply -f FILE, with Machine.hostname %s and Machine.role %s\n", address, f.name, role, f.name, f.name, role)

@@ -51,6 +51,7 @@ type fakeCluster struct {
 	stale   bool                 // guarded by mu; trustd has not heard yet that etcd lost a member
 	tokens  []*trustv1.JoinToken // guarded by mu
 	alarms  []string             // guarded by mu
+	turning fakeAuthorities
 }
 
 // startFake returns a file of contexts for a cluster of its own.
@@ -64,6 +65,9 @@ func startFake(t testing.TB) (*fakeCluster, contexts) {
 	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{pair}})))
 	machinev1.RegisterMachineServer(s, f)
 	trustv1.RegisterMembershipServer(s, f)
+	trustv1.RegisterAuthoritiesServer(s, &f.turning)
+	trustv1.RegisterTrustServer(s, &f.turning)
+	f.turning.ca = ca
 	clusterv1.RegisterRegistryServer(s, f)
 	accessv1.RegisterAccessServer(s, f.access)
 	clusterv1.RegisterRollingServer(s, &f.rolling)

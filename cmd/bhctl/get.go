@@ -170,11 +170,11 @@ func resources() map[string]resource {
 			func(ctx context.Context, conn *grpc.ClientConn) (*machinev1.ListBootsResponse, error) {
 				return machinev1.NewMachineClient(conn).ListBoots(ctx, &machinev1.ListBootsRequest{})
 			}, nil, (*machinev1.ListBootsResponse).GetBoots, bootRow),
-		"certificates": of("authorities, and what they signed since boot", []string{"PROFILE", "SUBJECT", "ISSUER", "SERIAL", "UNTIL", "LEFT", "NAMES"},
+		"certificates": of("authorities, and what they signed since boot", []string{"PROFILE", "SUBJECT", "ISSUER", "SERIAL", "UNTIL", "LEFT", "GENERATION", "NAMES"},
 			func(ctx context.Context, conn *grpc.ClientConn) (*trustv1.ListCertificatesResponse, error) {
 				return trustv1.NewTrustClient(conn).ListCertificates(ctx, &trustv1.ListCertificatesRequest{})
 			}, nil, (*trustv1.ListCertificatesResponse).GetCertificates, func(c *trustv1.Certificate) []string {
-				return []string{c.Profile, c.Subject, c.Issuer, c.Serial, c.NotAfter.AsTime().Local().Format(time.DateTime), left(c.NotAfter.AsTime(), time.Now()), strings.Join(c.Names, ",")}
+				return []string{c.Profile, c.Subject, c.Issuer, c.Serial, c.NotAfter.AsTime().Local().Format(time.DateTime), left(c.NotAfter.AsTime(), time.Now()), generationText(c), strings.Join(c.Names, ",")}
 			}),
 		"generations": of("stored configurations", []string{"GENERATION", "APPLIED", "BY", "SHA-256"},
 			func(ctx context.Context, conn *grpc.ClientConn) (*configv1.ListHistoryResponse, error) {
@@ -192,6 +192,14 @@ func resources() map[string]resource {
 	maps.Copy(all, updateResources())
 	maps.Copy(all, clusterResources())
 	return all
+}
+
+// generationText says of an authority the how-manieth it is, and whether it signs.
+func generationText(c *trustv1.Certificate) string {
+	if c.Generation == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%d, %s", c.Generation, c.State)
 }
 
 func (a *app) getCmd() *cobra.Command {

@@ -35,6 +35,8 @@ type Credentials struct {
 	Certificate, Key []byte
 	// Token is a bearer token from trust.v1.Trust/MintToken.
 	Token string
+	// Learn is called with an authority (PEM) that takes the place of one in CA, as that one says; whoever keeps CA should keep both. It is called in a handshake, possibly several at once. nil: nobody keeps it.
+	Learn func(authority []byte)
 	// AnyTime takes the node's certificate whatever its dates say, for a node whose clock is wrong. Whose it is counts all the same; but one that somebody
 	// took from a node long ago is taken too.
 	AnyTime bool
@@ -65,14 +67,9 @@ func Address(endpoint string) (string, error) {
 
 // TLS returns the configuration with which a client of apid or gateway recognises a node, and shows its own certificate if it has one.
 func TLS(c Credentials) (*tls.Config, error) {
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(c.CA) {
-		return nil, fmt.Errorf("credentials: ca: no PEM certificate in it")
-	}
-	cfg := &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool, ServerName: ServerName}
-	if c.AnyTime {
-		cfg.InsecureSkipVerify = true // what it would verify, but for the time, is verified here
-		cfg.VerifyConnection = func(s tls.ConnectionState) error { return verifyAnyTime(s, pool, time.Now()) }
+	cfg := &tls.Config{MinVersion: tls.VersionTLS13, ServerName: ServerName}
+	if err := recognise(cfg, c); err != nil {
+		return nil, err
 	}
 	if len(c.Certificate) > 0 || len(c.Key) > 0 {
 		pair, err := tls.X509KeyPair(c.Certificate, c.Key)
@@ -82,17 +79,6 @@ func TLS(c Credentials) (*tls.Config, error) {
 		cfg.Certificates = []tls.Certificate{pair}
 	}
 	return cfg, nil
-}
-
-// verifyAnyTime verifies a node's certificate at a time at which it is valid, the one that is nearest to now.
-func verifyAnyTime(s tls.ConnectionState, roots *x509.CertPool, now time.Time) error {
-	leaf := s.PeerCertificates[0] // a server always has one
-	between := x509.NewCertPool()
-	for _, c := range s.PeerCertificates[1:] {
-		between.AddCert(c)
-	}
-	_, err := leaf.Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, DNSName: s.ServerName, CurrentTime: withinDates(leaf, now), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}})
-	return err
 }
 
 // withinDates is the time at which a certificate is valid that is nearest to now.

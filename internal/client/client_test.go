@@ -70,8 +70,15 @@ func TestAnyTime(t *testing.T) {
 	}
 	root := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: now.AddDate(-5, 0, 0), NotAfter: now.AddDate(5, 0, 0), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 	ca := sign(root, root)
-	pool := x509.NewCertPool()
-	pool.AddCert(ca)
+	pinned := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Raw})
+	lax, err := TLS(Credentials{CA: pinned, AnyTime: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	strict, err := TLS(Credentials{CA: pinned})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		name  string
 		years int // from now
@@ -85,8 +92,12 @@ func TestAnyTime(t *testing.T) {
 	} {
 		from := now.AddDate(c.years, 0, 0)
 		leaf := sign(&x509.Certificate{SerialNumber: big.NewInt(2), DNSNames: []string{c.dns}, NotBefore: from, NotAfter: from.Add(24 * time.Hour), ExtKeyUsage: []x509.ExtKeyUsage{c.usage}}, ca)
-		if err := verifyAnyTime(tls.ConnectionState{ServerName: ServerName, PeerCertificates: []*x509.Certificate{leaf}}, pool, now); (err == nil) != c.ok {
+		shown := tls.ConnectionState{ServerName: ServerName, PeerCertificates: []*x509.Certificate{leaf}}
+		if err := lax.VerifyConnection(shown); (err == nil) != c.ok {
 			t.Errorf("%s: %v", c.name, err)
+		}
+		if strict.VerifyConnection(shown) == nil {
+			t.Errorf("%s: taken without AnyTime", c.name)
 		}
 	}
 }

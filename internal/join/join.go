@@ -138,6 +138,37 @@ func SignPayload(instance []byte, profile string, csr []byte) []byte {
 // WatchPayload is the one for WatchCluster.
 func WatchPayload(instance []byte) []byte { return instance }
 
+// RotationPayload is the one for ConfirmRotation.
+func RotationPayload(instance []byte, id, stage string) []byte {
+	return slices.Concat(instance, []byte("rotation\x00"+id+"\x00"+stage))
+}
+
+// SignWant is how a control plane shows that it is the one to which new keys are to be sealed.
+func SignWant(key *ecdsa.PrivateKey, random io.Reader, id, name string, seal []byte) ([]byte, error) {
+	return ecdsa.SignASN1(random, key, rotationDigest("want", id, name, seal))
+}
+
+// VerifyWant checks what SignWant made.
+func VerifyWant(key *ecdsa.PublicKey, id, name string, seal, signature []byte) bool {
+	return ecdsa.VerifyASN1(key, rotationDigest("want", id, name, seal), signature)
+}
+
+// SignGiven is how the cluster's authority shows that what is sealed to a control plane is from one that has it.
+func SignGiven(key *ecdsa.PrivateKey, random io.Reader, id, name string, sealed []byte) ([]byte, error) {
+	return ecdsa.SignASN1(random, key, rotationDigest("given", id, name, sealed))
+}
+
+// VerifyGiven checks what SignGiven made.
+func VerifyGiven(key *ecdsa.PublicKey, id, name string, sealed, signature []byte) bool {
+	return ecdsa.VerifyASN1(key, rotationDigest("given", id, name, sealed), signature)
+}
+
+func rotationDigest(what, id, name string, data []byte) []byte {
+	p := sha256.Sum256(data)
+	d := sha256.Sum256(bytes.Join([][]byte{[]byte("bulkhead rotation"), []byte(what), []byte(id), []byte(name), p[:]}, []byte{0}))
+	return d[:]
+}
+
 func digest(binding, payload []byte) []byte {
 	p := sha256.Sum256(payload)
 	d := sha256.Sum256(bytes.Join([][]byte{[]byte("bulkhead node\x00"), binding, p[:]}, nil))
@@ -179,7 +210,7 @@ func NewSealKey() (hpke.PrivateKey, error) { return kem().GenerateKey() }
 // ParseSealKey makes a key from what its Bytes returned.
 func ParseSealKey(raw []byte) (hpke.PrivateKey, error) { return kem().NewPrivateKey(raw) }
 
-// Seal encrypts a cluster's keys for a node that joined with a token: the encapsulated key and the ciphertext (RFC 9180).
+// Seal encrypts a cluster's keys for a node that joined with a token, or under another label that is no token's id: the encapsulated key and the ciphertext (RFC 9180).
 func Seal(sealKey []byte, tokenID string, plain []byte) ([]byte, error) {
 	k, err := kem().NewPublicKey(sealKey)
 	if err != nil {

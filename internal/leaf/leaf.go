@@ -49,7 +49,8 @@ type Config struct {
 
 // Pair is a certificate with its key. It must not be changed.
 type Pair struct {
-	TLS *tls.Certificate // Leaf is set; the chain has the leaf only
+	// TLS has Leaf set. The chain has the leaf only; of a server, while its authority is replaced, also what leads to the old one.
+	TLS *tls.Certificate
 	// Certificate and CA are PEM. The key's PEM is made by KeyPEM on request.
 	Certificate, CA []byte
 
@@ -78,7 +79,11 @@ func NewExpiry(s *metrics.Set, daemon string) *metrics.Vec {
 }
 
 // New returns a Leaf without a certificate.
-func New(cfg Config) *Leaf { return &Leaf{cfg: cfg, wake: make(chan struct{}, 1)} }
+func New(cfg Config) *Leaf {
+	l := &Leaf{cfg: cfg, wake: make(chan struct{}, 1)}
+	cfg.Trust.add(l)
+	return l
+}
 
 // Pair returns the newest pair, nil if there is none yet, and a channel that is closed when there is a newer one.
 func (l *Leaf) Pair() (*Pair, <-chan struct{}) { return l.cell.Get() }
@@ -150,9 +155,13 @@ func (l *Leaf) Run(ctx context.Context) error {
 			}
 			next, pause = pause, min(2*pause, maxPause)
 		} else {
+			later := pause
 			pause, said, force = firstPause, "", false
 			p, _ = l.cell.Get()
 			next = min(look, max(time.Until(renewAt(p.TLS.Leaf)), firstPause))
+			if roots, _ := l.cfg.Trust.Roots(); stale(p, roots, time.Now()) { // signed by who does not know yet that another authority signs now
+				next, pause = later, min(2*later, maxPause)
+			}
 		}
 		timer.Reset(next)
 		select {
@@ -172,7 +181,7 @@ func renewAt(c *x509.Certificate) time.Time {
 	return c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) * 2 / 3)
 }
 
-// stale reports whether a pair is missing, old, from the future, of old names, or signed by an authority that is trusted no more.
+// stale reports whether a pair is missing, old, from the future, of old names, or signed by an authority that is not the one that signs now, the first of its bundle.
 func stale(p *Pair, roots *Roots, now time.Time) bool {
 	if p == nil || !now.Before(renewAt(p.TLS.Leaf)) || now.Before(p.TLS.Leaf.NotBefore) {
 		return true
@@ -181,8 +190,8 @@ func stale(p *Pair, roots *Roots, now time.Time) bool {
 		return true
 	}
 	for _, ca := range []string{roots.State.GetOsCa(), roots.State.GetEtcdCa(), roots.State.GetKubernetesCa(), roots.State.GetFrontProxyCa()} {
-		if strings.Contains(ca, string(p.CA)) {
-			return false
+		if strings.HasPrefix(ca, string(p.CA)) { // once the old authority is gone, nothing is to lead to it
+			return len(p.TLS.Certificate) > 1 && len(ca) == len(p.CA)
 		}
 	}
 	return true
@@ -221,13 +230,22 @@ func (l *Leaf) sign(ctx context.Context, names string) error {
 	if pub, ok := leaf.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(key.Public()) {
 		return fmt.Errorf("certificate %s from trustd: it is for another key", l.cfg.Profile)
 	}
+	chain := [][]byte{block.Bytes}
+	for rest := []byte(resp.GetChain()); ; {
+		var c *pem.Block
+		if c, rest = pem.Decode(rest); c == nil {
+			break
+		}
+		chain = append(chain, c.Bytes)
+	}
 	l.cell.Set(&Pair{
-		TLS:         &tls.Certificate{Certificate: [][]byte{block.Bytes}, PrivateKey: key, Leaf: leaf},
+		TLS:         &tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf},
 		Certificate: []byte(resp.GetCertificate()), CA: []byte(resp.GetCa()), names: names,
 	})
 	if l.cfg.Expiry != nil {
 		l.cfg.Expiry.Set(float64(leaf.NotAfter.Unix()), l.cfg.Profile)
 	}
+	l.cfg.Trust.tell()
 	l.cfg.Log.Info("certificate signed", "profile", l.cfg.Profile, "serial", leaf.SerialNumber.Text(16), "expires", leaf.NotAfter.Format(time.RFC3339))
 	return nil
 }

@@ -2,10 +2,18 @@ package leaf
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
+	"slices"
+	"strings"
+	"sync"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
@@ -26,11 +34,23 @@ type Trust struct {
 	signer trustv1.SignerClient
 	log    *slog.Logger
 	cell   latest.Cell[*Roots]
+	told   chan struct{} // one slot; something is to be reported to trustd
+
+	mu     sync.Mutex
+	leaves []*Leaf           // guarded by mu
+	acts   func(*Roots) bool // guarded by mu; nil: at once
+}
+
+// Bundle is the text of authorities (PEM) in an order that does not depend on which one signs, for programs that must start anew when it changes.
+func Bundle(text string) string {
+	parts := strings.SplitAfter(text, "-----END CERTIFICATE-----\n")
+	slices.Sort(parts)
+	return strings.Join(parts, "")
 }
 
 // NewTrust returns a Trust that knows nothing yet.
 func NewTrust(signer trustv1.SignerClient, log *slog.Logger) *Trust {
-	t := &Trust{signer: signer, log: log}
+	t := &Trust{signer: signer, log: log, told: make(chan struct{}, 1)}
 	t.cell.Set(&Roots{State: &trustv1.TrustState{}})
 	return t
 }
@@ -38,8 +58,82 @@ func NewTrust(signer trustv1.SignerClient, log *slog.Logger) *Trust {
 // Roots returns what is trusted now, and a channel that is closed when that changes. What was known last stays while trustd restarts.
 func (t *Trust) Roots() (*Roots, <-chan struct{}) { return t.cell.Get() }
 
+// Acts has f say whether the daemon acts by what is trusted, for one that takes a while to: trustd then goes on with the replacement of an authority only when it does. The daemon calls Tell
+// when that may have changed. Without f it does so at once. f may be called from any goroutine.
+func (t *Trust) Acts(f func(*Roots) bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.acts = f
+}
+
+// Tell has trustd told soon how far the daemon is. It never blocks.
+func (t *Trust) Tell() { t.tell() }
+
+func (t *Trust) tell() {
+	select {
+	case t.told <- struct{}{}:
+	default:
+	}
+}
+
+func (t *Trust) add(l *Leaf) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.leaves = append(t.leaves, l)
+}
+
+// report tells trustd how far the daemon is, after each change, until ctx is done.
+func (t *Trust) report(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.told:
+		}
+		for pause := firstPause; ; pause = min(2*pause, maxPause) {
+			r, ok := t.words()
+			if !ok {
+				break // it is told again when it acts
+			}
+			call, cancel := context.WithTimeout(ctx, deadline)
+			_, err := t.signer.ReportTrust(call, r)
+			cancel()
+			if err == nil || ctx.Err() != nil || status.Code(err) == codes.Unimplemented {
+				break
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(pause):
+			}
+		}
+	}
+}
+
+// words is what there is to report, and whether there is.
+func (t *Trust) words() (*trustv1.ReportTrustRequest, bool) {
+	roots, _ := t.cell.Get()
+	t.mu.Lock()
+	acts, leaves := t.acts, slices.Clone(t.leaves)
+	t.mu.Unlock()
+	r := &trustv1.ReportTrustRequest{Authorities: roots.State.GetAuthorities()}
+	for _, l := range leaves {
+		if p, _ := l.Pair(); p != nil {
+			if stale(p, roots, time.Now()) {
+				return nil, false // another one is on its way
+			}
+			sum := sha256.Sum256(p.CA)
+			r.Held = append(r.Held, &trustv1.HeldCertificate{Profile: l.cfg.Profile, Authority: hex.EncodeToString(sum[:])})
+		}
+	}
+	return r, roots.Known && (acts == nil || acts(roots))
+}
+
 // Run follows until ctx is done; it returns ctx's error. It survives restarts of trustd.
 func (t *Trust) Run(ctx context.Context) error {
+	var reporter sync.WaitGroup
+	reporter.Go(func() { t.report(ctx) })
+	defer reporter.Wait()
 	said := ""
 	for {
 		err := t.follow(ctx)
@@ -90,6 +184,7 @@ func (t *Trust) set(s *trustv1.TrustState) error {
 		}
 	}
 	t.cell.Set(r)
+	t.tell()
 	return nil
 }
 

@@ -114,6 +114,11 @@ func (c *CA) SignCertificate(_ context.Context, r *trustv1.SignCertificateReques
 	return &trustv1.SignCertificateResponse{Certificate: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), Ca: a.pem}, err
 }
 
+// ReportTrust takes every report.
+func (c *CA) ReportTrust(context.Context, *trustv1.ReportTrustRequest, ...grpc.CallOption) (*trustv1.ReportTrustResponse, error) {
+	return &trustv1.ReportTrustResponse{}, nil
+}
+
 // WatchTrust sends State and then nothing until ctx is done.
 func (c *CA) WatchTrust(ctx context.Context, _ *trustv1.WatchTrustRequest, _ ...grpc.CallOption) (grpc.ServerStreamingClient[trustv1.TrustState], error) {
 	return &stream{ctx: ctx, first: c.State()}, nil

@@ -74,7 +74,7 @@ func trio(t *testing.T) []*node {
 	for i := 1; i <= 3; i++ {
 		n := newNode(t, ca, fmt.Sprintf("n%d", i), fmt.Sprintf("127.0.0.%d", i))
 		n.volume(t)
-		n.others = r
+		n.others, n.turn = r, &turn{}
 		if i > 1 {
 			n.port = nodes[0].port // as on machines of their own
 		}

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -168,6 +169,11 @@ func (m *member) start(f foundation) error {
 		hangUp()
 		return err
 	}
+	authorities, err := os.ReadFile(filepath.Join(m.cfg.RunDir, caFile)) // nobody but this loop writes it
+	if err != nil {
+		hangUp()
+		return err
+	}
 	client, err := m.dial(rootClient, log)
 	if err != nil {
 		hangUp()
@@ -184,8 +190,9 @@ func (m *member) start(f foundation) error {
 		return errors.Join(err, client.Close(), own.Close())
 	}
 	m.mu.Lock()
-	m.etcd, m.client, m.own, m.hangUp, m.ended = e, client, own, hangUp, make(chan struct{})
+	m.etcd, m.client, m.own, m.hangUp, m.ended, m.loaded = e, client, own, hangUp, make(chan struct{}), digest(authorities)
 	m.mu.Unlock()
+	m.trust.Tell()
 	m.started <- e
 	return nil
 }

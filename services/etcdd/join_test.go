@@ -35,11 +35,15 @@ func (w *world) do(s Step) {
 	case "certify":
 		w.Certified = []netip.Addr{netip.MustParseAddr(s.Name)}
 	case "member found":
-		w.Running, w.Data, w.Ready, w.Listed, w.ID = true, true, true, []string{s.Arg}, "1"
+		w.Running, w.Data, w.Ready, w.Listed, w.ID, w.Loaded = true, true, true, []string{s.Arg}, "1", w.Have[caFile]
 	case "member start":
-		w.Running, w.Ready = true, !w.Learner
+		w.Running, w.Ready, w.Loaded = true, !w.Learner, w.Have[caFile]
 	case "member join":
-		w.Running, w.Data, w.Learner, w.Listed, w.ID = true, true, true, []string{s.Arg}, "2"
+		w.Running, w.Data, w.Learner, w.Listed, w.ID, w.Loaded = true, true, true, []string{s.Arg}, "2", w.Have[caFile]
+	case "member reload":
+		w.Running, w.Ready, w.Turn = false, false, true
+	case "member reloaded":
+		w.Turn = false
 	case "member promote":
 		w.Learner, w.Ready = false, true
 	case "member update":
@@ -62,7 +66,7 @@ func (w *world) do(s Step) {
 
 // crash is what a restart of etcdd leaves.
 func (w *world) crash() {
-	w.Running, w.Ready, w.Certified, w.Auth = false, false, nil, auth{}
+	w.Running, w.Ready, w.Certified, w.Auth, w.Turn = false, false, nil, auth{}, false
 }
 
 // worlds are all small ones from which a node can begin.

@@ -56,6 +56,8 @@ type member struct {
 	ended   chan struct{}    // guarded by mu; closed when this etcd has left and its files are closed
 	halted  *embed.Etcd      // guarded by mu; the one that was stopped by order
 	trouble error            // guarded by mu; why the member did not answer last, nil if it did
+	loaded  string           // guarded by mu; digest of the authorities that this etcd was started with
+	turn    clientv3.LeaseID // guarded by mu; under which this one starts anew; 0: it does not
 	addr    netip.Addr       // guarded by mu; that the certificate for members must have; invalid: none
 
 	moved   chan struct{}    // gets something at each step of the member
@@ -77,6 +79,7 @@ func newMember(cfg Config) *member {
 			m.leaves[f.profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: f.profile, Trust: m.trust, Log: cfg.Env.Log, Expiry: expiry, Request: m.request})
 		}
 	}
+	m.trust.Acts(m.acts)
 	for _, profile := range clients {
 		m.leaves[profile] = leaf.New(leaf.Config{Signer: cfg.Signer, Profile: profile, Trust: m.trust, Log: cfg.Env.Log, Expiry: expiry})
 	}
@@ -200,6 +203,9 @@ func (m *member) readMember(ctx context.Context, s *State) error {
 	if e == nil {
 		return nil
 	}
+	m.mu.Lock()
+	s.Loaded, s.Turn = m.loaded, m.turn != 0
+	m.mu.Unlock()
 	s.Running, s.ID = true, hexID(uint64(e.Server.MemberID()))
 	own := e.Server.Cluster().Member(e.Server.MemberID())
 	if own != nil {
@@ -308,7 +314,7 @@ func (m *member) content(name string) ([]byte, error) {
 		}
 		if f.profile == "" {
 			roots, _ := m.trust.Roots()
-			return []byte(roots.State.GetEtcdCa()), nil
+			return []byte(leaf.Bundle(roots.State.GetEtcdCa())), nil
 		}
 		p, _ := m.leaves[f.profile].Pair()
 		if p == nil {
@@ -360,6 +366,8 @@ func (m *member) do(ctx context.Context, s Step) error {
 		return m.forget()
 	case "member stop":
 		return m.halt()
+	case "member reload":
+		return m.reload(ctx, s.Name)
 	case "member restore":
 		return m.restore(s.Name, s.Arg)
 	}
@@ -375,6 +383,9 @@ func (m *member) do(ctx context.Context, s Step) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.wait)
 	defer cancel()
+	if s.Op == "member reloaded" {
+		return m.reloaded(ctx, client)
+	}
 	return doAuth(ctx, client, s)
 }
 

@@ -47,6 +47,7 @@ type node struct {
 	trust      latest.Cell[*trustv1.TrustState]
 	others     *relay
 	clock      func() time.Time
+	turn       *turn
 	generation uint64
 	every      int         // hours between two snapshots by the schedule; 0: none
 	full       atomic.Bool // the volume has no room for snapshots
@@ -96,7 +97,7 @@ func (n *node) start(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.cfg = Config{Signer: signer{n.ca, &n.trust}, DataDir: filepath.Join(n.dir, "data"), RunDir: filepath.Join(n.dir, "run"),
+	n.cfg = Config{Signer: signer{n.ca, &n.trust, n.turn}, DataDir: filepath.Join(n.dir, "data"), RunDir: filepath.Join(n.dir, "run"),
 		Client: n.client, Peer: net.JoinHostPort(n.addr, n.port), HTTP: free(t), Now: n.clock,
 		Addresses: func() ([]netip.Prefix, error) { return []netip.Prefix{netip.MustParsePrefix(n.addr + "/8")}, nil },
 		Env: daemon.Env{Name: "etcdd", Log: slog.New(slog.DiscardHandler), Listen: l, Ready: func() {}, Metrics: metrics.New("etcdd"),
@@ -219,6 +220,7 @@ func asNode(ctx context.Context, name string, role string) context.Context {
 type signer struct {
 	*testca.CA
 	trust *latest.Cell[*trustv1.TrustState]
+	turn  *turn // nil: its authority stays
 }
 
 func (s signer) WatchTrust(ctx context.Context, _ *trustv1.WatchTrustRequest, _ ...grpc.CallOption) (grpc.ServerStreamingClient[trustv1.TrustState], error) {

@@ -37,6 +37,9 @@ type State struct {
 	Certified []netip.Addr
 
 	Running bool // the member was started
+	// Loaded is the digest of the authorities that it was started with; Turn is set when it was started anew for others, and the next member waits for this one.
+	Loaded  string
+	Turn    bool
 	ID      string
 	Listed  []string // its URLs, as etcd has them; nil while they are not known
 	Learner bool     // it has no vote yet, and answers nobody
@@ -158,7 +161,12 @@ func plan(want spec, have State) ([]Step, error) {
 		steps = append(steps, Step{Op: "wait for", Name: "member"})
 	case have.Phase == leaving:
 		steps = append(steps, Step{Op: "member leave"})
+	case !waiting && have.Loaded != have.Want[caFile]:
+		steps = append(steps, Step{Op: "member reload", Name: want.Name})
 	default:
+		if have.Turn {
+			steps = append(steps, Step{Op: "member reloaded"})
+		}
 		if u := peerURL(addr, have.Port); addr.IsValid() && !waiting && !slices.Equal(have.Listed, []string{u}) {
 			steps = append(steps, Step{Op: "member update", Name: u})
 		}

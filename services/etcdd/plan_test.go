@@ -24,7 +24,7 @@ func signed() State {
 
 func ready(a auth) State {
 	s := signed()
-	s.Have, s.Running, s.Ready, s.Auth = maps.Clone(s.Want), true, true, a
+	s.Have, s.Running, s.Ready, s.Auth, s.Loaded = maps.Clone(s.Want), true, true, a, s.Want[caFile]
 	return s
 }
 
@@ -34,11 +34,15 @@ func TestPlan(t *testing.T) {
 	renewed := ready(auth{})
 	renewed.Ready = false
 	renewed.Want[serverFile] = "new"
+	other, turn := ready(auth{}), ready(auth{})
+	other.Want[caFile], turn.Turn = "new", true
 	for _, c := range []struct {
 		name string
 		want spec
 		have State
 	}{
+		{"authority-replaced", cp, other},
+		{"back-with-another-authority", cp, turn},
 		{"nothing", cp, State{}},
 		{"worker", spec{Name: "w", Role: config.Worker}, State{}},
 		{"unsigned", cp, half},

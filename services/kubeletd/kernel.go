@@ -106,7 +106,7 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	roots, _ := k.trust.Roots()
 	s := State{Members: members(roots.State),
 		Dir: k.cfg.Dir, EtcdAddress: k.cfg.EtcdAddress, Audit: k.cfg.Audit,
-		Trust: trust{Bootstrapped: roots.State.GetBootstrapped(), Kubernetes: roots.State.GetKubernetesCa(), Etcd: roots.State.GetEtcdCa(), FrontProxy: roots.State.GetFrontProxyCa()},
+		Trust: trust{Bootstrapped: roots.State.GetBootstrapped(), Kubernetes: leaf.Bundle(roots.State.GetKubernetesCa()), Etcd: leaf.Bundle(roots.State.GetEtcdCa()), FrontProxy: leaf.Bundle(roots.State.GetFrontProxyCa())},
 		Pairs: map[string]string{}, Files: map[string]string{}, Units: map[string]Unit{}, Health: map[string]string{}}
 	if s.Trust.Bootstrapped && want.Role != "" {
 		k.once.Do(func() { close(k.begin) })

@@ -83,17 +83,21 @@ type note struct {
 
 // State is all of it at one moment. It must not be changed.
 type State struct {
-	Nodes   map[string]Node
-	Tokens  map[string]Token
-	Revoked []string          // in order
-	Removed map[string]string // names of nodes that were removed, by the digest of their key
+	Nodes     map[string]Node
+	Tokens    map[string]Token
+	Revoked   []string                // in order
+	Removed   map[string]string       // names of nodes that were removed, by the digest of their key
+	Rotation  *Rotation               // the newest one; nil if there never was one
+	Confirmed map[string]Confirmation // by the node's name
+	Wants     map[string]Want         // by the control plane's name, as Sealed
+	Sealed    map[string]Sealed
 	// Strange are keys that could not be read; they count as not there.
 	Strange []string
 }
 
 // parse makes sense of entries. One that makes none does not spoil the others.
 func parse(entries map[string]*storev1.Entry) *State {
-	s := &State{Nodes: map[string]Node{}, Tokens: map[string]Token{}, Removed: map[string]string{}}
+	s := &State{Nodes: map[string]Node{}, Tokens: map[string]Token{}, Removed: map[string]string{}, Confirmed: map[string]Confirmation{}, Wants: map[string]Want{}, Sealed: map[string]Sealed{}}
 	for _, key := range slices.Sorted(maps.Keys(entries)) {
 		e := entries[key]
 		var err error
@@ -113,6 +117,8 @@ func parse(entries map[string]*storev1.Entry) *State {
 			var was note
 			err = json.Unmarshal(e.GetValue(), &was)
 			s.Removed[digest] = was.Name // void also if it cannot be read
+		} else {
+			err = s.parseRotation(key, e)
 		}
 		if err != nil {
 			s.Strange = append(s.Strange, fmt.Sprintf("%s: %v", key, err))

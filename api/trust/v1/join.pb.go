@@ -326,8 +326,97 @@ func (x *WatchClusterRequest) GetProof() *NodeProof {
 	return nil
 }
 
+type ConfirmRotationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Proof         *NodeProof             `protobuf:"bytes,1,opt,name=proof,proto3" json:"proof,omitempty"`
+	Done          *RotationStage         `protobuf:"bytes,2,opt,name=done,proto3" json:"done,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConfirmRotationRequest) Reset() {
+	*x = ConfirmRotationRequest{}
+	mi := &file_trust_v1_join_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConfirmRotationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConfirmRotationRequest) ProtoMessage() {}
+
+func (x *ConfirmRotationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConfirmRotationRequest.ProtoReflect.Descriptor instead.
+func (*ConfirmRotationRequest) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ConfirmRotationRequest) GetProof() *NodeProof {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+func (x *ConfirmRotationRequest) GetDone() *RotationStage {
+	if x != nil {
+		return x.Done
+	}
+	return nil
+}
+
+type ConfirmRotationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConfirmRotationResponse) Reset() {
+	*x = ConfirmRotationResponse{}
+	mi := &file_trust_v1_join_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConfirmRotationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConfirmRotationResponse) ProtoMessage() {}
+
+func (x *ConfirmRotationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConfirmRotationResponse.ProtoReflect.Descriptor instead.
+func (*ConfirmRotationResponse) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{5}
+}
+
 // NodeProof says which node calls. With ekm = TLS exporter of this connection, label "EXPORTER-bulkhead-node", signature is that of the node's
-// key (ECDSA P-256, ASN.1) over SHA-256("bulkhead node" || 0 || ekm || SHA-256(payload)); payload is instance || profile || 0 || csr, for WatchCluster the instance alone.
+// key (ECDSA P-256, ASN.1) over SHA-256("bulkhead node" || 0 || ekm || SHA-256(payload)); payload is instance || profile || 0 || csr, for WatchCluster the instance alone,
+// for ConfirmRotation instance || "rotation" || 0 || id || 0 || stage.
 type NodeProof struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -344,7 +433,7 @@ type NodeProof struct {
 
 func (x *NodeProof) Reset() {
 	*x = NodeProof{}
-	mi := &file_trust_v1_join_proto_msgTypes[4]
+	mi := &file_trust_v1_join_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -356,7 +445,7 @@ func (x *NodeProof) String() string {
 func (*NodeProof) ProtoMessage() {}
 
 func (x *NodeProof) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[4]
+	mi := &file_trust_v1_join_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -369,7 +458,7 @@ func (x *NodeProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProof.ProtoReflect.Descriptor instead.
 func (*NodeProof) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{4}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *NodeProof) GetName() string {
@@ -415,7 +504,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[5]
+	mi := &file_trust_v1_join_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -427,7 +516,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[5]
+	mi := &file_trust_v1_join_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -440,7 +529,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{5}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{7}
 }
 
 type LeaveResponse struct {
@@ -451,7 +540,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[6]
+	mi := &file_trust_v1_join_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -463,7 +552,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[6]
+	mi := &file_trust_v1_join_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -476,7 +565,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{6}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{8}
 }
 
 type MakeJoinTokenRequest struct {
@@ -493,7 +582,7 @@ type MakeJoinTokenRequest struct {
 
 func (x *MakeJoinTokenRequest) Reset() {
 	*x = MakeJoinTokenRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[7]
+	mi := &file_trust_v1_join_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -505,7 +594,7 @@ func (x *MakeJoinTokenRequest) String() string {
 func (*MakeJoinTokenRequest) ProtoMessage() {}
 
 func (x *MakeJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[7]
+	mi := &file_trust_v1_join_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -518,7 +607,7 @@ func (x *MakeJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*MakeJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{7}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *MakeJoinTokenRequest) GetRole() string {
@@ -554,7 +643,7 @@ type MakeJoinTokenResponse struct {
 
 func (x *MakeJoinTokenResponse) Reset() {
 	*x = MakeJoinTokenResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[8]
+	mi := &file_trust_v1_join_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -566,7 +655,7 @@ func (x *MakeJoinTokenResponse) String() string {
 func (*MakeJoinTokenResponse) ProtoMessage() {}
 
 func (x *MakeJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[8]
+	mi := &file_trust_v1_join_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -579,7 +668,7 @@ func (x *MakeJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*MakeJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{8}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *MakeJoinTokenResponse) GetToken() string {
@@ -621,7 +710,7 @@ type JoinToken struct {
 
 func (x *JoinToken) Reset() {
 	*x = JoinToken{}
-	mi := &file_trust_v1_join_proto_msgTypes[9]
+	mi := &file_trust_v1_join_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -633,7 +722,7 @@ func (x *JoinToken) String() string {
 func (*JoinToken) ProtoMessage() {}
 
 func (x *JoinToken) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[9]
+	mi := &file_trust_v1_join_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -646,7 +735,7 @@ func (x *JoinToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinToken.ProtoReflect.Descriptor instead.
 func (*JoinToken) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{9}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *JoinToken) GetId() string {
@@ -706,7 +795,7 @@ type ListJoinTokensRequest struct {
 
 func (x *ListJoinTokensRequest) Reset() {
 	*x = ListJoinTokensRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[10]
+	mi := &file_trust_v1_join_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -718,7 +807,7 @@ func (x *ListJoinTokensRequest) String() string {
 func (*ListJoinTokensRequest) ProtoMessage() {}
 
 func (x *ListJoinTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[10]
+	mi := &file_trust_v1_join_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -731,7 +820,7 @@ func (x *ListJoinTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJoinTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListJoinTokensRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{10}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{12}
 }
 
 type ListJoinTokensResponse struct {
@@ -743,7 +832,7 @@ type ListJoinTokensResponse struct {
 
 func (x *ListJoinTokensResponse) Reset() {
 	*x = ListJoinTokensResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[11]
+	mi := &file_trust_v1_join_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -755,7 +844,7 @@ func (x *ListJoinTokensResponse) String() string {
 func (*ListJoinTokensResponse) ProtoMessage() {}
 
 func (x *ListJoinTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[11]
+	mi := &file_trust_v1_join_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -768,7 +857,7 @@ func (x *ListJoinTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJoinTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListJoinTokensResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{11}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListJoinTokensResponse) GetTokens() []*JoinToken {
@@ -787,7 +876,7 @@ type RevokeJoinTokenRequest struct {
 
 func (x *RevokeJoinTokenRequest) Reset() {
 	*x = RevokeJoinTokenRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[12]
+	mi := &file_trust_v1_join_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -799,7 +888,7 @@ func (x *RevokeJoinTokenRequest) String() string {
 func (*RevokeJoinTokenRequest) ProtoMessage() {}
 
 func (x *RevokeJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[12]
+	mi := &file_trust_v1_join_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -812,7 +901,7 @@ func (x *RevokeJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{12}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RevokeJoinTokenRequest) GetId() string {
@@ -830,7 +919,7 @@ type RevokeJoinTokenResponse struct {
 
 func (x *RevokeJoinTokenResponse) Reset() {
 	*x = RevokeJoinTokenResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[13]
+	mi := &file_trust_v1_join_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -842,7 +931,7 @@ func (x *RevokeJoinTokenResponse) String() string {
 func (*RevokeJoinTokenResponse) ProtoMessage() {}
 
 func (x *RevokeJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[13]
+	mi := &file_trust_v1_join_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -855,7 +944,7 @@ func (x *RevokeJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{13}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{15}
 }
 
 type ListMembersRequest struct {
@@ -866,7 +955,7 @@ type ListMembersRequest struct {
 
 func (x *ListMembersRequest) Reset() {
 	*x = ListMembersRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[14]
+	mi := &file_trust_v1_join_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -878,7 +967,7 @@ func (x *ListMembersRequest) String() string {
 func (*ListMembersRequest) ProtoMessage() {}
 
 func (x *ListMembersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[14]
+	mi := &file_trust_v1_join_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -891,7 +980,7 @@ func (x *ListMembersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMembersRequest.ProtoReflect.Descriptor instead.
 func (*ListMembersRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{14}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{16}
 }
 
 type ListMembersResponse struct {
@@ -903,7 +992,7 @@ type ListMembersResponse struct {
 
 func (x *ListMembersResponse) Reset() {
 	*x = ListMembersResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[15]
+	mi := &file_trust_v1_join_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -915,7 +1004,7 @@ func (x *ListMembersResponse) String() string {
 func (*ListMembersResponse) ProtoMessage() {}
 
 func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[15]
+	mi := &file_trust_v1_join_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -928,7 +1017,7 @@ func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMembersResponse.ProtoReflect.Descriptor instead.
 func (*ListMembersResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{15}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListMembersResponse) GetMembers() []*ClusterMember {
@@ -956,7 +1045,7 @@ type ClusterMember struct {
 
 func (x *ClusterMember) Reset() {
 	*x = ClusterMember{}
-	mi := &file_trust_v1_join_proto_msgTypes[16]
+	mi := &file_trust_v1_join_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -968,7 +1057,7 @@ func (x *ClusterMember) String() string {
 func (*ClusterMember) ProtoMessage() {}
 
 func (x *ClusterMember) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[16]
+	mi := &file_trust_v1_join_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -981,7 +1070,7 @@ func (x *ClusterMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterMember.ProtoReflect.Descriptor instead.
 func (*ClusterMember) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{16}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ClusterMember) GetName() string {
@@ -1035,7 +1124,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[17]
+	mi := &file_trust_v1_join_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1047,7 +1136,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[17]
+	mi := &file_trust_v1_join_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1060,7 +1149,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{17}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RemoveMemberRequest) GetName() string {
@@ -1078,7 +1167,7 @@ type RemoveMemberResponse struct {
 
 func (x *RemoveMemberResponse) Reset() {
 	*x = RemoveMemberResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[18]
+	mi := &file_trust_v1_join_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1090,7 +1179,7 @@ func (x *RemoveMemberResponse) String() string {
 func (*RemoveMemberResponse) ProtoMessage() {}
 
 func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[18]
+	mi := &file_trust_v1_join_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1103,7 +1192,7 @@ func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{18}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{20}
 }
 
 type RevokeRequest struct {
@@ -1116,7 +1205,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[19]
+	mi := &file_trust_v1_join_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1128,7 +1217,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[19]
+	mi := &file_trust_v1_join_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1141,7 +1230,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{19}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RevokeRequest) GetId() string {
@@ -1159,7 +1248,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[20]
+	mi := &file_trust_v1_join_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1171,7 +1260,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[20]
+	mi := &file_trust_v1_join_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1184,7 +1273,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{20}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{22}
 }
 
 var File_trust_v1_join_proto protoreflect.FileDescriptor
@@ -1214,7 +1303,11 @@ const file_trust_v1_join_proto_rawDesc = "" +
 	"\vttl_seconds\x18\x04 \x01(\x04R\n" +
 	"ttlSeconds\"@\n" +
 	"\x13WatchClusterRequest\x12)\n" +
-	"\x05proof\x18\x01 \x01(\v2\x13.trust.v1.NodeProofR\x05proof\"\xa9\x01\n" +
+	"\x05proof\x18\x01 \x01(\v2\x13.trust.v1.NodeProofR\x05proof\"p\n" +
+	"\x16ConfirmRotationRequest\x12)\n" +
+	"\x05proof\x18\x01 \x01(\v2\x13.trust.v1.NodeProofR\x05proof\x12+\n" +
+	"\x04done\x18\x02 \x01(\v2\x17.trust.v1.RotationStageR\x04done\"\x19\n" +
+	"\x17ConfirmRotationResponse\"\xa9\x01\n" +
 	"\tNodeProof\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\x12'\n" +
@@ -1264,10 +1357,11 @@ const file_trust_v1_join_proto_rawDesc = "" +
 	"\x0eRevokeResponse2P\n" +
 	"\x04Join\x12<\n" +
 	"\x04Join\x12\x15.trust.v1.JoinRequest\x1a\x16.trust.v1.JoinResponse\"\x05\xaa\xbb\x18\x01\t\x1a\n" +
-	"\xb2\xbb\x18\x06trustd2\xbe\x01\n" +
+	"\xb2\xbb\x18\x06trustd2\xa0\x02\n" +
 	"\x05Nodes\x12X\n" +
 	"\vSignForNode\x12\x1c.trust.v1.SignForNodeRequest\x1a!.trust.v1.SignCertificateResponse\"\b\xaa\xbb\x18\x01\t\x90\x02\x02\x12O\n" +
-	"\fWatchCluster\x12\x1d.trust.v1.WatchClusterRequest\x1a\x14.trust.v1.TrustState\"\b\xaa\xbb\x18\x01\t\x90\x02\x010\x01\x1a\n" +
+	"\fWatchCluster\x12\x1d.trust.v1.WatchClusterRequest\x1a\x14.trust.v1.TrustState\"\b\xaa\xbb\x18\x01\t\x90\x02\x010\x01\x12`\n" +
+	"\x0fConfirmRotation\x12 .trust.v1.ConfirmRotationRequest\x1a!.trust.v1.ConfirmRotationResponse\"\b\xaa\xbb\x18\x01\t\x90\x02\x02\x1a\n" +
 	"\xb2\xbb\x18\x06trustd2[\n" +
 	"\tDeparture\x12B\n" +
 	"\x05Leave\x12\x16.trust.v1.LeaveRequest\x1a\x17.trust.v1.LeaveResponse\"\b\xaa\xbb\x18\x01\b\x90\x02\x02\x1a\n" +
@@ -1294,67 +1388,74 @@ func file_trust_v1_join_proto_rawDescGZIP() []byte {
 	return file_trust_v1_join_proto_rawDescData
 }
 
-var file_trust_v1_join_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_trust_v1_join_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_trust_v1_join_proto_goTypes = []any{
 	(*JoinRequest)(nil),             // 0: trust.v1.JoinRequest
 	(*JoinResponse)(nil),            // 1: trust.v1.JoinResponse
 	(*SignForNodeRequest)(nil),      // 2: trust.v1.SignForNodeRequest
 	(*WatchClusterRequest)(nil),     // 3: trust.v1.WatchClusterRequest
-	(*NodeProof)(nil),               // 4: trust.v1.NodeProof
-	(*LeaveRequest)(nil),            // 5: trust.v1.LeaveRequest
-	(*LeaveResponse)(nil),           // 6: trust.v1.LeaveResponse
-	(*MakeJoinTokenRequest)(nil),    // 7: trust.v1.MakeJoinTokenRequest
-	(*MakeJoinTokenResponse)(nil),   // 8: trust.v1.MakeJoinTokenResponse
-	(*JoinToken)(nil),               // 9: trust.v1.JoinToken
-	(*ListJoinTokensRequest)(nil),   // 10: trust.v1.ListJoinTokensRequest
-	(*ListJoinTokensResponse)(nil),  // 11: trust.v1.ListJoinTokensResponse
-	(*RevokeJoinTokenRequest)(nil),  // 12: trust.v1.RevokeJoinTokenRequest
-	(*RevokeJoinTokenResponse)(nil), // 13: trust.v1.RevokeJoinTokenResponse
-	(*ListMembersRequest)(nil),      // 14: trust.v1.ListMembersRequest
-	(*ListMembersResponse)(nil),     // 15: trust.v1.ListMembersResponse
-	(*ClusterMember)(nil),           // 16: trust.v1.ClusterMember
-	(*RemoveMemberRequest)(nil),     // 17: trust.v1.RemoveMemberRequest
-	(*RemoveMemberResponse)(nil),    // 18: trust.v1.RemoveMemberResponse
-	(*RevokeRequest)(nil),           // 19: trust.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 20: trust.v1.RevokeResponse
-	(*TrustState)(nil),              // 21: trust.v1.TrustState
-	(*timestamppb.Timestamp)(nil),   // 22: google.protobuf.Timestamp
-	(*SignCertificateResponse)(nil), // 23: trust.v1.SignCertificateResponse
+	(*ConfirmRotationRequest)(nil),  // 4: trust.v1.ConfirmRotationRequest
+	(*ConfirmRotationResponse)(nil), // 5: trust.v1.ConfirmRotationResponse
+	(*NodeProof)(nil),               // 6: trust.v1.NodeProof
+	(*LeaveRequest)(nil),            // 7: trust.v1.LeaveRequest
+	(*LeaveResponse)(nil),           // 8: trust.v1.LeaveResponse
+	(*MakeJoinTokenRequest)(nil),    // 9: trust.v1.MakeJoinTokenRequest
+	(*MakeJoinTokenResponse)(nil),   // 10: trust.v1.MakeJoinTokenResponse
+	(*JoinToken)(nil),               // 11: trust.v1.JoinToken
+	(*ListJoinTokensRequest)(nil),   // 12: trust.v1.ListJoinTokensRequest
+	(*ListJoinTokensResponse)(nil),  // 13: trust.v1.ListJoinTokensResponse
+	(*RevokeJoinTokenRequest)(nil),  // 14: trust.v1.RevokeJoinTokenRequest
+	(*RevokeJoinTokenResponse)(nil), // 15: trust.v1.RevokeJoinTokenResponse
+	(*ListMembersRequest)(nil),      // 16: trust.v1.ListMembersRequest
+	(*ListMembersResponse)(nil),     // 17: trust.v1.ListMembersResponse
+	(*ClusterMember)(nil),           // 18: trust.v1.ClusterMember
+	(*RemoveMemberRequest)(nil),     // 19: trust.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),    // 20: trust.v1.RemoveMemberResponse
+	(*RevokeRequest)(nil),           // 21: trust.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 22: trust.v1.RevokeResponse
+	(*TrustState)(nil),              // 23: trust.v1.TrustState
+	(*RotationStage)(nil),           // 24: trust.v1.RotationStage
+	(*timestamppb.Timestamp)(nil),   // 25: google.protobuf.Timestamp
+	(*SignCertificateResponse)(nil), // 26: trust.v1.SignCertificateResponse
 }
 var file_trust_v1_join_proto_depIdxs = []int32{
-	21, // 0: trust.v1.JoinResponse.state:type_name -> trust.v1.TrustState
-	4,  // 1: trust.v1.SignForNodeRequest.proof:type_name -> trust.v1.NodeProof
-	4,  // 2: trust.v1.WatchClusterRequest.proof:type_name -> trust.v1.NodeProof
-	22, // 3: trust.v1.MakeJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	22, // 4: trust.v1.JoinToken.expires:type_name -> google.protobuf.Timestamp
-	9,  // 5: trust.v1.ListJoinTokensResponse.tokens:type_name -> trust.v1.JoinToken
-	16, // 6: trust.v1.ListMembersResponse.members:type_name -> trust.v1.ClusterMember
-	22, // 7: trust.v1.ClusterMember.joined:type_name -> google.protobuf.Timestamp
-	0,  // 8: trust.v1.Join.Join:input_type -> trust.v1.JoinRequest
-	2,  // 9: trust.v1.Nodes.SignForNode:input_type -> trust.v1.SignForNodeRequest
-	3,  // 10: trust.v1.Nodes.WatchCluster:input_type -> trust.v1.WatchClusterRequest
-	5,  // 11: trust.v1.Departure.Leave:input_type -> trust.v1.LeaveRequest
-	7,  // 12: trust.v1.Membership.MakeJoinToken:input_type -> trust.v1.MakeJoinTokenRequest
-	10, // 13: trust.v1.Membership.ListJoinTokens:input_type -> trust.v1.ListJoinTokensRequest
-	12, // 14: trust.v1.Membership.RevokeJoinToken:input_type -> trust.v1.RevokeJoinTokenRequest
-	14, // 15: trust.v1.Membership.ListMembers:input_type -> trust.v1.ListMembersRequest
-	17, // 16: trust.v1.Membership.RemoveMember:input_type -> trust.v1.RemoveMemberRequest
-	19, // 17: trust.v1.Membership.Revoke:input_type -> trust.v1.RevokeRequest
-	1,  // 18: trust.v1.Join.Join:output_type -> trust.v1.JoinResponse
-	23, // 19: trust.v1.Nodes.SignForNode:output_type -> trust.v1.SignCertificateResponse
-	21, // 20: trust.v1.Nodes.WatchCluster:output_type -> trust.v1.TrustState
-	6,  // 21: trust.v1.Departure.Leave:output_type -> trust.v1.LeaveResponse
-	8,  // 22: trust.v1.Membership.MakeJoinToken:output_type -> trust.v1.MakeJoinTokenResponse
-	11, // 23: trust.v1.Membership.ListJoinTokens:output_type -> trust.v1.ListJoinTokensResponse
-	13, // 24: trust.v1.Membership.RevokeJoinToken:output_type -> trust.v1.RevokeJoinTokenResponse
-	15, // 25: trust.v1.Membership.ListMembers:output_type -> trust.v1.ListMembersResponse
-	18, // 26: trust.v1.Membership.RemoveMember:output_type -> trust.v1.RemoveMemberResponse
-	20, // 27: trust.v1.Membership.Revoke:output_type -> trust.v1.RevokeResponse
-	18, // [18:28] is the sub-list for method output_type
-	8,  // [8:18] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	23, // 0: trust.v1.JoinResponse.state:type_name -> trust.v1.TrustState
+	6,  // 1: trust.v1.SignForNodeRequest.proof:type_name -> trust.v1.NodeProof
+	6,  // 2: trust.v1.WatchClusterRequest.proof:type_name -> trust.v1.NodeProof
+	6,  // 3: trust.v1.ConfirmRotationRequest.proof:type_name -> trust.v1.NodeProof
+	24, // 4: trust.v1.ConfirmRotationRequest.done:type_name -> trust.v1.RotationStage
+	25, // 5: trust.v1.MakeJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	25, // 6: trust.v1.JoinToken.expires:type_name -> google.protobuf.Timestamp
+	11, // 7: trust.v1.ListJoinTokensResponse.tokens:type_name -> trust.v1.JoinToken
+	18, // 8: trust.v1.ListMembersResponse.members:type_name -> trust.v1.ClusterMember
+	25, // 9: trust.v1.ClusterMember.joined:type_name -> google.protobuf.Timestamp
+	0,  // 10: trust.v1.Join.Join:input_type -> trust.v1.JoinRequest
+	2,  // 11: trust.v1.Nodes.SignForNode:input_type -> trust.v1.SignForNodeRequest
+	3,  // 12: trust.v1.Nodes.WatchCluster:input_type -> trust.v1.WatchClusterRequest
+	4,  // 13: trust.v1.Nodes.ConfirmRotation:input_type -> trust.v1.ConfirmRotationRequest
+	7,  // 14: trust.v1.Departure.Leave:input_type -> trust.v1.LeaveRequest
+	9,  // 15: trust.v1.Membership.MakeJoinToken:input_type -> trust.v1.MakeJoinTokenRequest
+	12, // 16: trust.v1.Membership.ListJoinTokens:input_type -> trust.v1.ListJoinTokensRequest
+	14, // 17: trust.v1.Membership.RevokeJoinToken:input_type -> trust.v1.RevokeJoinTokenRequest
+	16, // 18: trust.v1.Membership.ListMembers:input_type -> trust.v1.ListMembersRequest
+	19, // 19: trust.v1.Membership.RemoveMember:input_type -> trust.v1.RemoveMemberRequest
+	21, // 20: trust.v1.Membership.Revoke:input_type -> trust.v1.RevokeRequest
+	1,  // 21: trust.v1.Join.Join:output_type -> trust.v1.JoinResponse
+	26, // 22: trust.v1.Nodes.SignForNode:output_type -> trust.v1.SignCertificateResponse
+	23, // 23: trust.v1.Nodes.WatchCluster:output_type -> trust.v1.TrustState
+	5,  // 24: trust.v1.Nodes.ConfirmRotation:output_type -> trust.v1.ConfirmRotationResponse
+	8,  // 25: trust.v1.Departure.Leave:output_type -> trust.v1.LeaveResponse
+	10, // 26: trust.v1.Membership.MakeJoinToken:output_type -> trust.v1.MakeJoinTokenResponse
+	13, // 27: trust.v1.Membership.ListJoinTokens:output_type -> trust.v1.ListJoinTokensResponse
+	15, // 28: trust.v1.Membership.RevokeJoinToken:output_type -> trust.v1.RevokeJoinTokenResponse
+	17, // 29: trust.v1.Membership.ListMembers:output_type -> trust.v1.ListMembersResponse
+	20, // 30: trust.v1.Membership.RemoveMember:output_type -> trust.v1.RemoveMemberResponse
+	22, // 31: trust.v1.Membership.Revoke:output_type -> trust.v1.RevokeResponse
+	21, // [21:32] is the sub-list for method output_type
+	10, // [10:21] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_trust_v1_join_proto_init() }
@@ -1369,7 +1470,7 @@ func file_trust_v1_join_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_trust_v1_join_proto_rawDesc), len(file_trust_v1_join_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -141,8 +141,9 @@ var Join_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Nodes_SignForNode_FullMethodName  = "/trust.v1.Nodes/SignForNode"
-	Nodes_WatchCluster_FullMethodName = "/trust.v1.Nodes/WatchCluster"
+	Nodes_SignForNode_FullMethodName     = "/trust.v1.Nodes/SignForNode"
+	Nodes_WatchCluster_FullMethodName    = "/trust.v1.Nodes/WatchCluster"
+	Nodes_ConfirmRotation_FullMethodName = "/trust.v1.Nodes/ConfirmRotation"
 )
 
 // NodesClient is the client API for Nodes service.
@@ -156,6 +157,9 @@ type NodesClient interface {
 	SignForNode(ctx context.Context, in *SignForNodeRequest, opts ...grpc.CallOption) (*SignCertificateResponse, error)
 	// WatchCluster sends what is trusted in the cluster, now and after every change.
 	WatchCluster(ctx context.Context, in *WatchClusterRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TrustState], error)
+	// ConfirmRotation says that the caller has done a stage of the replacement of authorities, as it heard of it by WatchCluster. FAILED_PRECONDITION if the control plane
+	// knows of another stage.
+	ConfirmRotation(ctx context.Context, in *ConfirmRotationRequest, opts ...grpc.CallOption) (*ConfirmRotationResponse, error)
 }
 
 type nodesClient struct {
@@ -195,6 +199,16 @@ func (c *nodesClient) WatchCluster(ctx context.Context, in *WatchClusterRequest,
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Nodes_WatchClusterClient = grpc.ServerStreamingClient[TrustState]
 
+func (c *nodesClient) ConfirmRotation(ctx context.Context, in *ConfirmRotationRequest, opts ...grpc.CallOption) (*ConfirmRotationResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ConfirmRotationResponse)
+	err := c.cc.Invoke(ctx, Nodes_ConfirmRotation_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // NodesServer is the server API for Nodes service.
 // All implementations must embed UnimplementedNodesServer
 // for forward compatibility.
@@ -206,6 +220,9 @@ type NodesServer interface {
 	SignForNode(context.Context, *SignForNodeRequest) (*SignCertificateResponse, error)
 	// WatchCluster sends what is trusted in the cluster, now and after every change.
 	WatchCluster(*WatchClusterRequest, grpc.ServerStreamingServer[TrustState]) error
+	// ConfirmRotation says that the caller has done a stage of the replacement of authorities, as it heard of it by WatchCluster. FAILED_PRECONDITION if the control plane
+	// knows of another stage.
+	ConfirmRotation(context.Context, *ConfirmRotationRequest) (*ConfirmRotationResponse, error)
 	mustEmbedUnimplementedNodesServer()
 }
 
@@ -221,6 +238,9 @@ func (UnimplementedNodesServer) SignForNode(context.Context, *SignForNodeRequest
 }
 func (UnimplementedNodesServer) WatchCluster(*WatchClusterRequest, grpc.ServerStreamingServer[TrustState]) error {
 	return status.Error(codes.Unimplemented, "method WatchCluster not implemented")
+}
+func (UnimplementedNodesServer) ConfirmRotation(context.Context, *ConfirmRotationRequest) (*ConfirmRotationResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ConfirmRotation not implemented")
 }
 func (UnimplementedNodesServer) mustEmbedUnimplementedNodesServer() {}
 func (UnimplementedNodesServer) testEmbeddedByValue()               {}
@@ -272,6 +292,24 @@ func _Nodes_WatchCluster_Handler(srv interface{}, stream grpc.ServerStream) erro
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Nodes_WatchClusterServer = grpc.ServerStreamingServer[TrustState]
 
+func _Nodes_ConfirmRotation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ConfirmRotationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(NodesServer).ConfirmRotation(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Nodes_ConfirmRotation_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(NodesServer).ConfirmRotation(ctx, req.(*ConfirmRotationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Nodes_ServiceDesc is the grpc.ServiceDesc for Nodes service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -282,6 +320,10 @@ var Nodes_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SignForNode",
 			Handler:    _Nodes_SignForNode_Handler,
+		},
+		{
+			MethodName: "ConfirmRotation",
+			Handler:    _Nodes_ConfirmRotation_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -512,7 +512,10 @@ type IssueCertificateRequest struct {
 	Name  string   `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	Roles []string `protobuf:"bytes,3,rep,name=roles,proto3" json:"roles,omitempty"`
 	// 0 means 24 hours; at most one year.
-	TtlSeconds    uint64 `protobuf:"varint,4,opt,name=ttl_seconds,json=ttlSeconds,proto3" json:"ttl_seconds,omitempty"`
+	TtlSeconds uint64 `protobuf:"varint,4,opt,name=ttl_seconds,json=ttlSeconds,proto3" json:"ttl_seconds,omitempty"`
+	// Valid since its authority is, like the one from Claim: apid lets in nobody else while the node's clock is behind the making of the authority. INVALID_ARGUMENT
+	// without the role admin.
+	BreakGlass    bool `protobuf:"varint,5,opt,name=break_glass,json=breakGlass,proto3" json:"break_glass,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -573,6 +576,13 @@ func (x *IssueCertificateRequest) GetTtlSeconds() uint64 {
 		return x.TtlSeconds
 	}
 	return 0
+}
+
+func (x *IssueCertificateRequest) GetBreakGlass() bool {
+	if x != nil {
+		return x.BreakGlass
+	}
+	return false
 }
 
 type IssueCertificateResponse struct {
@@ -736,7 +746,11 @@ type Certificate struct {
 	Sha256 string   `protobuf:"bytes,7,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	Names  []string `protobuf:"bytes,8,rep,name=names,proto3" json:"names,omitempty"`
 	// PEM; only for authorities.
-	Pem           string `protobuf:"bytes,9,opt,name=pem,proto3" json:"pem,omitempty"`
+	Pem string `protobuf:"bytes,9,opt,name=pem,proto3" json:"pem,omitempty"`
+	// Of authorities: 1 for the first one, one more for each that replaced it.
+	Generation uint32 `protobuf:"varint,10,opt,name=generation,proto3" json:"generation,omitempty"`
+	// Of authorities: "signs", or "trusted" for one that signs no more or not yet.
+	State         string `protobuf:"bytes,11,opt,name=state,proto3" json:"state,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -834,6 +848,20 @@ func (x *Certificate) GetPem() string {
 	return ""
 }
 
+func (x *Certificate) GetGeneration() uint32 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *Certificate) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
 type WatchTrustRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -876,7 +904,7 @@ type TrustState struct {
 	Claimed bool `protobuf:"varint,1,opt,name=claimed,proto3" json:"claimed,omitempty"`
 	// The cluster's authorities exist.
 	Bootstrapped bool `protobuf:"varint,2,opt,name=bootstrapped,proto3" json:"bootstrapped,omitempty"`
-	// PEM bundles; "" until they exist.
+	// PEM bundles; "" until they exist. The first certificate of each is the authority that signs now; while it is replaced, the other one follows.
 	OsCa         string `protobuf:"bytes,3,opt,name=os_ca,json=osCa,proto3" json:"os_ca,omitempty"`
 	EtcdCa       string `protobuf:"bytes,4,opt,name=etcd_ca,json=etcdCa,proto3" json:"etcd_ca,omitempty"`
 	KubernetesCa string `protobuf:"bytes,5,opt,name=kubernetes_ca,json=kubernetesCa,proto3" json:"kubernetes_ca,omitempty"`
@@ -894,7 +922,11 @@ type TrustState struct {
 	// The nodes of the cluster, this one included, ordered by name. Empty while the cluster's state cannot be read; a node keeps what it knew last.
 	Nodes []*ClusterNode `protobuf:"bytes,12,rep,name=nodes,proto3" json:"nodes,omitempty"`
 	// Serials of certificates and ids of tokens that are void though they have not expired, in order.
-	Revoked       []string `protobuf:"bytes,13,rep,name=revoked,proto3" json:"revoked,omitempty"`
+	Revoked []string `protobuf:"bytes,13,rep,name=revoked,proto3" json:"revoked,omitempty"`
+	// How far the last replacement of authorities is on the node that says this; absent if there was none.
+	Rotation *RotationStage `protobuf:"bytes,14,opt,name=rotation,proto3" json:"rotation,omitempty"`
+	// Names the authorities in this state; ReportTrust wants it back.
+	Authorities   string `protobuf:"bytes,15,opt,name=authorities,proto3" json:"authorities,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1020,6 +1052,74 @@ func (x *TrustState) GetRevoked() []string {
 	return nil
 }
 
+func (x *TrustState) GetRotation() *RotationStage {
+	if x != nil {
+		return x.Rotation
+	}
+	return nil
+}
+
+func (x *TrustState) GetAuthorities() string {
+	if x != nil {
+		return x.Authorities
+	}
+	return ""
+}
+
+// RotationStage is one step of one replacement of authorities.
+type RotationStage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// As in Rotation.stage.
+	Stage         string `protobuf:"bytes,2,opt,name=stage,proto3" json:"stage,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotationStage) Reset() {
+	*x = RotationStage{}
+	mi := &file_trust_v1_trust_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotationStage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotationStage) ProtoMessage() {}
+
+func (x *RotationStage) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_trust_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotationStage.ProtoReflect.Descriptor instead.
+func (*RotationStage) Descriptor() ([]byte, []int) {
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RotationStage) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RotationStage) GetStage() string {
+	if x != nil {
+		return x.Stage
+	}
+	return ""
+}
+
 // ClusterNode is a member as other nodes need to know it.
 type ClusterNode struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1035,7 +1135,7 @@ type ClusterNode struct {
 
 func (x *ClusterNode) Reset() {
 	*x = ClusterNode{}
-	mi := &file_trust_v1_trust_proto_msgTypes[15]
+	mi := &file_trust_v1_trust_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1047,7 +1147,7 @@ func (x *ClusterNode) String() string {
 func (*ClusterNode) ProtoMessage() {}
 
 func (x *ClusterNode) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[15]
+	mi := &file_trust_v1_trust_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1060,7 +1160,7 @@ func (x *ClusterNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterNode.ProtoReflect.Descriptor instead.
 func (*ClusterNode) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{15}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ClusterNode) GetName() string {
@@ -1102,7 +1202,7 @@ type TokenKey struct {
 
 func (x *TokenKey) Reset() {
 	*x = TokenKey{}
-	mi := &file_trust_v1_trust_proto_msgTypes[16]
+	mi := &file_trust_v1_trust_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1114,7 +1214,7 @@ func (x *TokenKey) String() string {
 func (*TokenKey) ProtoMessage() {}
 
 func (x *TokenKey) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[16]
+	mi := &file_trust_v1_trust_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1127,7 +1227,7 @@ func (x *TokenKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TokenKey.ProtoReflect.Descriptor instead.
 func (*TokenKey) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{16}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TokenKey) GetId() string {
@@ -1159,7 +1259,7 @@ type SignCertificateRequest struct {
 
 func (x *SignCertificateRequest) Reset() {
 	*x = SignCertificateRequest{}
-	mi := &file_trust_v1_trust_proto_msgTypes[17]
+	mi := &file_trust_v1_trust_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1171,7 +1271,7 @@ func (x *SignCertificateRequest) String() string {
 func (*SignCertificateRequest) ProtoMessage() {}
 
 func (x *SignCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[17]
+	mi := &file_trust_v1_trust_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1184,7 +1284,7 @@ func (x *SignCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignCertificateRequest.ProtoReflect.Descriptor instead.
 func (*SignCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{17}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SignCertificateRequest) GetProfile() string {
@@ -1213,14 +1313,16 @@ type SignCertificateResponse struct {
 	// PEM, the leaf only.
 	Certificate string `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"`
 	// PEM of the authority that signed.
-	Ca            string `protobuf:"bytes,2,opt,name=ca,proto3" json:"ca,omitempty"`
+	Ca string `protobuf:"bytes,2,opt,name=ca,proto3" json:"ca,omitempty"`
+	// PEM of certificates that a server shows with its own while the authority is replaced: they lead from the new authority to the old one, for clients that know only that.
+	Chain         string `protobuf:"bytes,3,opt,name=chain,proto3" json:"chain,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SignCertificateResponse) Reset() {
 	*x = SignCertificateResponse{}
-	mi := &file_trust_v1_trust_proto_msgTypes[18]
+	mi := &file_trust_v1_trust_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1232,7 +1334,7 @@ func (x *SignCertificateResponse) String() string {
 func (*SignCertificateResponse) ProtoMessage() {}
 
 func (x *SignCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_trust_proto_msgTypes[18]
+	mi := &file_trust_v1_trust_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1245,7 +1347,7 @@ func (x *SignCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignCertificateResponse.ProtoReflect.Descriptor instead.
 func (*SignCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_trust_proto_rawDescGZIP(), []int{18}
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SignCertificateResponse) GetCertificate() string {
@@ -1260,6 +1362,155 @@ func (x *SignCertificateResponse) GetCa() string {
 		return x.Ca
 	}
 	return ""
+}
+
+func (x *SignCertificateResponse) GetChain() string {
+	if x != nil {
+		return x.Chain
+	}
+	return ""
+}
+
+type ReportTrustRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// TrustState.authorities of the state that the caller acts by.
+	Authorities   string             `protobuf:"bytes,1,opt,name=authorities,proto3" json:"authorities,omitempty"`
+	Held          []*HeldCertificate `protobuf:"bytes,2,rep,name=held,proto3" json:"held,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportTrustRequest) Reset() {
+	*x = ReportTrustRequest{}
+	mi := &file_trust_v1_trust_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportTrustRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportTrustRequest) ProtoMessage() {}
+
+func (x *ReportTrustRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_trust_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportTrustRequest.ProtoReflect.Descriptor instead.
+func (*ReportTrustRequest) Descriptor() ([]byte, []int) {
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ReportTrustRequest) GetAuthorities() string {
+	if x != nil {
+		return x.Authorities
+	}
+	return ""
+}
+
+func (x *ReportTrustRequest) GetHeld() []*HeldCertificate {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+type HeldCertificate struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Profile string                 `protobuf:"bytes,1,opt,name=profile,proto3" json:"profile,omitempty"`
+	// SHA-256 of SignCertificateResponse.ca, hexadecimal.
+	Authority     string `protobuf:"bytes,2,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldCertificate) Reset() {
+	*x = HeldCertificate{}
+	mi := &file_trust_v1_trust_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldCertificate) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldCertificate) ProtoMessage() {}
+
+func (x *HeldCertificate) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_trust_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldCertificate.ProtoReflect.Descriptor instead.
+func (*HeldCertificate) Descriptor() ([]byte, []int) {
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *HeldCertificate) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *HeldCertificate) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+type ReportTrustResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportTrustResponse) Reset() {
+	*x = ReportTrustResponse{}
+	mi := &file_trust_v1_trust_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportTrustResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportTrustResponse) ProtoMessage() {}
+
+func (x *ReportTrustResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_trust_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportTrustResponse.ProtoReflect.Descriptor instead.
+func (*ReportTrustResponse) Descriptor() ([]byte, []int) {
+	return file_trust_v1_trust_proto_rawDescGZIP(), []int{22}
 }
 
 var File_trust_v1_trust_proto protoreflect.FileDescriptor
@@ -1297,13 +1548,15 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\x11MintTokenResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x124\n" +
-	"\aexpires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"v\n" +
+	"\aexpires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x97\x01\n" +
 	"\x17IssueCertificateRequest\x12\x10\n" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
 	"\x05roles\x18\x03 \x03(\tR\x05roles\x12\x1f\n" +
 	"\vttl_seconds\x18\x04 \x01(\x04R\n" +
-	"ttlSeconds\"\x9a\x01\n" +
+	"ttlSeconds\x12\x1f\n" +
+	"\vbreak_glass\x18\x05 \x01(\bR\n" +
+	"breakGlass\"\x9a\x01\n" +
 	"\x18IssueCertificateResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12\x0e\n" +
 	"\x02ca\x18\x02 \x01(\fR\x02ca\x12\x16\n" +
@@ -1311,7 +1564,7 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\aexpires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x19\n" +
 	"\x17ListCertificatesRequest\"U\n" +
 	"\x18ListCertificatesResponse\x129\n" +
-	"\fcertificates\x18\x01 \x03(\v2\x15.trust.v1.CertificateR\fcertificates\"\xa5\x02\n" +
+	"\fcertificates\x18\x01 \x03(\v2\x15.trust.v1.CertificateR\fcertificates\"\xdb\x02\n" +
 	"\vCertificate\x12\x18\n" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x18\n" +
 	"\asubject\x18\x02 \x01(\tR\asubject\x12\x16\n" +
@@ -1322,8 +1575,13 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\tnot_after\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x16\n" +
 	"\x06sha256\x18\a \x01(\tR\x06sha256\x12\x14\n" +
 	"\x05names\x18\b \x03(\tR\x05names\x12\x10\n" +
-	"\x03pem\x18\t \x01(\tR\x03pem\"\x13\n" +
-	"\x11WatchTrustRequest\"\xa5\x03\n" +
+	"\x03pem\x18\t \x01(\tR\x03pem\x12\x1e\n" +
+	"\n" +
+	"generation\x18\n" +
+	" \x01(\rR\n" +
+	"generation\x12\x14\n" +
+	"\x05state\x18\v \x01(\tR\x05state\"\x13\n" +
+	"\x11WatchTrustRequest\"\xfc\x03\n" +
 	"\n" +
 	"TrustState\x12\x18\n" +
 	"\aclaimed\x18\x01 \x01(\bR\aclaimed\x12\"\n" +
@@ -1340,7 +1598,12 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	" \x01(\tR\bnodeName\x12\x1b\n" +
 	"\tnode_role\x18\v \x01(\tR\bnodeRole\x12+\n" +
 	"\x05nodes\x18\f \x03(\v2\x15.trust.v1.ClusterNodeR\x05nodes\x12\x18\n" +
-	"\arevoked\x18\r \x03(\tR\arevoked\"e\n" +
+	"\arevoked\x18\r \x03(\tR\arevoked\x123\n" +
+	"\brotation\x18\x0e \x01(\v2\x17.trust.v1.RotationStageR\brotation\x12 \n" +
+	"\vauthorities\x18\x0f \x01(\tR\vauthorities\"5\n" +
+	"\rRotationStage\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05stage\x18\x02 \x01(\tR\x05stage\"e\n" +
 	"\vClusterNode\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x1c\n" +
@@ -1354,10 +1617,18 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\x12\x1f\n" +
 	"\vttl_seconds\x18\x03 \x01(\x04R\n" +
-	"ttlSeconds\"K\n" +
+	"ttlSeconds\"a\n" +
 	"\x17SignCertificateResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\tR\vcertificate\x12\x0e\n" +
-	"\x02ca\x18\x02 \x01(\tR\x02ca2\xa7\x01\n" +
+	"\x02ca\x18\x02 \x01(\tR\x02ca\x12\x14\n" +
+	"\x05chain\x18\x03 \x01(\tR\x05chain\"e\n" +
+	"\x12ReportTrustRequest\x12 \n" +
+	"\vauthorities\x18\x01 \x01(\tR\vauthorities\x12-\n" +
+	"\x04held\x18\x02 \x03(\v2\x19.trust.v1.HeldCertificateR\x04held\"I\n" +
+	"\x0fHeldCertificate\x12\x18\n" +
+	"\aprofile\x18\x01 \x01(\tR\aprofile\x12\x1c\n" +
+	"\tauthority\x18\x02 \x01(\tR\tauthority\"\x15\n" +
+	"\x13ReportTrustResponse2\xa7\x01\n" +
 	"\x05Claim\x12?\n" +
 	"\x05Claim\x12\x16.trust.v1.ClaimRequest\x1a\x17.trust.v1.ClaimResponse\"\x05\xaa\xbb\x18\x01\x02\x12Q\n" +
 	"\vJoinCluster\x12\x1c.trust.v1.JoinClusterRequest\x1a\x1d.trust.v1.JoinClusterResponse\"\x05\xaa\xbb\x18\x01\x02\x1a\n" +
@@ -1368,11 +1639,12 @@ const file_trust_v1_trust_proto_rawDesc = "" +
 	"/v1/tokens\x12{\n" +
 	"\x10IssueCertificate\x12!.trust.v1.IssueCertificateRequest\x1a\".trust.v1.IssueCertificateResponse\" \xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x15:\x01*\"\x10/v1/certificates\x12{\n" +
 	"\x10ListCertificates\x12!.trust.v1.ListCertificatesRequest\x1a\".trust.v1.ListCertificatesResponse\" \xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/certificates\x90\x02\x01\x1a\n" +
-	"\xb2\xbb\x18\x06trustd2\xb7\x01\n" +
+	"\xb2\xbb\x18\x06trustd2\x8d\x02\n" +
 	"\x06Signer\x12K\n" +
 	"\n" +
 	"WatchTrust\x12\x1b.trust.v1.WatchTrustRequest\x1a\x14.trust.v1.TrustState\"\b\xaa\xbb\x18\x01\x01\x90\x02\x010\x01\x12`\n" +
-	"\x0fSignCertificate\x12 .trust.v1.SignCertificateRequest\x1a!.trust.v1.SignCertificateResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02B6Z4github.com/bulkhead-os/bulkhead/api/trust/v1;trustv1b\x06proto3"
+	"\x0fSignCertificate\x12 .trust.v1.SignCertificateRequest\x1a!.trust.v1.SignCertificateResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02\x12T\n" +
+	"\vReportTrust\x12\x1c.trust.v1.ReportTrustRequest\x1a\x1d.trust.v1.ReportTrustResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x02B6Z4github.com/bulkhead-os/bulkhead/api/trust/v1;trustv1b\x06proto3"
 
 var (
 	file_trust_v1_trust_proto_rawDescOnce sync.Once
@@ -1386,7 +1658,7 @@ func file_trust_v1_trust_proto_rawDescGZIP() []byte {
 	return file_trust_v1_trust_proto_rawDescData
 }
 
-var file_trust_v1_trust_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_trust_v1_trust_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_trust_v1_trust_proto_goTypes = []any{
 	(*ClaimRequest)(nil),             // 0: trust.v1.ClaimRequest
 	(*ClaimResponse)(nil),            // 1: trust.v1.ClaimResponse
@@ -1403,41 +1675,49 @@ var file_trust_v1_trust_proto_goTypes = []any{
 	(*Certificate)(nil),              // 12: trust.v1.Certificate
 	(*WatchTrustRequest)(nil),        // 13: trust.v1.WatchTrustRequest
 	(*TrustState)(nil),               // 14: trust.v1.TrustState
-	(*ClusterNode)(nil),              // 15: trust.v1.ClusterNode
-	(*TokenKey)(nil),                 // 16: trust.v1.TokenKey
-	(*SignCertificateRequest)(nil),   // 17: trust.v1.SignCertificateRequest
-	(*SignCertificateResponse)(nil),  // 18: trust.v1.SignCertificateResponse
-	(*timestamppb.Timestamp)(nil),    // 19: google.protobuf.Timestamp
+	(*RotationStage)(nil),            // 15: trust.v1.RotationStage
+	(*ClusterNode)(nil),              // 16: trust.v1.ClusterNode
+	(*TokenKey)(nil),                 // 17: trust.v1.TokenKey
+	(*SignCertificateRequest)(nil),   // 18: trust.v1.SignCertificateRequest
+	(*SignCertificateResponse)(nil),  // 19: trust.v1.SignCertificateResponse
+	(*ReportTrustRequest)(nil),       // 20: trust.v1.ReportTrustRequest
+	(*HeldCertificate)(nil),          // 21: trust.v1.HeldCertificate
+	(*ReportTrustResponse)(nil),      // 22: trust.v1.ReportTrustResponse
+	(*timestamppb.Timestamp)(nil),    // 23: google.protobuf.Timestamp
 }
 var file_trust_v1_trust_proto_depIdxs = []int32{
-	19, // 0: trust.v1.MintTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	19, // 1: trust.v1.IssueCertificateResponse.expires:type_name -> google.protobuf.Timestamp
+	23, // 0: trust.v1.MintTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	23, // 1: trust.v1.IssueCertificateResponse.expires:type_name -> google.protobuf.Timestamp
 	12, // 2: trust.v1.ListCertificatesResponse.certificates:type_name -> trust.v1.Certificate
-	19, // 3: trust.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
-	19, // 4: trust.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
-	16, // 5: trust.v1.TrustState.token_keys:type_name -> trust.v1.TokenKey
-	15, // 6: trust.v1.TrustState.nodes:type_name -> trust.v1.ClusterNode
-	0,  // 7: trust.v1.Claim.Claim:input_type -> trust.v1.ClaimRequest
-	2,  // 8: trust.v1.Claim.JoinCluster:input_type -> trust.v1.JoinClusterRequest
-	4,  // 9: trust.v1.Trust.Bootstrap:input_type -> trust.v1.BootstrapRequest
-	6,  // 10: trust.v1.Trust.MintToken:input_type -> trust.v1.MintTokenRequest
-	8,  // 11: trust.v1.Trust.IssueCertificate:input_type -> trust.v1.IssueCertificateRequest
-	10, // 12: trust.v1.Trust.ListCertificates:input_type -> trust.v1.ListCertificatesRequest
-	13, // 13: trust.v1.Signer.WatchTrust:input_type -> trust.v1.WatchTrustRequest
-	17, // 14: trust.v1.Signer.SignCertificate:input_type -> trust.v1.SignCertificateRequest
-	1,  // 15: trust.v1.Claim.Claim:output_type -> trust.v1.ClaimResponse
-	3,  // 16: trust.v1.Claim.JoinCluster:output_type -> trust.v1.JoinClusterResponse
-	5,  // 17: trust.v1.Trust.Bootstrap:output_type -> trust.v1.BootstrapResponse
-	7,  // 18: trust.v1.Trust.MintToken:output_type -> trust.v1.MintTokenResponse
-	9,  // 19: trust.v1.Trust.IssueCertificate:output_type -> trust.v1.IssueCertificateResponse
-	11, // 20: trust.v1.Trust.ListCertificates:output_type -> trust.v1.ListCertificatesResponse
-	14, // 21: trust.v1.Signer.WatchTrust:output_type -> trust.v1.TrustState
-	18, // 22: trust.v1.Signer.SignCertificate:output_type -> trust.v1.SignCertificateResponse
-	15, // [15:23] is the sub-list for method output_type
-	7,  // [7:15] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	23, // 3: trust.v1.Certificate.not_before:type_name -> google.protobuf.Timestamp
+	23, // 4: trust.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
+	17, // 5: trust.v1.TrustState.token_keys:type_name -> trust.v1.TokenKey
+	16, // 6: trust.v1.TrustState.nodes:type_name -> trust.v1.ClusterNode
+	15, // 7: trust.v1.TrustState.rotation:type_name -> trust.v1.RotationStage
+	21, // 8: trust.v1.ReportTrustRequest.held:type_name -> trust.v1.HeldCertificate
+	0,  // 9: trust.v1.Claim.Claim:input_type -> trust.v1.ClaimRequest
+	2,  // 10: trust.v1.Claim.JoinCluster:input_type -> trust.v1.JoinClusterRequest
+	4,  // 11: trust.v1.Trust.Bootstrap:input_type -> trust.v1.BootstrapRequest
+	6,  // 12: trust.v1.Trust.MintToken:input_type -> trust.v1.MintTokenRequest
+	8,  // 13: trust.v1.Trust.IssueCertificate:input_type -> trust.v1.IssueCertificateRequest
+	10, // 14: trust.v1.Trust.ListCertificates:input_type -> trust.v1.ListCertificatesRequest
+	13, // 15: trust.v1.Signer.WatchTrust:input_type -> trust.v1.WatchTrustRequest
+	18, // 16: trust.v1.Signer.SignCertificate:input_type -> trust.v1.SignCertificateRequest
+	20, // 17: trust.v1.Signer.ReportTrust:input_type -> trust.v1.ReportTrustRequest
+	1,  // 18: trust.v1.Claim.Claim:output_type -> trust.v1.ClaimResponse
+	3,  // 19: trust.v1.Claim.JoinCluster:output_type -> trust.v1.JoinClusterResponse
+	5,  // 20: trust.v1.Trust.Bootstrap:output_type -> trust.v1.BootstrapResponse
+	7,  // 21: trust.v1.Trust.MintToken:output_type -> trust.v1.MintTokenResponse
+	9,  // 22: trust.v1.Trust.IssueCertificate:output_type -> trust.v1.IssueCertificateResponse
+	11, // 23: trust.v1.Trust.ListCertificates:output_type -> trust.v1.ListCertificatesResponse
+	14, // 24: trust.v1.Signer.WatchTrust:output_type -> trust.v1.TrustState
+	19, // 25: trust.v1.Signer.SignCertificate:output_type -> trust.v1.SignCertificateResponse
+	22, // 26: trust.v1.Signer.ReportTrust:output_type -> trust.v1.ReportTrustResponse
+	18, // [18:27] is the sub-list for method output_type
+	9,  // [9:18] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_trust_v1_trust_proto_init() }
@@ -1451,7 +1731,7 @@ func file_trust_v1_trust_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_trust_v1_trust_proto_rawDesc), len(file_trust_v1_trust_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -425,6 +425,7 @@ var Trust_ServiceDesc = grpc.ServiceDesc{
 const (
 	Signer_WatchTrust_FullMethodName      = "/trust.v1.Signer/WatchTrust"
 	Signer_SignCertificate_FullMethodName = "/trust.v1.Signer/SignCertificate"
+	Signer_ReportTrust_FullMethodName     = "/trust.v1.Signer/ReportTrust"
 )
 
 // SignerClient is the client API for Signer service.
@@ -438,6 +439,9 @@ type SignerClient interface {
 	// SignCertificate signs a request by profile; names come from the profile and the document, never from the
 	// request alone. FAILED_PRECONDITION until the authority of the profile exists.
 	SignCertificate(ctx context.Context, in *SignCertificateRequest, opts ...grpc.CallOption) (*SignCertificateResponse, error)
+	// ReportTrust says by which authorities the caller acts, and who signed the certificates that it shows. trustd goes on with the replacement of an authority only
+	// when every daemon that watches has said so. internal/leaf calls it.
+	ReportTrust(ctx context.Context, in *ReportTrustRequest, opts ...grpc.CallOption) (*ReportTrustResponse, error)
 }
 
 type signerClient struct {
@@ -477,6 +481,16 @@ func (c *signerClient) SignCertificate(ctx context.Context, in *SignCertificateR
 	return out, nil
 }
 
+func (c *signerClient) ReportTrust(ctx context.Context, in *ReportTrustRequest, opts ...grpc.CallOption) (*ReportTrustResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReportTrustResponse)
+	err := c.cc.Invoke(ctx, Signer_ReportTrust_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // SignerServer is the server API for Signer service.
 // All implementations must embed UnimplementedSignerServer
 // for forward compatibility.
@@ -488,6 +502,9 @@ type SignerServer interface {
 	// SignCertificate signs a request by profile; names come from the profile and the document, never from the
 	// request alone. FAILED_PRECONDITION until the authority of the profile exists.
 	SignCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error)
+	// ReportTrust says by which authorities the caller acts, and who signed the certificates that it shows. trustd goes on with the replacement of an authority only
+	// when every daemon that watches has said so. internal/leaf calls it.
+	ReportTrust(context.Context, *ReportTrustRequest) (*ReportTrustResponse, error)
 	mustEmbedUnimplementedSignerServer()
 }
 
@@ -503,6 +520,9 @@ func (UnimplementedSignerServer) WatchTrust(*WatchTrustRequest, grpc.ServerStrea
 }
 func (UnimplementedSignerServer) SignCertificate(context.Context, *SignCertificateRequest) (*SignCertificateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method SignCertificate not implemented")
+}
+func (UnimplementedSignerServer) ReportTrust(context.Context, *ReportTrustRequest) (*ReportTrustResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReportTrust not implemented")
 }
 func (UnimplementedSignerServer) mustEmbedUnimplementedSignerServer() {}
 func (UnimplementedSignerServer) testEmbeddedByValue()                {}
@@ -554,6 +574,24 @@ func _Signer_SignCertificate_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Signer_ReportTrust_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReportTrustRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(SignerServer).ReportTrust(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Signer_ReportTrust_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(SignerServer).ReportTrust(ctx, req.(*ReportTrustRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Signer_ServiceDesc is the grpc.ServiceDesc for Signer service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -564,6 +602,10 @@ var Signer_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SignCertificate",
 			Handler:    _Signer_SignCertificate_Handler,
+		},
+		{
+			MethodName: "ReportTrust",
+			Handler:    _Signer_ReportTrust_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
