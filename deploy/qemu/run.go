@@ -77,7 +77,7 @@ func (m *Machine) Start(ctx context.Context, log func(string)) error {
 		return err
 	}
 	_, err = os.Stat(filepath.Join(m.Dir, ClaimKeyFile))
-	cmd := exec.CommandContext(ctx, program, m.args(string(cmdline), accel, err == nil)...)
+	cmd := exec.CommandContext(ctx, program, m.args(string(cmdline), accel, hostTSC(), err == nil)...)
 	cmd.Dir = m.Dir
 	tpm, err := m.startTPM(ctx)
 	if err != nil {
