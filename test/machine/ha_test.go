@@ -44,22 +44,10 @@ func TestHA(t *testing.T) {
 		t.Skip("takes an hour or two: make test-ha")
 	}
 	h := &ha{}
-	parts := []struct {
-		name string
-		run  func(*testing.T)
-	}{
-		{"roll", h.rolls},
-		{"leader", h.leaderDies},
-		{"virtual", h.holderDies},
-	}
+	parts := []haPart{{"roll", h.rolls}, {"leader", h.leaderDies}, {"virtual", h.holderDies}}
 	chosen := strings.Split(want, ",")
 	for _, c := range chosen {
-		if c != "all" && !slices.ContainsFunc(parts, func(p struct {
-			name string
-			run  func(*testing.T)
-		}) bool {
-			return p.name == c
-		}) {
+		if c != "all" && !slices.ContainsFunc(parts, func(p haPart) bool { return p.name == c }) {
 			t.Fatalf("BULKHEAD_HA=%q: there is no part %q; allowed are all, roll, leader and virtual, with commas between them", want, c)
 		}
 	}
@@ -75,6 +63,11 @@ func TestHA(t *testing.T) {
 			t.FailNow()
 		}
 	}
+}
+
+type haPart struct {
+	name string
+	run  func(*testing.T)
 }
 
 // ha is the cluster and who uses it.

@@ -56,42 +56,39 @@ func (h *ha) rolls(t *testing.T) {
 }
 
 // leaderDies cuts the power of the machine whose member of etcd leads.
-func (h *ha) leaderDies(t *testing.T) { h.dies(t, h.c.leader(t)) }
+func (h *ha) leaderDies(t *testing.T) {
+	h.dies(t, func(leader, _ string) string { return leader })
+}
 
 // holderDies cuts the power of the machine that has the virtual address.
 func (h *ha) holderDies(t *testing.T) {
-	ask := h.atVirtual(t)
-	var holder string
-	eventually(t, 5*time.Minute, "somebody has the virtual address", func() (err error) {
-		holder, err = ask(t.Context(), "")
-		return err
-	})
-	h.dies(t, holder)
+	h.dies(t, func(_, holder string) string { return holder })
 }
 
-// dies cuts a control plane's power. The others take writes, by both APIs; the virtual address is at another one if it was there; kubectl works through each and through the address. Then it
-// is powered on again, and all is as before.
-func (h *ha) dies(t *testing.T, name string) {
+// dies cuts a control plane's power, of the one that pick names. The others take writes, by both APIs; the virtual address is at another one if it was there; kubectl works through each and
+// through the address. Then it is powered on again, and all is as before.
+func (h *ha) dies(t *testing.T, pick func(leader, holder string) string) {
 	tokens, kube := h.c.tokenWrites(t), h.kubeWrites(t)
 	address := &pulse{Every: 500 * time.Millisecond, Limit: 5 * time.Second, Try: h.atVirtual(t)}
-	for _, p := range []*pulse{tokens, kube} {
-		p.start(t.Context(), h.c.nodes[:3]...)
-		p.beatsAt(t, 5*time.Minute, "each takes writes", time.Now(), h.c.nodes[:3]...)
-	}
 	const door = "the virtual address"
 	address.start(t.Context(), door)
-	begun := time.Now()
-	address.beatsAt(t, 5*time.Minute, door+" answers", begun, door)
-	first, err := address.after(begun, anyBeat)
-	if err != nil {
-		t.Fatal(err)
-	}
+	var name string
 	missed := h.visited(t, func() {
-		leads := h.c.leader(t)
+		for _, p := range []*pulse{kube, tokens} { // tokens last, and not for long: a cluster keeps a thousand
+			p.start(t.Context(), h.c.nodes[:3]...)
+			p.beatsAt(t, time.Minute, "each takes writes", time.Now(), h.c.nodes[:3]...)
+		}
+		leader, asked := h.c.leader(t), time.Now()
+		address.beatsAt(t, 5*time.Minute, door+" answers", asked, door)
+		at, err := address.after(asked, anyBeat)
+		if err != nil {
+			t.Fatal(err)
+		}
+		name = pick(leader, at.who)
 		d := h.c.dies(t, name)
-		t.Logf("» the power of %s is cut; etcd's leader was %s, the virtual address was at %s", name, leads, first.who)
+		t.Logf("» the power of %s is cut; etcd's leader was %s, the virtual address was at %s", name, leader, at.who)
 		detected := tokens.takesOver(t, "writes by Bulkhead's API", d)
-		tokens.end() // each makes a token, and a cluster keeps a thousand
+		tokens.end()
 		kube.takesOver(t, "writes by Kubernetes' API", d)
 		h.moves(t, address, d, detected)
 		kube.end()
