@@ -230,13 +230,12 @@ func (h *ha) atVirtual(t *testing.T) func(context.Context, string) (string, erro
 		if err != nil {
 			return "", err
 		}
-		// Every certificate has the first control plane's address, which is the cluster's endpoint; each of the others has its own, too.
-		for i := 2; i >= 0; i-- {
-			if slices.ContainsFunc(cert.IPAddresses, func(a net.IP) bool { return a.String() == fmt.Sprintf("10.5.0.%d", 11+i) }) {
-				return h.c.nodes[i], nil
+		for _, name := range h.c.nodes[:3] {
+			if slices.Contains(cert.DNSNames, name) { // each API server's certificate has its own host's name
+				return name, nil
 			}
 		}
-		return "", fmt.Errorf("the certificate is nobody's: %v", cert.IPAddresses)
+		return "", fmt.Errorf("the certificate is none of our nodes': %v", cert.DNSNames)
 	}
 }
 
