@@ -22,7 +22,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-rollback test-powercut bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-ha test-rollback test-powercut bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -88,6 +88,9 @@ test-faults: KUBERNETES = none
 test-faults: IMAGE = out/image-none
 test-faults: image ## three control planes through ten minutes of faults while clients write; see docs/cluster.md
 	@BULKHEAD_VM=1 BULKHEAD_FAULTS=$${BULKHEAD_FAULTS:-10m} go test -json -count=1 -timeout 60m -run 'TestFaults$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
+
+test-ha: image ## three control planes and a worker with Kubernetes: rolling restart under requests, whole machines killed (an hour or two); BULKHEAD_HA=roll,leader,virtual takes parts
+	@BULKHEAD_VM=1 BULKHEAD_HA=$${BULKHEAD_HA:-all} go test -json -count=1 -timeout 6h -run 'TestHA$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
 
 test-rollback: image ## every poisoned version, each left by itself, and twenty good ones through power cuts (two hours)
 	@BULKHEAD_VM=1 BULKHEAD_ROLLBACK=1 go test -json -count=1 -timeout 4h -run 'TestPoison|TestRollback' ./test/machine | REPORT_LIVE=1 go run ./test/report

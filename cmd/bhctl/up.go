@@ -56,7 +56,7 @@ cluster. Again with larger numbers, it adds machines. Documents (-f) go to all o
 	fl.StringVar(&f.name, "name", "local", "name of the machine, and of the context to make")
 	fl.StringVar(&f.image, "image", "out/image", "folder with the image that \"make image\" built")
 	fl.StringArrayVarP(&f.files, "file", "f", nil, "documents to apply instead of the default ones")
-	fl.StringArrayVar(&f.forwards, "forward", nil, "HOSTPORT:NODEPORT to forward too, on 127.0.0.1; may be given more than once")
+	fl.StringArrayVar(&f.forwards, "forward", nil, "HOSTPORT:NODEPORT to forward too, on 127.0.0.1, 0 for a port that is free; may be given more than once")
 	fl.IntVar(&f.apiPort, "api-port", 50000, "port on 127.0.0.1 for the node's API")
 	fl.IntVar(&f.gatewayPort, "gateway-port", 50001, "port on 127.0.0.1 for REST")
 	fl.IntVar(&f.kubernetesPort, "kubernetes-port", 6443, "port on 127.0.0.1 for Kubernetes' API")

@@ -121,8 +121,8 @@ func (a *app) cluster(f upFlags) (*localCluster, error) {
 		return nil, errors.New("--install: is for a single machine")
 	case f.noBootstrap:
 		return nil, errors.New("--no-bootstrap: is for a single machine; nodes join a cluster that there is")
-	case len(f.forwards) > 0 || f.portsChosen:
-		return nil, errors.New("ports and forwards are for a single machine; those of a cluster's are chosen among the free ones (bhctl status)")
+	case f.portsChosen || slices.ContainsFunc(f.forwards, func(s string) bool { return !strings.HasPrefix(s, "0:") }):
+		return nil, errors.New("ports and forwards are for a single machine; those of a cluster's are chosen among the free ones (bhctl status). --forward 0:30080 has each of its machines forward a port of its own to 30080")
 	}
 	c := &localCluster{f: f, places: all, fresh: len(members) == 0, token: map[string]string{}}
 	if len(f.files) > 0 {

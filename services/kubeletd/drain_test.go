@@ -147,7 +147,7 @@ func (a *evictor) list(w http.ResponseWriter, from string) {
 	_ = json.NewEncoder(w).Encode(map[string]any{"metadata": map[string]any{"continue": next}, "items": items})
 }
 
-// drainSocket serves Drain as kubeletd does, for calls of a user, in front of a.
+// drainSocket serves Drain in front of a.
 func drainSocket(t *testing.T, a *evictor, who uid.ID) kubernetesv1.DrainClient {
 	t.Helper()
 	web := httptest.NewTLSServer(a)
@@ -158,7 +158,12 @@ func drainSocket(t *testing.T, a *evictor, who uid.ID) kubernetesv1.DrainClient 
 			t.Fatal(err)
 		}
 	}
-	s := &drainServer{program: program, admin: func(context.Context) (*cluster, error) { return &cluster{server: web.URL, http: web.Client()}, nil }}
+	return serveDrain(t, &drainServer{program: program, admin: func(context.Context) (*cluster, error) { return &cluster{server: web.URL, http: web.Client()}, nil }}, who)
+}
+
+// serveDrain is kubeletd's socket, for calls of a user.
+func serveDrain(t *testing.T, s *drainServer, who uid.ID) kubernetesv1.DrainClient {
+	t.Helper()
 	sock := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", sock)
 	if err != nil {

@@ -32,7 +32,9 @@ import (
 type realServer struct {
 	*testing.T
 	ca    *testca.CA
+	dir   string // of files
 	url   string
+	etcd  string // its URL
 	admin *cluster
 }
 
@@ -42,35 +44,14 @@ func newRealServer(t *testing.T, ca *testca.CA) *realServer {
 	if os.Getenv("BULKHEAD_VM") == "" {
 		t.Skip("needs the image's Kubernetes: make test-vm")
 	}
-	dir, s := t.TempDir(), &realServer{T: t, ca: ca, url: "https://" + freeAddress(t)}
-	file := func(name, text string) string {
-		path := filepath.Join(dir, name)
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
+	dir := t.TempDir()
+	s := &realServer{T: t, ca: ca, dir: dir, url: "https://" + freeAddress(t), etcd: startEtcd(t, dir)}
 	cert, key := ca.PEM(t, "kube-apiserver-server", x509.CertificateRequest{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
-	pair, accounts := file("server.pem", cert+key), file("accounts.pem", accountKey(t))
-	address := addrPort(s.url)
-	cmd := exec.CommandContext(t.Context(), filepath.Join("..", "..", "out", "kubernetes", "bin", "kube"), "kube-apiserver", "--etcd-servers="+startEtcd(t, dir), "--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", address.Port()),
+	pair, accounts := s.file("server.pem", cert+key), s.file("accounts.pem", accountKey(t))
+	ended := s.program("kube-apiserver", "--etcd-servers="+s.etcd, "--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", addrPort(s.url).Port()),
 		"--advertise-address=127.0.0.1", "--endpoint-reconciler-type=none", "--anonymous-auth=false", "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",
-		"--client-ca-file="+file("ca.pem", ca.State().GetKubernetesCa()), "--tls-cert-file="+pair, "--tls-private-key-file="+pair, "--cert-dir="+dir,
+		"--client-ca-file="+s.file("ca.pem", ca.State().GetKubernetesCa()), "--tls-cert-file="+pair, "--tls-private-key-file="+pair, "--cert-dir="+dir,
 		"--service-account-issuer=https://test", "--service-account-key-file="+accounts, "--service-account-signing-key-file="+accounts, "--service-cluster-ip-range=10.96.0.0/16")
-	var log bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &log, &log
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() { _ = cmd.Wait(); close(ended) }()
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		<-ended
-		if t.Failed() {
-			t.Logf("the API server's log ends with\n%s", log.Bytes()[max(0, log.Len()-4096):])
-		}
-	})
 	s.admin = s.as("admin", "system:masters")
 	s.until("the API server is ready", func() bool {
 		select {
@@ -81,6 +62,37 @@ func newRealServer(t *testing.T, ca *testca.CA) *realServer {
 		return s.admin.do(t.Context(), request{method: http.MethodGet, path: "/readyz"}, nil) == nil
 	})
 	return s
+}
+
+// file writes one that only this user reads.
+func (s *realServer) file(name, text string) string {
+	s.Helper()
+	path := filepath.Join(s.dir, name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		s.Fatal(err)
+	}
+	return path
+}
+
+// program runs one of Kubernetes' until the test ends. The channel is closed if it ends before.
+func (s *realServer) program(name string, args ...string) <-chan struct{} {
+	s.Helper()
+	cmd := exec.CommandContext(s.Context(), filepath.Join("..", "..", "out", "kubernetes", "bin", "kube"), append([]string{name}, args...)...)
+	var log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		s.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { _ = cmd.Wait(); close(ended) }()
+	s.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		<-ended
+		if s.Failed() {
+			s.Logf("the log of %s ends with\n%s", name, log.Bytes()[max(0, log.Len()-4096):])
+		}
+	})
+	return ended
 }
 
 func freeAddress(t *testing.T) string {
@@ -136,10 +148,14 @@ func (s *realServer) until(what string, f func() bool) {
 	}
 }
 
+func certOf(user string, groups ...string) x509.CertificateRequest {
+	return x509.CertificateRequest{Subject: pkix.Name{CommonName: user, Organization: groups}}
+}
+
 // as is a client with a certificate of its own.
 func (s *realServer) as(user string, groups ...string) *cluster {
 	s.Helper()
-	cert, key := s.ca.PEM(s.T, "any", x509.CertificateRequest{Subject: pkix.Name{CommonName: user, Organization: groups}})
+	cert, key := s.ca.PEM(s.T, "any", certOf(user, groups...))
 	pair, err := tls.X509KeyPair([]byte(cert), []byte(key))
 	if err != nil {
 		s.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,7 +22,7 @@ func TestKubeNodes(t *testing.T) {
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
 	t.Cleanup(func() {
 		if t.Failed() {
-			n.keepKube(t)
+			n.keepKube(t, slices.Sorted(maps.Keys(kubeNodes)))
 		}
 	})
 	start := time.Now()
@@ -47,8 +48,8 @@ func TestKubeNodes(t *testing.T) {
 	}
 }
 
-// keepKube saves what a failed test leaves of both machines.
-func (n *node) keepKube(t *testing.T) {
+// keepKube saves what a failed test leaves of its machines.
+func (n *node) keepKube(t *testing.T, names []string) {
 	dir := filepath.Join(n.root, "out", "test-vm", t.Name())
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Log(err)
@@ -62,7 +63,7 @@ func (n *node) keepKube(t *testing.T) {
 		_ = os.WriteFile(filepath.Join(dir, file), []byte(out), 0o644)
 	}
 	save("cluster.txt", "kubectl", "get", "nodes,pods,services,csr", "-A", "-o", "wide")
-	for name := range kubeNodes {
+	for _, name := range names {
 		if data, err := os.ReadFile(filepath.Join(n.dir, "machines", name, "console.log")); err == nil {
 			_ = os.WriteFile(filepath.Join(dir, name+"-console.log"), data, 0o644)
 		}

@@ -187,13 +187,11 @@ func (c *cluster) forwards(t *testing.T) {
 func (c *cluster) survives(t *testing.T) {
 	leader := c.leader(t)
 	m := c.machine(t, leader)
-	if err := m.Kill(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, time.Minute, "the others take writes", func() error {
-		_, err := c.n.try(t.Context(), 20*time.Second, "bhctl", "jointoken", "create", "--role", "worker")
-		return err
-	})
+	writes := c.tokenWrites(t)
+	writes.start(t.Context(), c.nodes[:3]...)
+	writes.beatsAt(t, time.Minute, "each takes writes", time.Now(), c.nodes[:3]...)
+	writes.takesOver(t, "writes", c.dies(t, leader))
+	writes.end()
 	lost := c.ready()
 	lost[leader] = "lost"
 	c.states(t, 2*time.Minute, lost)
