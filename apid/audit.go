@@ -23,7 +23,7 @@ const (
 const maxWhy = 300
 
 // tellStrange makes an event of credentials that are not good here: of another cluster, expired, revoked, or of a node that was removed. Callers who show none are
-// too many, and are told of in figures only.
+// too many, and are told of in figures only. It is for calls that have an audit line: strangers must not fill the log.
 func (d *Daemon) tellStrange(c *call, err error) {
 	what, about, text := "certificate", errs.Text(err), errs.Text(err)
 	if c.byToken {
@@ -59,10 +59,11 @@ func newAuditor(log *slog.Logger, now func() time.Time, count figures) *auditor 
 
 // write is called before the client has the answer. machined keeps the lines as a chain, each with the hash of the one before: it is not this process that could
 // change one later. refused says that the call was not let in, or that what it was to prove was wrong.
-func (a *auditor) write(c *call, node string, err error, refused bool) {
+// It reports whether it wrote the line.
+func (a *auditor) write(c *call, node string, err error, refused bool) bool {
 	if refused && !a.take() {
 		a.count.auditDropped.Add(1)
-		return
+		return false
 	}
 	line := []any{"who", c.who.name, "roles", strings.Join(c.who.roles, ","), "method", c.method, "peer", c.peer, "node", node,
 		"code", codeOf(err).String(), "dur", a.now().Sub(c.start).String(),
@@ -80,6 +81,7 @@ func (a *auditor) write(c *call, node string, err error, refused bool) {
 		line = append(line, "why", why[:min(len(why), maxWhy)])
 	}
 	a.log.Info("audit", line...)
+	return true
 }
 
 func (a *auditor) take() bool {

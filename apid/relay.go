@@ -35,11 +35,12 @@ func (d *Daemon) reach(ctx context.Context, node *trustv1.ClusterNode) (*remote,
 	}
 	if err := r.ready(ctx); err != nil {
 		d.pool.give(r)
-		if errs.Is(err, errs.Unavailable) && ctx.Err() == nil {
+		if errs.Is(err, errs.Unavailable) && ctx.Err() == nil && r.told.CompareAndSwap(false, true) { // once, however often it is called
 			daemon.Tell(d.log, daemon.EventCluster, "no answer of "+node.GetName(), errs.Text(err))
 		}
 		return nil, err
 	}
+	r.told.Store(false)
 	return r, nil
 }
 

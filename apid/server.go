@@ -180,10 +180,10 @@ func (d *Daemon) guard(ctx context.Context, method string, next func(context.Con
 	}
 	if c.route == nil || c.strange || c.route.audited() && (err != nil || !c.route.routine()) {
 		s, _ := d.spec.Get()
-		d.audit.write(c, s.hostname, err, refused || c.bound && err != nil) // a proof that was wrong is a stranger's refused attempt too
-	}
-	if c.strange {
-		d.tellStrange(c, err)
+		// A proof that was wrong is a stranger's refused attempt too.
+		if d.audit.write(c, s.hostname, err, refused || c.bound && err != nil) && c.strange {
+			d.tellStrange(c, err)
+		}
 	}
 	d.count.call(c, err)
 	return err

@@ -61,6 +61,12 @@ func TestStrangeCredentials(t *testing.T) {
 			t.Errorf("%s: no event in\n%s", x.name, n.log)
 		}
 	}
+	for range 3 * refusedBurst { // a flood of them fills no log
+		wantCode(t, "again", getVersion(n.ctx(), n.dial(gone)), codes.Unauthenticated)
+	}
+	if is := len(n.lines("msg=event")); is > refusedBurst+2 {
+		t.Errorf("%d events", is)
+	}
 	was := len(n.lines("msg=audit")) + len(n.lines("msg=event"))
 	wantCode(t, "nothing shown", getVersion(n.ctx(), n.strangerConn()), codes.Unauthenticated)
 	n.must(getVersion(n.ctx(), c.admin("cp1")))
@@ -75,7 +81,9 @@ func TestOutagesAreTold(t *testing.T) {
 	c.machines()
 	n := c.nodes["cp1"]
 	c.answer("10.5.0.12", func(context.Context) (net.Conn, error) { return nil, errors.New("no route to host") })
-	wantCode(t, "the node", getVersion(on(n.ctx(), "w1"), c.admin("cp1", grpc.WithDisableRetry())), codes.Unavailable)
+	for range 3 { // one event
+		wantCode(t, "the node", getVersion(on(n.ctx(), "w1"), c.admin("cp1", grpc.WithDisableRetry())), codes.Unavailable)
+	}
 	if got := n.lines("msg=event", "type=cluster", `node \"w1\" does not answer: 10.5.0.12:50000`); len(got) != 1 {
 		t.Errorf("the node: %q", got)
 	}
