@@ -130,7 +130,11 @@ func nodeSubject(name, role string) pkix.Name {
 
 // mint returns a token.
 func (f *fakeTrustd) mint(name string, roles ...string) client.Credentials {
-	tok := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.MapClaims{"iss": tokenIssuer, "aud": tokenAudience, "sub": name, "roles": roles, "exp": time.Now().Add(time.Hour).Unix(), "jti": "id-of-" + name})
+	return f.mintUntil(time.Now().Add(time.Hour), name, roles...)
+}
+
+func (f *fakeTrustd) mintUntil(end time.Time, name string, roles ...string) client.Credentials {
+	tok := jwt.NewWithClaims(jwt.SigningMethodEdDSA, jwt.MapClaims{"iss": tokenIssuer, "aud": tokenAudience, "sub": name, "roles": roles, "exp": end.Unix(), "jti": "id-of-" + name})
 	tok.Header["kid"] = "k"
 	s, err := tok.SignedString(f.token)
 	if err != nil {

@@ -1,11 +1,14 @@
 package apid
 
 import (
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
 
@@ -15,6 +18,29 @@ const (
 	refusedRate  = 0.1
 	refusedBurst = 20
 )
+
+// maxWhy bounds why a call was refused, in bytes.
+const maxWhy = 300
+
+// tellStrange makes an event of credentials that are not good here: of another cluster, expired, revoked, or of a node that was removed. Callers who show none are
+// too many, and are told of in figures only. It is for calls that have an audit line: strangers must not fill the log.
+func (d *Daemon) tellStrange(c *call, err error) {
+	what, about, text := "certificate", errs.Text(err), errs.Text(err)
+	if c.byToken {
+		what = "token"
+	}
+	switch {
+	case err == errStranger:
+		about, text = "foreign "+what, "it is of another cluster, or was made up"
+	case c.byToken && c.who.name == "": // what it says is not proved
+		about = "bad token"
+	}
+	by := ""
+	if c.who.name != "" {
+		by = fmt.Sprintf(" of %.100q", c.who.name)
+	}
+	daemon.Tell(d.log, daemon.EventAccess, about, fmt.Sprintf("a %s%s was shown at %.60s and refused: %s", what, by, c.peer, text))
+}
 
 // auditor writes one line for each call that changes something or gives out a secret.
 type auditor struct {
@@ -32,11 +58,12 @@ func newAuditor(log *slog.Logger, now func() time.Time, count figures) *auditor 
 }
 
 // write is called before the client has the answer. machined keeps the lines as a chain, each with the hash of the one before: it is not this process that could
-// change one later. refused says that the call was not let in.
-func (a *auditor) write(c *call, node string, err error, refused bool) {
+// change one later. refused says that the call was not let in, or that what it was to prove was wrong.
+// It reports whether it wrote the line.
+func (a *auditor) write(c *call, node string, err error, refused bool) bool {
 	if refused && !a.take() {
 		a.count.auditDropped.Add(1)
-		return
+		return false
 	}
 	line := []any{"who", c.who.name, "roles", strings.Join(c.who.roles, ","), "method", c.method, "peer", c.peer, "node", node,
 		"code", codeOf(err).String(), "dur", a.now().Sub(c.start).String(),
@@ -50,7 +77,11 @@ func (a *auditor) write(c *call, node string, err error, refused bool) {
 	if c.aim.any {
 		line = append(line, "target", peer.ControlPlanes)
 	}
+	if why := errs.Text(err); refused && err != nil { // of calls that were let in it is not told: an answer may quote what was sent
+		line = append(line, "why", why[:min(len(why), maxWhy)])
+	}
 	a.log.Info("audit", line...)
+	return true
 }
 
 func (a *auditor) take() bool {

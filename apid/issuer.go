@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
 
@@ -112,6 +113,9 @@ func (d *Daemon) followIssuer(ctx context.Context) error {
 		}
 		if text != "" && text != said {
 			d.log.Warn("issuer not read", "service", i.config.Issuer, "err", text)
+			daemon.Tell(d.log, daemon.EventAccess, "issuer: "+text, fmt.Sprintf("nobody can sign in whose issuer's keys are not known here yet: %s: %s; certificates and tokens of the cluster work", i.config.Issuer, text))
+		} else if text == "" && said != "" {
+			daemon.Tell(d.log, daemon.EventAccess, "issuer is back: "+said, fmt.Sprintf("the issuer %s answers again", i.config.Issuer))
 		}
 		said = text
 	}

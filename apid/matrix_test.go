@@ -2,8 +2,14 @@ package apid
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/pem"
 	"fmt"
+	"go/build"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -12,11 +18,15 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
+	_ "github.com/bulkhead-os/bulkhead/api/keys/v1" // for daemons only: nobody gets there through apid
+	_ "github.com/bulkhead-os/bulkhead/api/slot/v1"
+	_ "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -32,7 +42,8 @@ type caller struct {
 	conn  *grpc.ClientConn
 	ctx   context.Context
 	roles []string // that count; nil: nobody
-	local uid.ID   // over the Unix socket; 0: over TCP
+	unix  bool     // over the Unix socket
+	local uid.ID   // with unix: who that is
 }
 
 // matrixRoles are roles of a document. docs/access.md says what they give.
@@ -66,7 +77,8 @@ func expected(service, method string, need []authv1.Role, served bool, c caller)
 		return slices.ContainsFunc(r, func(s string) bool { return slices.Contains(c.roles, s) })
 	}
 	needs := func(r authv1.Role) bool { return slices.Contains(need, r) }
-	daemon := c.local != 0 && c.local != uid.Gateway
+	gateway := c.unix && c.local == uid.Gateway
+	daemon := c.unix && !gateway
 	internal := !served || len(need) == 0 || needs(authv1.Role_INTERNAL)
 	switch {
 	case daemon && !internal && needs(authv1.Role_NODE) && slices.Contains([]uid.ID{uid.Machined, uid.Etcdd, uid.Kubeletd}, c.local):
@@ -77,11 +89,11 @@ func expected(service, method string, need []authv1.Role, served bool, c caller)
 		return []codes.Code{codes.PermissionDenied, codes.Unavailable} // refused by the list, or at the handshake
 	case needs(authv1.Role_ANYBODY):
 		return []codes.Code{codes.NotFound} // there is no issuer
-	case internal && c.local == uid.Gateway:
+	case internal && gateway:
 		return []codes.Code{codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented}
 	case !internal && needs(authv1.Role_CLAIM):
 		return []codes.Code{codes.FailedPrecondition} // somebody owns the node
-	case !internal && needs(authv1.Role_JOIN) && c.local == 0:
+	case !internal && needs(authv1.Role_JOIN) && !c.unix:
 		return []codes.Code{reached}
 	case !internal && needs(authv1.Role_JOIN), c.roles == nil:
 		return []codes.Code{codes.Unauthenticated}
@@ -89,7 +101,7 @@ func expected(service, method string, need []authv1.Role, served bool, c caller)
 		return []codes.Code{codes.Unimplemented}
 	case needs(authv1.Role_KNOWN) && !has("node"):
 		return []codes.Code{codes.OK}
-	case needs(authv1.Role_UNLOCK) && has("admin") && c.local == uid.Gateway:
+	case needs(authv1.Role_UNLOCK) && has("admin") && gateway:
 		return []codes.Code{codes.Unauthenticated} // there is no connection to tie it to
 	case needs(authv1.Role_READER) && has("reader", "operator", "admin"), needs(authv1.Role_OPERATOR) && has("operator", "admin"), needs(authv1.Role_ADMIN) && has("admin"),
 		needs(authv1.Role_UNLOCK) && has("admin"), needs(authv1.Role_ETCD_BACKUP) && has("etcd-backup"), needs(authv1.Role_NODE) && has("node"),
@@ -99,55 +111,106 @@ func expected(service, method string, need []authv1.Role, served bool, c caller)
 	return []codes.Code{codes.PermissionDenied}
 }
 
-// callers are all kinds of them.
+// The ids of the credentials that were revoked before the calls.
+var revoked = []string{"id-of-revoked"}
+
+// callers are all kinds of them. Who is revoked is so already.
 func (c *cluster) callers(to string) []caller {
 	n := c.nodes[to]
 	ctx := c.t.Context()
 	foreign, from, end := newAuthority(c.t), -time.Minute, time.Hour
+	stranger := &fakeTrustd{t: c.t, ca: c.f.ca}
+	_, stranger.token, _ = ed25519.GenerateKey(rand.Reader)
+	person, node := c.f.certificate(c.f.ca, "ann", "admin", from, end), c.f.holder(c.f.ca, nodeSubject("cp2", controlPlane), from, end)
+	c.tell(func(s *trustv1.TrustState) { s.Revoked = append(s.Revoked, serial(c.t, person), serial(c.t, node)) })
+	want := len(c.known(to).GetRevoked())
+	n.waitTrust(func(s *trustv1.TrustState) bool { return len(s.GetRevoked()) == want })
+	tokens := map[string]client.Credentials{
+		"garbage for a": {CA: []byte(text(c.f.ca.cert)), Token: "x.y.z"}, "a revoked": c.f.mint("revoked", "admin"), "another cluster's": stranger.mint("ann", "admin"),
+		"an expired": c.f.mintUntil(time.Now().Add(-time.Minute), "ann", "admin"), "a node's name in a": c.f.mint("node:w1", "admin", "node", "node-worker"),
+	}
 	out := []caller{
-		{"nobody", n.strangerConn(), ctx, nil, 0},
-		{"garbage for a token", n.dial(client.Credentials{CA: []byte(text(c.f.ca.cert)), Token: "x.y.z"}), ctx, nil, 0},
-		{"a foreign certificate", n.dial(c.f.certificate(foreign, "ann", "admin", from, end)), ctx, nil, 0},
-		{"a foreign node", n.dial(c.f.holder(foreign, nodeSubject("w1", "worker"), from, end)), ctx, nil, 0},
-		{"an expired certificate", n.dial(c.f.certificate(c.f.ca, "ann", "admin", -time.Hour, from)), ctx, nil, 0},
-		{"a revoked token", n.dial(c.f.mint("revoked", "admin")), ctx, nil, 0},
-		{"a node that is none", c.asNode(to, "w9", "worker"), ctx, nil, 0},
-		{"a worker that says it is a control plane", c.asNode(to, "w1", controlPlane), ctx, nil, 0},
-		{"an administrator called like a node", c.holding(to, pkix.Name{CommonName: "node:w1", Organization: []string{"bulkhead:admin"}}), ctx, nil, 0},
-		{"a worker", c.asNode(to, "w1", "worker"), ctx, []string{"node"}, 0},
-		{"a control plane", c.asNode(to, "cp2", controlPlane), ctx, []string{"node"}, 0},
-		{"a worker for an administrator", c.asNode(to, "w1", "worker"), with(ctx, peer.HopKey, "1", peer.CallerKey, "ann", peer.RolesKey, "admin"), []string{"node"}, 0},
-		{"gateway for nobody", n.as(uid.Gateway), ctx, nil, uid.Gateway},
+		{name: "nobody", conn: n.strangerConn()},
+		{name: "a foreign certificate", conn: n.dial(c.f.certificate(foreign, "ann", "admin", from, end))},
+		{name: "a foreign node", conn: n.dial(c.f.holder(foreign, nodeSubject("w1", "worker"), from, end))},
+		{name: "an expired certificate", conn: n.dial(c.f.certificate(c.f.ca, "ann", "admin", -time.Hour, from))},
+		{name: "a certificate of tomorrow", conn: n.dial(c.f.certificate(c.f.ca, "ann", "admin", 23*time.Hour, 24*time.Hour))},
+		{name: "a revoked certificate", conn: n.dial(person)},
+		{name: "a revoked node", conn: n.dial(node)},
+		{name: "an expired node", conn: n.dial(c.f.holder(c.f.ca, nodeSubject("cp2", controlPlane), -time.Hour, from))},
+		{name: "a node that is none", conn: c.asNode(to, "w9", "worker")},
+		{name: "a worker that says it is a control plane", conn: c.asNode(to, "w1", controlPlane)},
+		{name: "an administrator called like a node", conn: c.holding(to, pkix.Name{CommonName: "node:w1", Organization: []string{"bulkhead:admin"}})},
+		{name: "a worker", conn: c.asNode(to, "w1", "worker"), roles: []string{"node"}},
+		{name: "a control plane", conn: c.asNode(to, "cp2", controlPlane), roles: []string{"node"}},
+		{name: "a worker for an administrator", conn: c.asNode(to, "w1", "worker"), ctx: hop(ctx, "admin"), roles: []string{"node"}},
+		{name: "a revoked control plane for an administrator", conn: n.dial(node), ctx: hop(ctx, "admin")},
+		{name: "a foreign node for an administrator", conn: n.dial(c.f.holder(foreign, nodeSubject("cp2", controlPlane), from, end)), ctx: hop(ctx, "admin")},
+		{name: "gateway for nobody", conn: n.as(uid.Gateway), unix: true, local: uid.Gateway},
+		{name: "gateway that names an administrator", conn: n.as(uid.Gateway), ctx: hop(ctx, "admin"), unix: true, local: uid.Gateway},
+	}
+	for what, token := range tokens {
+		out = append(out, caller{name: what + " token", conn: n.dial(token)},
+			caller{name: "gateway with " + what + " token", conn: n.as(uid.Gateway), ctx: with(ctx, "authorization", "Bearer "+token.Token), unix: true, local: uid.Gateway})
 	}
 	for _, role := range []string{"reader", "operator", "admin", "etcd-backup", "dns-team", "elsewhere", "here", "no-role-at-all"} {
 		token := c.f.mint("bob", role)
+		roles := []string{role}
 		out = append(out,
-			caller{role + "'s certificate", n.dial(c.f.certificate(c.f.ca, "ann", role, from, end)), ctx, []string{role}, 0},
-			caller{role + "'s token", n.dial(token), ctx, []string{role}, 0},
-			caller{"a control plane for a " + role, c.asNode(to, "cp2", controlPlane), with(ctx, peer.HopKey, "1", peer.CallerKey, "ann", peer.RolesKey, role), []string{role}, 0},
-			caller{"gateway for a " + role, n.as(uid.Gateway), with(ctx, "authorization", "Bearer "+token.Token), []string{role}, uid.Gateway})
+			caller{name: role + "'s certificate", conn: n.dial(c.f.certificate(c.f.ca, "ann", role, from, end)), roles: roles},
+			caller{name: role + "'s token", conn: n.dial(token), roles: roles},
+			caller{name: "a control plane for a " + role, conn: c.asNode(to, "cp2", controlPlane), ctx: hop(ctx, role), roles: roles},
+			caller{name: "gateway for a " + role, conn: n.as(uid.Gateway), ctx: with(ctx, "authorization", "Bearer "+token.Token), roles: roles, unix: true, local: uid.Gateway})
 	}
-	for _, id := range []uid.ID{uid.Machined, uid.Etcdd, uid.Kubeletd, uid.Trustd, uid.Networkd, uid.Storaged, uid.Timed, uid.Updated, uid.KubeAPIServer} {
-		out = append(out, caller{"daemon " + id.Name(), n.as(id, grpc.WithDisableRetry()), with(ctx, peer.NodeKey, peer.ControlPlanes), []string{"node"}, id})
+	for _, name := range uid.Names() { // whoever there is on a node
+		if id, _ := uid.Lookup(name); id != uid.Gateway {
+			out = append(out, caller{name: "daemon " + name, conn: n.as(id, grpc.WithDisableRetry()), ctx: with(ctx, peer.NodeKey, peer.ControlPlanes), roles: []string{"node"}, unix: true, local: id})
+		}
+	}
+	for i := range out {
+		if out[i].ctx == nil {
+			out[i].ctx = ctx
+		}
 	}
 	return out
 }
 
-// Every method of every proto, called by everybody: the answer is what the method's annotation says, without exception.
-func TestMatrix(t *testing.T) {
+// hop is what a control plane says of the caller whose call it passes on.
+func hop(ctx context.Context, role string) context.Context {
+	return with(ctx, peer.HopKey, "1", peer.CallerKey, "ann", peer.RolesKey, role)
+}
+
+// serial is a certificate's, as a revocation names it.
+func serial(t testing.TB, c client.Credentials) string {
+	t.Helper()
+	block, _ := pem.Decode(c.Certificate)
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert.SerialNumber.Text(16)
+}
+
+// judged is a cluster whose daemons answer every call with reached.
+func judged(t *testing.T) *cluster {
 	c := newCluster(t, "cp1", "cp2", "w1")
-	n := c.nodes["cp1"]
-	c.tell(func(s *trustv1.TrustState) { s.Revoked = []string{"id-of-revoked"} })
-	n.waitTrust(func(s *trustv1.TrustState) bool { return len(s.GetRevoked()) > 0 })
-	n.tellAccess(matrixRoles)
+	c.tell(func(s *trustv1.TrustState) { s.Revoked = revoked })
 	answer := grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error { return status.Error(reached, "reached") })
-	for name := range n.daemon.conns {
-		if name != trustd { // it has a fake already, which must answer
-			n.anything(name, answer)
+	for _, n := range c.nodes {
+		n.tellAccess(matrixRoles)
+		for name := range n.daemon.conns {
+			if name != trustd { // it has a fake already, which must answer
+				n.anything(name, answer)
+			}
 		}
 	}
+	return c
+}
+
+// Every method of every proto, called by everybody: the answer is what the method's annotation says, without exception.
+func TestMatrix(t *testing.T) {
+	callers := judged(t).callers("cp1")
 	calls := 0
-	callers := c.callers("cp1")
 	everyMethod(func(m protoreflect.MethodDescriptor, served bool) {
 		service := string(m.Parent().FullName())
 		name := "/" + service + "/" + string(m.Name())
@@ -160,8 +223,35 @@ func TestMatrix(t *testing.T) {
 			}
 		}
 	})
-	if calls < 3500 {
+	if calls < 5000 {
 		t.Errorf("only %d calls: the walk does not work", calls)
+	}
+}
+
+// Every proto file there is takes part in the matrix, and every service that has a daemon to answer it is known to the program, not to this test alone.
+func TestMatrixIsWhole(t *testing.T) {
+	files, err := filepath.Glob("../api/*/v1/*.proto")
+	if err != nil || len(files) < 20 {
+		t.Fatalf("%d proto files, %v", len(files), err)
+	}
+	program, err := build.ImportDir(".", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		path := strings.TrimPrefix(filepath.ToSlash(f), "../api/")
+		d, err := protoregistry.GlobalFiles.FindFileByPath(path)
+		if err != nil {
+			t.Errorf("%s: no method of it is called: add its package to the imports of this test, or, if it is served to clients, to those of route.go", path)
+			continue
+		}
+		for i := range d.Services().Len() {
+			s := d.Services().Get(i)
+			by, _ := proto.GetExtension(s.Options(), authv1.E_ServedBy).(string)
+			if pkg := "github.com/bulkhead-os/bulkhead/api/" + filepath.Dir(path); by != "" && !slices.Contains(program.Imports, pkg) {
+				t.Errorf("%s is served by %s, and apid has no route to it: add %s to the imports of route.go", s.FullName(), by, pkg)
+			}
+		}
 	}
 }
 

@@ -262,6 +262,9 @@ func TestJoin(t *testing.T) {
 	says(t, "one more than are let in at once", err, codes.ResourceExhausted, "try again")
 	_, err = trustv1.NewTrustClient(n.dial(n.trustd.mint("ann", "admin"))).Bootstrap(ctx, &trustv1.BootstrapRequest{})
 	wantCode(t, "an administrator meanwhile (the fake has no Trust)", err, codes.Unimplemented)
+	if len(n.lines("msg=audit", "/trust.v1.Join/Join", "code=ResourceExhausted", "why=", "try again")) != 1 {
+		t.Errorf("the audit log does not say why:\n%s", n.log)
+	}
 	close(a.block)
 	for range maxClaims {
 		n.must(<-answers)

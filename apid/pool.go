@@ -63,6 +63,7 @@ type remote struct {
 	pem  string // the authority with which it was opened
 	pair *leaf.Pair
 	conn *grpc.ClientConn
+	told atomic.Bool // that it does not answer
 
 	why   latest.Cell[string] // of the last try to connect that failed
 	first atomic.Uint32       // index of the address that worked last

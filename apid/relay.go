@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
@@ -34,8 +35,12 @@ func (d *Daemon) reach(ctx context.Context, node *trustv1.ClusterNode) (*remote,
 	}
 	if err := r.ready(ctx); err != nil {
 		d.pool.give(r)
+		if errs.Is(err, errs.Unavailable) && ctx.Err() == nil && r.told.CompareAndSwap(false, true) { // once, however often it is called
+			daemon.Tell(d.log, daemon.EventCluster, "no answer of "+node.GetName(), errs.Text(err))
+		}
 		return nil, err
 	}
+	r.told.Store(false)
 	return r, nil
 }
 

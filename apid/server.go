@@ -65,6 +65,7 @@ type call struct {
 	roots   *leaf.Roots // under which it was let in
 	grants  *grants     // what the document said then
 	cancel  context.CancelCauseFunc
+	strange bool // refused: credentials were shown, and are not good here
 }
 
 type callKey struct{}
@@ -177,9 +178,12 @@ func (d *Daemon) guard(ctx context.Context, method string, next func(context.Con
 	if c.route == nil {
 		c.method = "unknown" // a stranger's text belongs in no log
 	}
-	if c.route == nil || c.route.audited() && (err != nil || !c.route.routine()) {
+	if c.route == nil || c.strange || c.route.audited() && (err != nil || !c.route.routine()) {
 		s, _ := d.spec.Get()
-		d.audit.write(c, s.hostname, err, refused)
+		// A proof that was wrong is a stranger's refused attempt too.
+		if d.audit.write(c, s.hostname, err, refused || c.bound && err != nil) && c.strange {
+			d.tellStrange(c, err)
+		}
 	}
 	d.count.call(c, err)
 	return err
@@ -198,7 +202,11 @@ func (d *Daemon) enter(ctx context.Context, c *call) error {
 	md, _ := metadata.FromIncomingContext(ctx)
 	authErr := d.recognise(ctx, c, md)
 	if err := allow(c.route, c.who, authErr, trust); err != nil {
+		c.strange = err == authErr && errs.Is(err, errs.Unauthenticated) && (c.byToken || c.conn.shows())
 		return err
+	}
+	if authErr != nil { // let in without credentials: a name that was revoked, or is none here, stands behind nothing that this node does for the call
+		c.who = identity{}
 	}
 	for _, r := range []authv1.Role{authv1.Role_CLAIM, authv1.Role_UNLOCK, authv1.Role_JOIN} {
 		c.bound = c.bound || slices.Contains(c.route.need, r)

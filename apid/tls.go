@@ -116,6 +116,9 @@ type checked struct {
 // again is how long a certificate that was refused is not looked at again. Then it is: the clock may have been set.
 const again = time.Second
 
+// shows reports whether the client has shown a certificate, good or not. t may be nil: then there is no connection that could have one.
+func (t *tlsConn) shows() bool { return t != nil && len(t.state.PeerCertificates) > 0 }
+
 // who returns the identity in the connection's certificate. The signature is checked once, the time always.
 func (t *tlsConn) who(roots *leaf.Roots, now time.Time) (identity, error) {
 	c := t.seen.Load()

@@ -54,6 +54,7 @@ type box struct {
 	name string
 	ip   latest.Cell[string] // 127.0.0.N on the wire; others are told 10.5.0.N
 	dir  string
+	said *lockedBuffer
 	door net.Listener // of its apid, when others can call it
 
 	d    *Daemon
@@ -88,12 +89,29 @@ func (l *lockedBuffer) String() string {
 }
 
 // box makes a machine and starts it. n is the last part of its address.
+// tells fails unless trustd has told events with these texts.
+func (b *box) tells(texts ...string) {
+	b.t.Helper()
+	all := ""
+	for l := range strings.SplitSeq(b.said.String(), "\n") {
+		if strings.Contains(l, "msg=event type=") {
+			all += l + "\n"
+		}
+	}
+	for _, text := range texts {
+		if !strings.Contains(all, text) {
+			b.t.Errorf("no event of %s with %q, but\n%s", b.name, text, all)
+		}
+	}
+}
+
 func (l *lab) box(name, n string) *box {
 	l.t.Helper()
 	b := &box{machine: newMachine(l.t), lab: l, name: name, dir: l.t.TempDir()}
 	b.ip.Set("127.0.0." + n)
 	b.cfg.Socket = func(daemon string) string { return filepath.Join(b.dir, daemon) }
 	log := &lockedBuffer{}
+	b.said = log
 	b.cfg.Env.Log = slog.New(slog.NewTextHandler(log, nil))
 	l.t.Cleanup(func() {
 		if l.t.Failed() {

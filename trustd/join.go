@@ -6,8 +6,10 @@ import (
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"encoding/json"
+	"fmt"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -29,6 +31,9 @@ func (s joinServer) Join(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.
 	if err != nil {
 		s.d.count.refusedJoins.Add(1)
 		s.d.log.Warn("node not let in", "token", printable(r.GetTokenId()), "name", printable(r.GetName()), "address", printable(r.GetRemoteAddress()), "err", errs.Text(err))
+		daemon.Tell(s.d.log, daemon.EventCluster, "not let in: "+errs.Text(err), fmt.Sprintf("a machine at %.60s was not let in as %.80q: %s", r.GetRemoteAddress(), r.GetName(), errs.Text(err)))
+	} else {
+		daemon.Tell(s.d.log, daemon.EventCluster, "let in: "+r.GetName()+" "+r.GetTokenId(), fmt.Sprintf("node %q joined as %s from %s, with join token %s", r.GetName(), resp.GetRole(), r.GetRemoteAddress(), r.GetTokenId()))
 	}
 	if errs.Is(err, errs.Unauthenticated) {
 		if err := s.d.delay(ctx); err != nil {

@@ -169,10 +169,12 @@ func TestRemoveMember(t *testing.T) {
 		}
 	}
 	n1.knows("n1", "n2")
+	n2.tells(`node \"n3\" was removed from the cluster by \"ann\"`)
 	n3.untilState("it was removed")
 	if _, err := n3.sign(uid.Apid, "apid-server", x509.CertificateRequest{}); !errs.Is(err, errs.Unauthenticated) || !strings.Contains(errs.Text(err), "removed") {
 		t.Errorf("it still gets certificates: %v", err)
 	}
+	n1.tells(`that calls itself \"n3\" was refused`)
 	// With its old key it is not let in again.
 	r := joinDirect(t, n1.token("worker", ""), "n3")
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, m.key)
@@ -334,6 +336,7 @@ func TestCopiedDisk(t *testing.T) {
 	if _, err := n3.sign(uid.Apid, "apid-server", x509.CertificateRequest{}); !errs.Is(err, errs.Denied) || !strings.Contains(errs.Text(err), "a copied disk?") {
 		t.Errorf("got %v", err)
 	}
+	n1.tells("another machine runs with the key of node")
 	if _, err := copied.sign(uid.Apid, "apid-server", x509.CertificateRequest{}); err != nil {
 		t.Errorf("the newest machine: %v", err)
 	}

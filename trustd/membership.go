@@ -2,6 +2,7 @@ package trustd
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"maps"
 	"slices"
@@ -13,6 +14,7 @@ import (
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -183,6 +185,7 @@ func (d *Daemon) removeMember(ctx context.Context, name string) error {
 		return err
 	}
 	d.log.Info("node removed", "name", name, "by", by)
+	daemon.Tell(d.log, daemon.EventCluster, "removed: "+name+" at "+d.cfg.Now().UTC().Format(time.RFC3339), fmt.Sprintf("node %q was removed from the cluster by %q", name, by))
 	return nil
 }
 
@@ -227,6 +230,7 @@ func (s membershipServer) Revoke(ctx context.Context, r *trustv1.RevokeRequest) 
 		return nil, err
 	}
 	s.d.log.Info("revoked", "id", id, "by", by)
+	daemon.Tell(s.d.log, daemon.EventAccess, "revoked: "+id, fmt.Sprintf("credentials %s were revoked by %q", id, by))
 	return &trustv1.RevokeResponse{}, nil
 }
 

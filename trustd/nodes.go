@@ -3,12 +3,14 @@ package trustd
 import (
 	"context"
 	"encoding/hex"
+	"fmt"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/trustd/roster"
@@ -28,6 +30,11 @@ func (d *Daemon) caller(ctx context.Context, p *trustv1.NodeProof, payload []byt
 	if errs.Is(err, errs.Unauthenticated) || errs.Is(err, errs.Denied) {
 		d.count.refusedNodes.Add(1)
 		d.log.Warn("call of a node refused", "name", printable(p.GetName()), "address", printable(p.GetRemoteAddress()), "err", errs.Text(err))
+		about := "unproven node"
+		if errs.Is(err, errs.Denied) { // it has the key
+			about = "refused node " + n.Name
+		}
+		daemon.Tell(d.log, daemon.EventCluster, about, fmt.Sprintf("a machine at %.60s that calls itself %.80q was refused: %s", p.GetRemoteAddress(), p.GetName(), errs.Text(err)))
 		if err := d.delay(ctx); err != nil {
 			return n, err
 		}

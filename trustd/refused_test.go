@@ -150,6 +150,7 @@ func TestJoinIsRefused(t *testing.T) {
 	if _, err := c.Join(t.Context(), joinDirect(t, token, "n10")); !errs.Is(err, errs.Unauthenticated) || !strings.Contains(errs.Text(err), `used by node "n9"`) {
 		t.Errorf("used: %v", err)
 	}
+	n1.tells("a machine at 10.5.0.9 was not let in as", `has a node called`, `is for a node called \"n7\", not \"n8\"`, "was revoked", `used by node`, `joined as worker from 10.5.0.9, with join token `+token[:join.IDSize])
 	list, err := n1.membership().ListJoinTokens(n1.admin(), &trustv1.ListJoinTokensRequest{})
 	n1.must(err)
 	states := map[string]int{}

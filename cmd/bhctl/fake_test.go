@@ -44,6 +44,7 @@ type fakeCluster struct {
 	access  *fakeAccess
 	rolling fakeRolling
 	update  fakeUpdate
+	late    func(ctx context.Context, node string) // before a node tells its version; nil: at once
 
 	mu      sync.Mutex
 	members []string             // guarded by mu
@@ -109,6 +110,9 @@ func (f *fakeCluster) at(ctx context.Context) (string, error) {
 
 func (f *fakeCluster) GetVersion(ctx context.Context, _ *machinev1.GetVersionRequest) (*machinev1.GetVersionResponse, error) {
 	n, err := f.at(ctx)
+	if f.late != nil && err == nil {
+		f.late(ctx, n)
+	}
 	return &machinev1.GetVersionResponse{Version: "v1-" + n, Platform: "linux/amd64", Kernel: "6.1", Kubernetes: "v1.36"}, err
 }
 

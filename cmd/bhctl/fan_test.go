@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -101,6 +103,54 @@ func TestFanOutToManyNodes(t *testing.T) {
 	_, _, err = run(t, t.Context(), "--all", "logs", "apid", "-f")
 	if err == nil || !strings.Contains(err.Error(), "304 nodes; at most 128 can be followed") {
 		t.Error(err)
+	}
+}
+
+// told is where errors go; it says when one has come.
+type told struct {
+	text string
+	once sync.Once
+	came chan struct{}
+}
+
+func (w *told) Write(p []byte) (int, error) {
+	w.text += string(p)
+	w.once.Do(func() { close(w.came) })
+	return len(p), nil
+}
+
+// Errors come when they are known, not when the slowest node has answered; and no more nodes are asked at once than the bound.
+func TestErrorsComeAtOnce(t *testing.T) {
+	f, c := startFake(t)
+	for i := range 200 { // after n3, which is among the first 64
+		f.members = append(f.members, fmt.Sprintf("z%03d", i))
+	}
+	path := t.TempDir() + "/c.yaml"
+	writeContexts(t, path, c)
+	t.Setenv("BHCONFIG", path)
+	e := &told{came: make(chan struct{})}
+	var now, most atomic.Int32
+	f.late = func(ctx context.Context, node string) {
+		n := now.Add(1)
+		defer now.Add(-1)
+		for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
+		}
+		select {
+		case <-e.came: // the others answer once n3's error has been printed
+		case <-ctx.Done():
+		}
+	}
+	var out bytes.Buffer
+	args := []string{"--all", "--timeout", "20s", "version"}
+	a := &app{in: strings.NewReader(""), out: &out, err: e, args: args}
+	root := a.root()
+	root.SetArgs(args)
+	err := root.ExecuteContext(t.Context())
+	if code, ok := err.(exitCode); !ok || code != 1 || strings.Count(e.text, "\n") != 1 || !strings.HasPrefix(e.text, "n3: ") || strings.Count(out.String(), "v1-") != 203 {
+		t.Errorf("%v, %d answers, errors:\n%s", err, strings.Count(out.String(), "v1-"), e.text)
+	}
+	if m := most.Load(); m > 64 || m < 2 {
+		t.Errorf("%d nodes were asked at once, at most 64 are allowed", m)
 	}
 }
 

@@ -213,6 +213,7 @@ func impostor(ctx context.Context, t *testing.T, n1 *node) {
 			t.Errorf("%s as %s at %s: %v, want %q", x.name, x.role, x.url, err, x.text)
 		}
 	}
+	n1.tells(t, `\"node:n2\" may not change etcd's members`, "has not seen this node at 127.0.0.9")
 	for _, m := range n1.status(t).GetMembers() {
 		if m.GetName() != "n1" {
 			continue
@@ -239,6 +240,8 @@ func oneDown(ctx context.Context, t *testing.T, w *writer, n1, n2, n3 *node) {
 			t.Errorf("%s: %v, want a refusal that names n3", what, err)
 		}
 	}
+	n1.tells(t, "may not change etcd's members: remove n2", "n3")
+	n2.tells(t, "may not change etcd's members: leave", "n3")
 	if st := n2.status(t); st.GetState() != "running" {
 		t.Errorf("after a refused leave: %v", st)
 	}

@@ -3,6 +3,7 @@ package etcdd
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -12,7 +13,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/peer"
 )
 
 // Bounds of what is done to a member.
@@ -55,8 +58,16 @@ func connected(ctx context.Context, change func(context.Context) error) error {
 	}
 }
 
+// tellRefused makes an event of a change of the members that was refused, because the quorum would be lost or somebody is not who they say.
+func (d *Daemon) tellRefused(what, by string, err error) {
+	if errs.Is(err, errs.Precondition) || errs.Is(err, errs.Denied) {
+		daemon.Tell(d.env.Log, daemon.EventCluster, what+" "+by, fmt.Sprintf("%q may not change etcd's members: %s", by, errs.Text(err)))
+	}
+}
+
 // RemoveMember is for another one; this one is removed by Leave, which takes its data too.
-func (s *server) RemoveMember(ctx context.Context, r *etcdv1.RemoveMemberRequest) (*etcdv1.RemoveMemberResponse, error) {
+func (s *server) RemoveMember(ctx context.Context, r *etcdv1.RemoveMemberRequest) (_ *etcdv1.RemoveMemberResponse, err error) {
+	defer func() { s.d.tellRefused("remove "+r.GetName(), peer.CallerFrom(ctx).Name, err) }()
 	m := s.d.kernel
 	done, client, err := m.reconfigure(ctx)
 	if err != nil {
@@ -88,7 +99,8 @@ func (s *server) RemoveMember(ctx context.Context, r *etcdv1.RemoveMemberRequest
 }
 
 // Leave writes down what it is about, so that a restart goes on with it, and takes that back if it is refused.
-func (s *server) Leave(ctx context.Context, r *etcdv1.LeaveRequest) (*etcdv1.LeaveResponse, error) {
+func (s *server) Leave(ctx context.Context, r *etcdv1.LeaveRequest) (_ *etcdv1.LeaveResponse, err error) {
+	defer func() { s.d.tellRefused("leave", peer.CallerFrom(ctx).Name, err) }()
 	m := s.d.kernel
 	if r.GetForce() {
 		return &etcdv1.LeaveResponse{}, s.abandon()

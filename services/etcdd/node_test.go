@@ -52,10 +52,37 @@ type node struct {
 	every      int         // hours between two snapshots by the schedule; 0: none
 	full       atomic.Bool // the volume has no room for snapshots
 
+	said    said // its log
 	sock    string
 	control controlv1.ControlClient
 	etcd    etcdv1.EtcdClient
 	halt    func() error // nil while it does not run
+}
+
+// said is a log that is read while it is written.
+type said struct {
+	mu   sync.Mutex
+	text strings.Builder // guarded by mu
+}
+
+func (s *said) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.text.Write(p)
+}
+
+// tells fails unless the daemon has told an event with all these texts.
+func (n *node) tells(t *testing.T, texts ...string) {
+	t.Helper()
+	n.said.mu.Lock()
+	all := n.said.text.String()
+	n.said.mu.Unlock()
+	for l := range strings.SplitSeq(all, "\n") {
+		if strings.Contains(l, "msg=event type=cluster") && !slices.ContainsFunc(texts, func(text string) bool { return !strings.Contains(l, text) }) {
+			return
+		}
+	}
+	t.Errorf("%s tells no event with %q", n.name, texts)
 }
 
 func free(t *testing.T) string {
@@ -100,7 +127,7 @@ func (n *node) start(t *testing.T) {
 	n.cfg = Config{Signer: signer{n.ca, &n.trust, n.turn}, DataDir: filepath.Join(n.dir, "data"), RunDir: filepath.Join(n.dir, "run"),
 		Client: n.client, Peer: net.JoinHostPort(n.addr, n.port), HTTP: free(t), Now: n.clock,
 		Addresses: func() ([]netip.Prefix, error) { return []netip.Prefix{netip.MustParsePrefix(n.addr + "/8")}, nil },
-		Env: daemon.Env{Name: "etcdd", Log: slog.New(slog.DiscardHandler), Listen: l, Ready: func() {}, Metrics: metrics.New("etcdd"),
+		Env: daemon.Env{Name: "etcdd", Log: slog.New(slog.NewTextHandler(&n.said, nil)), Listen: l, Ready: func() {}, Metrics: metrics.New("etcdd"),
 			Who: func(c net.Conn) (uid.ID, error) { // the user is in the name of the other end
 				name, _, _ := strings.Cut(filepath.Base(c.RemoteAddr().String()), "-")
 				id, ok := uid.Lookup(name)

@@ -83,7 +83,8 @@ func (s *peersServer) caller(ctx context.Context) (string, []netip.Addr, error) 
 	return name, nodeaddr.Parse(roots.State.GetNodes()[i].GetAddresses()), nil
 }
 
-func (s *peersServer) AddMember(ctx context.Context, r *etcdv1.AddMemberRequest) (*etcdv1.AddMemberResponse, error) {
+func (s *peersServer) AddMember(ctx context.Context, r *etcdv1.AddMemberRequest) (_ *etcdv1.AddMemberResponse, err error) {
+	defer func() { s.d.tellRefused("add", peer.CallerFrom(ctx).Name, err) }()
 	name, seen, err := s.caller(ctx)
 	if err != nil {
 		return nil, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -19,6 +20,7 @@ import (
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
@@ -380,6 +382,10 @@ func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Nod
 			return nil, storeError("report", err)
 		}
 		if err == nil && done.Succeeded {
+			if next.Clash.After(old.Clash) {
+				daemon.Tell(r.member.cfg.Env.Log, daemon.EventCluster, "two machines called "+n.GetName(),
+					fmt.Sprintf("two machines report under the name %q (boots %s and %s): one has a copy of the other's disk; switch one off and reset it", n.GetName(), next.Boot, next.Other))
+			}
 			for _, kv := range done.Responses[1].GetResponseRange().GetKvs() {
 				return kv.GetValue(), nil
 			}

@@ -84,6 +84,7 @@ func TestRegistry(t *testing.T) {
 	if d := l.GetNodes()[1].GetDetail(); !strings.Contains(d, "two machines report under this name") {
 		t.Errorf("detail is %q, want that two machines have one name", d)
 	}
+	n.tells(t, `two machines report under the name \"w1\"`)
 	// Another machine under the same name has another key: what the old one reported is not told of it.
 	members := func(w1 ...*trustv1.ClusterNode) {
 		state := n.ca.State()

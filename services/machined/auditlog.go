@@ -53,10 +53,14 @@ func (d *Daemon) auditTrouble(err error) {
 
 func (d *Daemon) keepAudit(ctx context.Context) error { return d.audit.Run(ctx, d.auditTrouble) }
 
-// tap takes a line of a unit's log; apid's audit lines go into the audit log too.
+// tap takes a line of a unit's log; apid's audit lines go into the audit log too, and some daemons' events among the events.
 func (d *Daemon) tap(name string) func(time.Time, string) {
+	tell := d.teller(name)
 	return func(at time.Time, text string) {
 		d.journal.Add(at, name, text)
+		if tell != nil {
+			tell(at, logs.Clean(text))
+		}
 		if name == "apid" {
 			d.audit.Add(at, logs.Clean(text))
 		}

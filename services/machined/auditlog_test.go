@@ -164,6 +164,11 @@ func TestClockCheck(t *testing.T) {
 	if year := fmt.Sprint(time.Now().UTC().AddDate(0, 0, 3650).Year()); !strings.Contains(r.GetDetail(), "the control plane's said "+year) || r.GetState() != "not ready" {
 		t.Errorf("report: %v", r)
 	}
+	for until := time.Now().Add(30 * time.Second); !strings.Contains(strings.Join(eventTexts(t, d), "\n"), "one of the two is wrong"); {
+		if time.Now().After(until) {
+			t.Fatalf("no event: %q", eventTexts(t, d))
+		}
+	}
 }
 
 func TestClockInHealth(t *testing.T) {

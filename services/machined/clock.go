@@ -21,6 +21,18 @@ func (d *Daemon) heardClock(at, before time.Time) {
 	d.skew.Store(int64(off))
 }
 
+// tellClock makes an event when something is found wrong with the clock, and when it is right again. It returns what is wrong now; was is what was.
+func (d *Daemon) tellClock(was string) string {
+	is := d.clockTrouble()
+	switch {
+	case is != "" && was == "": // its text has the time, which changes
+		d.events.say("machined", typeClock, is)
+	case is == "" && was != "":
+		d.events.say("machined", typeClock, "the clock is right again, as far as this node can know")
+	}
+	return is
+}
+
 // clockTrouble is what is wrong with the node's clock; "" if nothing is known to be.
 func (d *Daemon) clockTrouble() string {
 	now := time.Now()

@@ -16,6 +16,8 @@ const (
 	typeService = "service" // a unit changed its state
 	typeConfig  = "config"  // a generation, or what a daemon made of it
 	typePower   = "power"   // reboot and shutdown
+	typeClock   = "clock"   // it is wrong, or right again
+	// Those that daemons tell in their logs are in internal/daemon.
 )
 
 const (

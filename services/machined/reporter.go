@@ -105,11 +105,12 @@ func (f far) Report(ctx context.Context, n *clusterv1.Node) (*clusterv1.ReportRe
 func (d *Daemon) reportSelf(ctx context.Context) error {
 	var told *clusterv1.Node
 	var at, looked time.Time // of the last report, and of the last look at the hardening
-	var open, said string
+	var open, said, clock string
 	var ordered *clusterv1.ReportResponse
 	t := time.NewTicker(reportLook)
 	defer t.Stop()
 	for {
+		clock = d.tellClock(clock)
 		due := time.Since(at) >= reportPause || ordered.GetSoon()
 		if time.Since(looked) >= reportPause {
 			open, looked = security.Trouble(security.Report(d.cfg.facts())), time.Now() // many files, which seldom change

@@ -104,7 +104,16 @@ func (n *node) inherit(l interface{ File() (*os.File, error) }) net.Listener {
 
 func (n *node) env(name string, l net.Listener) daemon.Env {
 	return daemon.Env{Name: name, Log: slog.New(slog.NewTextHandler(n.t.Output(), nil)), Metrics: metrics.New(name), Listen: l, Ready: func() {},
-		Who: func(net.Conn) (uid.ID, error) { return uid.ID(n.caller.Load()), nil }}
+		Who: func(c net.Conn) (uid.ID, error) { return named(c, uid.ID(n.caller.Load())), nil }}
+}
+
+// named is the user in the name of the other end of a connection, as dialAs makes it; other if there is none.
+func named(c net.Conn, other uid.ID) uid.ID {
+	name, _, _ := strings.Cut(filepath.Base(c.RemoteAddr().String()), "-")
+	if id, ok := uid.Lookup(name); ok {
+		return id
+	}
+	return other
 }
 
 // run starts a daemon; stop is SIGTERM and waits for the end.
