@@ -50,6 +50,9 @@ type world struct {
 	news  chan initctl.Status
 	start func(unit string)
 
+	containerd string // its socket
+	mute       bool   // it does not listen when it has been started
+
 	store   storev1.StoreClient // nil: the node takes no part in the virtual addresses
 	virtual networkv1.VirtualClient
 }
@@ -161,8 +164,13 @@ func (w *world) run(document string) *Daemon {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	w.containerd = filepath.Join(dir, "c")
+	if !w.mute {
+		w.listen()
+	}
 	env := daemon.Env{Name: "kubeletd", Log: slog.New(slog.DiscardHandler), Listen: l, TCP: local, Ready: func() {}, Metrics: metrics.New("kubeletd")}
 	d, err := New(Config{Env: env, Signer: w, Pods: w, Store: w.store, Virtual: w.virtual, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
+		Containerd:  w.containerd,
 		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Group: func(uid.ID) int { return os.Getgid() }, Routes: os.DevNull,
 		Links: func() ([]nodeaddr.Link, error) {
 			return []nodeaddr.Link{{Name: "eth1", Up: true, Addresses: []netip.Prefix{netip.MustParsePrefix("10.5.0.11/24")}}}, nil
@@ -183,6 +191,16 @@ func (w *world) run(document string) *Daemon {
 		w.t.Fatal(err)
 	}
 	return d
+}
+
+// listen is what containerd does once it can work.
+func (w *world) listen() {
+	w.t.Helper()
+	l, err := net.Listen("unix", w.containerd)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { l.Close() })
 }
 
 // until waits for a state of kubeletd, looking at each change of its status and every now and then.

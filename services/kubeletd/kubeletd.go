@@ -56,6 +56,7 @@ type Config struct {
 	Audit       string // folder of the API server's audit log; default /var/log/kubernetes/audit
 	Resolv      string // default /etc/resolv.conf
 	Routes      string // default /proc/net/route
+	Containerd  string // containerd's socket; default /run/containerd/containerd.sock
 	EtcdAddress string // default 127.0.0.1:2379
 	APIServer   string // this node's own, on a control plane; default https://127.0.0.1:6443
 	// Links reads the node's interfaces; default nodeaddr.Links.
@@ -118,6 +119,7 @@ func New(cfg Config) (*Daemon, error) {
 	orDefault(&cfg.Audit, "/var/log/kubernetes/audit")
 	orDefault(&cfg.Resolv, "/etc/resolv.conf")
 	orDefault(&cfg.Routes, nodeaddr.Routes)
+	orDefault(&cfg.Containerd, "/run/containerd/containerd.sock")
 	orDefault(&cfg.EtcdAddress, "127.0.0.1:2379")
 	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
 	if cfg.Links == nil {

@@ -253,7 +253,8 @@ func (p *planner) reached(what string) bool {
 	case "kube-apiserver":
 		return p.have.API || p.want.Role == config.Worker
 	case "containerd":
-		return p.have.Units["containerd"].State == "up"
+		h, asked := p.have.Health[what] // it runs for seconds before it listens
+		return p.have.Units[what].State == "up" && asked && h == ""
 	case "image-load":
 		return p.have.loaded("image-load")
 	case "addon rbac":
