@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -61,6 +62,8 @@ type Config struct {
 	APIServer   string // this node's own, on a control plane; default https://127.0.0.1:6443
 	// Links reads the node's interfaces; default nodeaddr.Links.
 	Links func() ([]nodeaddr.Link, error)
+	// Hostname reads the kernel's host name; default os.Hostname.
+	Hostname func() (string, error)
 	// Group maps a user to the group of files; default: the user's own number.
 	Group func(uid.ID) int
 	// Resync is the longest time between two looks; 0 means one minute.
@@ -124,6 +127,9 @@ func New(cfg Config) (*Daemon, error) {
 	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
 	if cfg.Links == nil {
 		cfg.Links = nodeaddr.Links
+	}
+	if cfg.Hostname == nil {
+		cfg.Hostname = os.Hostname
 	}
 	if cfg.Group == nil {
 		cfg.Group = func(id uid.ID) int { return int(id) }

@@ -129,6 +129,7 @@ var boot = []struct {
 	{"nothing", func(*State) {}},
 	{"volume", func(s *State) { s.Volume = true }},
 	{"containerd listens", func(s *State) { s.Health["containerd"] = "" }},
+	{"host name", func(s *State) { s.Hostname = "n1" }},
 	{"address", func(s *State) {
 		s.Address, s.Nameservers = addr("10.0.2.15"), []netip.Addr{addr("10.0.2.3")}
 	}},

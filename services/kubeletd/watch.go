@@ -299,6 +299,7 @@ func (k *system) followCluster(ctx context.Context, wake func(), watch func(*clu
 type place struct {
 	address     netip.Addr
 	nameservers []netip.Addr
+	hostname    string
 }
 
 func (k *system) where() (place, error) {
@@ -314,15 +315,19 @@ func (k *system) where() (place, error) {
 	if err != nil && !os.IsNotExist(err) {
 		return place{}, err
 	}
+	hostname, err := k.cfg.Hostname()
+	if err != nil {
+		return place{}, err
+	}
 	want, known := k.want(), nodeaddr.InURL(k.want().Endpoint)
 	roots, _ := k.trust.Roots()
 	k.mu.Lock()
 	last := k.last.Address
 	k.mu.Unlock()
-	return place{nodeAddress(string(routes), links, members(roots.State)[want.Node].Addresses, last, known), nameservers(string(resolv))}, nil
+	return place{nodeAddress(string(routes), links, members(roots.State)[want.Node].Addresses, last, known), nameservers(string(resolv)), hostname}, nil
 }
 
-// followPlace looks for what tells nobody when it changes: mounts, addresses, name servers.
+// followPlace looks for what tells nobody when it changes: mounts, addresses, name servers, the host name.
 func (k *system) followPlace(ctx context.Context, wake func()) error {
 	var last place
 	var mounted bool
@@ -338,7 +343,7 @@ func (k *system) followPlace(ctx context.Context, wake func()) error {
 		if due {
 			wake() // a Node without a member is waited for before it is deleted
 		}
-		if err == nil && (now.address != last.address || !slices.Equal(now.nameservers, last.nameservers) || mounted != (e == nil)) {
+		if err == nil && (now.address != last.address || now.hostname != last.hostname || !slices.Equal(now.nameservers, last.nameservers) || mounted != (e == nil)) {
 			last, mounted = now, e == nil
 			wake()
 		}

@@ -61,3 +61,33 @@ func TestListens(t *testing.T) {
 		}
 	}
 }
+
+// The API server calls itself by the kernel's host name: it is not started before that is the node's, or several would share one lease.
+func TestHostnameFirst(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	api := newAPIServer(t, ca)
+	w := newWorld(t, ca, api, clusterNode("cp", "controlplane", "127.0.0.1"))
+	w.nameless = true
+	started := make(chan string, 16)
+	w.start = func(unit string) {
+		if strings.HasPrefix(unit, "kube") {
+			name, _ := w.hostname.Get()
+			started <- unit + " as " + name
+		}
+	}
+	d := w.run(controlPlaneDocument)
+	w.until(d, "the status says what it waits for", func() bool {
+		st, _ := d.status.Get()
+		return st.GetApiReady() && slices.Contains(st.GetPending(), "wait for hostname") && !slices.ContainsFunc(st.GetPending(), func(p string) bool { return strings.HasPrefix(p, "write ") })
+	})
+	w.hostname.Set("cp")
+	select {
+	case got := <-started:
+		if !strings.HasSuffix(got, " as cp") {
+			t.Errorf("started: %s", got)
+		}
+	case <-time.After(30 * time.Second):
+		t.Error("nothing was started")
+	}
+}
