@@ -7,6 +7,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -65,6 +66,8 @@ type call struct {
 	roots   *leaf.Roots // under which it was let in
 	grants  *grants     // what the document said then
 	cancel  context.CancelCauseFunc
+	told    atomic.Bool // it was told to end
+	late    atomic.Bool // it goes on, though the authority of its caller is none any more
 }
 
 type callKey struct{}
@@ -164,9 +167,7 @@ func (d *Daemon) guard(ctx context.Context, method string, next func(context.Con
 		d.live.add(c)
 		// What is trusted may have changed since it was asked: who was late for that is not among those whose calls were ended.
 		if roots, _ := d.trust.Roots(); roots != c.roots {
-			if e := d.still(c, roots, map[*tlsConn]error{}); e != nil {
-				c.cancel(distrusted{e})
-			}
+			d.judge(c, d.still(c, roots, map[*tlsConn]error{}))
 		}
 		done := d.endWithCredential(c)
 		err = outcome(ctx, d.run(ctx, c, next))
