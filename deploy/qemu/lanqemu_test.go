@@ -80,7 +80,7 @@ func TestLANInVM(t *testing.T) {
 // startHub starts a QEMU without a machine, with the arguments of m's LAN.
 func startHub(t *testing.T, m Machine) {
 	t.Helper()
-	args := m.args("", accelTCG, false)
+	args := m.args("", accelTCG, 0, false)
 	i := slices.IndexFunc(args, func(a string) bool { return strings.HasPrefix(a, "stream,") })
 	cmd := exec.Command(program, "-no-user-config", "-nodefaults", "-display", "none", "-machine", "none", "-netdev", args[i], "-netdev", "hubport,id=a,hubid=0,netdev=lan",
 		"-netdev", "dgram,id=test,local.type=unix,local.path=in.sock,remote.type=unix,remote.path=out.sock", "-netdev", "hubport,id=b,hubid=0,netdev=test")

@@ -78,7 +78,7 @@ func TestArgs(t *testing.T) {
 		claimed bool
 	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}, {"an installation medium", installs, accelTCG, true}, {"recorded", recorded, accelTCG, false}, {"on a LAN", clustered, accelTCG, false}} {
 		fmt.Fprintf(&b, "# %s", test.name)
-		for _, arg := range test.m.args("bulkhead a=b\n", test.accel, test.claimed) {
+		for _, arg := range test.m.args("bulkhead a=b\n", test.accel, 2_100_000, test.claimed) {
 			if strings.HasPrefix(arg, "-") {
 				b.WriteString("\n" + arg)
 			} else {

@@ -77,7 +77,11 @@ func (m *Machine) Start(ctx context.Context, log func(string)) error {
 		return err
 	}
 	_, err = os.Stat(filepath.Join(m.Dir, ClaimKeyFile))
-	cmd := exec.CommandContext(ctx, program, m.args(string(cmdline), accel, err == nil)...)
+	var tsc uint64
+	if accel == accelTCG && m.Firmware != UEFI {
+		tsc = hostTSC(ctx)
+	}
+	cmd := exec.CommandContext(ctx, program, m.args(string(cmdline), accel, tsc, err == nil)...)
 	cmd.Dir = m.Dir
 	tpm, err := m.startTPM(ctx)
 	if err != nil {
