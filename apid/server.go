@@ -178,7 +178,7 @@ func (d *Daemon) guard(ctx context.Context, method string, next func(context.Con
 	if c.route == nil {
 		c.method = "unknown" // a stranger's text belongs in no log
 	}
-	if c.route == nil || c.route.audited() && (err != nil || !c.route.routine()) {
+	if c.route == nil || c.route.audited() {
 		s, _ := d.spec.Get()
 		d.audit.write(c, s.hostname, err, refused)
 	}
