@@ -54,12 +54,14 @@ type Daemon struct {
 	far    *leaf.Leaf // for calls to other nodes
 	pool   *pool
 	live   live
-	claims chan struct{}       // slots for calls without an identity
-	watch  chan struct{}       // slots for nodes that follow the cluster
-	prefer latest.Cell[string] // the control plane that answered this node's daemons last
-	count  figures
-	spec   latest.Cell[spec]
-	state  latest.Cell[*controlv1.State]
+	// endTime is endTime; tests have less patience.
+	endTime time.Duration
+	claims  chan struct{}       // slots for calls without an identity
+	watch   chan struct{}       // slots for nodes that follow the cluster
+	prefer  latest.Cell[string] // the control plane that answered this node's daemons last
+	count   figures
+	spec    latest.Cell[spec]
+	state   latest.Cell[*controlv1.State]
 }
 
 // Run is apid as PID 1 starts it.
@@ -88,7 +90,7 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Routes == nil {
 		cfg.Routes = linkedRoutes()
 	}
-	d := &Daemon{cfg: cfg, log: cfg.Env.Log, routes: cfg.Routes, conns: map[string]*backend{}, claims: make(chan struct{}, maxClaims), watch: make(chan struct{}, maxWatches)}
+	d := &Daemon{cfg: cfg, log: cfg.Env.Log, routes: cfg.Routes, conns: map[string]*backend{}, claims: make(chan struct{}, maxClaims), watch: make(chan struct{}, maxWatches), endTime: endTime}
 	d.count = newFigures(cfg.Env.Metrics)
 	daemons := []string{trustd}
 	for _, r := range d.routes {

@@ -216,6 +216,7 @@ type node struct {
 	log     *lockedBuffer
 	tcp     *net.TCPListener
 	own     *net.UnixListener // apid's
+	grace   time.Duration     // of strangers; 0: as on a node
 	dialer  func(context.Context, string, string) (net.Conn, error)
 	local   atomic.Uint32 // user id of who connects to apid's Unix socket
 	ahead   atomic.Int64  // of apid's clock, before the real one
@@ -316,6 +317,9 @@ func (n *node) start() (stop func()) {
 		Socket: n.socket, Routes: routes, Now: func() time.Time { return time.Now().Add(time.Duration(n.ahead.Load())) }, Dial: n.dialer,
 	})
 	n.must(err)
+	if n.grace > 0 {
+		n.daemon.gate.Grace = n.grace
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	d := n.daemon

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
@@ -15,6 +16,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/gate"
 	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/unlock"
 )
@@ -22,6 +24,8 @@ import (
 const (
 	maxClaims  = 64   // calls that need no identity, at once, until somebody has believed their proof
 	maxWatches = 1024 // nodes that follow the cluster, at once
+	// workTime is how long a daemon may work at one of them before the connection of a caller without an identity ends; bhctl unlock waits as long.
+	workTime = 3 * time.Minute
 )
 
 // labels are those of the TLS exporter (RFC 8446 section 7.5) for the methods that nodes call at others before they have a certificate.
@@ -65,7 +69,7 @@ func (d *Daemon) forwardBound(ctx context.Context, in grpc.ServerStream, c *call
 		return err
 	}
 	defer d.conns[c.route.daemon].give(slot)
-	b := bound{ctx: ctx, in: in, conn: slot.conn, binding: binding, remote: addressOf(c.peer)}
+	b := bound{ctx: ctx, in: in, conn: slot.conn, gate: c.conn.conn, binding: binding, remote: addressOf(c.peer)}
 	if c.route.name() == trustv1.Nodes_WatchCluster_FullMethodName {
 		err = b.watch(func() error { // it lasts, and must not keep those out who only join
 			select {
@@ -107,6 +111,7 @@ type bound struct {
 	ctx     context.Context // of the call
 	in      grpc.ServerStream
 	conn    *grpc.ClientConn // to the daemon
+	gate    *gate.Conn       // from the caller; nil: it came through no gate
 	binding []byte
 	remote  string
 }
@@ -154,7 +159,12 @@ func answer[T any, R message[T], A proto.Message](b bound, do func(context.Conte
 		return err
 	}
 	complete(r)
+	release := func() {}
+	if b.gate != nil { // opening volumes takes a slow machine longer than strangers have
+		release = b.gate.Hold(workTime) // around this only: how long all else takes is up to the caller
+	}
 	a, err := do(b.ctx, r)
+	release()
 	if err != nil {
 		return err
 	}

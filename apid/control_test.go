@@ -29,6 +29,7 @@ type fakeRegistry struct {
 	name  string
 	away  atomic.Bool
 	stuck atomic.Bool
+	calls atomic.Int32 // of Report
 	seen  atomic.Pointer[string]
 }
 
@@ -45,6 +46,10 @@ func (f *fakeRegistry) AddMember(ctx context.Context, _ *etcdv1.AddMemberRequest
 }
 
 func (f *fakeRegistry) Report(ctx context.Context, _ *clusterv1.ReportRequest) (*clusterv1.ReportResponse, error) {
+	f.calls.Add(1)
+	if f.away.Load() {
+		return nil, errs.New(errs.Unavailable, "no quorum")
+	}
 	name, _, ok := peer.NodeFrom(ctx)
 	if !ok {
 		return nil, errs.New(errs.Denied, "not from a node: %q", name)

@@ -108,6 +108,8 @@ type fakeStoraged struct {
 	storagev1.UnimplementedUnlockServer
 	verifier []byte
 	bindings [][]byte
+	begun    chan struct{} // gets one when a volume is being opened, which takes until end is closed; nil: no time
+	end      chan struct{}
 }
 
 func (f *fakeStoraged) Challenge(_ context.Context, r *storagev1.ChallengeRequest) (*storagev1.ChallengeResponse, error) {
@@ -120,6 +122,10 @@ func (f *fakeStoraged) Challenge(_ context.Context, r *storagev1.ChallengeReques
 func (f *fakeStoraged) Unlock(_ context.Context, r *storagev1.UnlockRequest) (*storagev1.UnlockResponse, error) {
 	if !unlock.Equal(r.GetProof(), unlock.CallerProof(f.verifier, r.GetChannelBinding())) {
 		return nil, errs.New(errs.Unauthenticated, "the key is wrong")
+	}
+	if f.begun != nil {
+		f.begun <- struct{}{}
+		<-f.end
 	}
 	return &storagev1.UnlockResponse{Volumes: []string{"STATE", "VAR"}}, nil
 }

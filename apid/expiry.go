@@ -42,7 +42,7 @@ func (c *call) expired(now time.Time) error {
 // endWithCredential sees that a stream does not outlive what its caller showed. The caller calls the function that it gets when the stream is over.
 func (d *Daemon) endWithCredential(c *call) (done func()) {
 	end := c.ends()
-	if end.IsZero() || !c.route.stream.ServerStreams && !c.route.stream.ClientStreams {
+	if end.IsZero() || c.single() {
 		return func() {} // a call with one answer is short
 	}
 	timer := time.AfterFunc(end.Sub(d.cfg.Now()), func() {
@@ -51,19 +51,6 @@ func (d *Daemon) endWithCredential(c *call) (done func()) {
 		}
 	})
 	return func() { timer.Stop() }
-}
-
-// cut ends a call, and its connection if whoever it is does not read that.
-func (d *Daemon) cut(c *call, why error) {
-	c.cancel(distrusted{why})
-	if c.conn == nil || c.conn.conn == nil {
-		return
-	}
-	time.AfterFunc(cutTime, func() {
-		if d.live.has(c) {
-			_ = c.conn.conn.Close() // whoever it is has been told
-		}
-	})
 }
 
 // followClock ends streams whose credentials expired by a jump of the clock.
@@ -83,7 +70,7 @@ func (d *Daemon) followClock(ctx context.Context) error {
 // expire ends all streams whose credentials are good no more at a time.
 func (d *Daemon) expire(now time.Time) {
 	for _, c := range d.live.all() {
-		if !c.route.stream.ServerStreams && !c.route.stream.ClientStreams {
+		if c.single() {
 			continue
 		}
 		if err := c.expired(now); err != nil {

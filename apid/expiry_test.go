@@ -54,17 +54,17 @@ func TestExpired(t *testing.T) {
 	who := identity{name: "ann", expires: end}
 	for _, c := range []struct {
 		name string
-		call call
+		call *call
 		late time.Duration
 		kind errs.Kind
 		text string // "": it goes on
 	}{
-		{"nothing shown", call{}, time.Hour, 0, ""},
-		{"a certificate", call{proved: who}, -time.Nanosecond, 0, ""},
-		{"an old certificate", call{proved: who}, 0, errs.Unauthenticated, "bhctl certificate"},
-		{"a token", call{proved: who, byToken: true}, tokenLeeway - 1, 0, ""},
-		{"an old token", call{proved: who, byToken: true}, tokenLeeway, errs.Unauthenticated, "bhctl token"},
-		{"a node's", call{proved: identity{node: "cp1", expires: end}}, 0, errs.Unavailable, `node "cp1" opened this stream`},
+		{"nothing shown", &call{}, time.Hour, 0, ""},
+		{"a certificate", &call{proved: who}, -time.Nanosecond, 0, ""},
+		{"an old certificate", &call{proved: who}, 0, errs.Unauthenticated, "bhctl certificate"},
+		{"a token", &call{proved: who, byToken: true}, tokenLeeway - 1, 0, ""},
+		{"an old token", &call{proved: who, byToken: true}, tokenLeeway, errs.Unauthenticated, "bhctl token"},
+		{"a node's", &call{proved: identity{node: "cp1", expires: end}}, 0, errs.Unavailable, `node "cp1" opened this stream`},
 	} {
 		err := c.call.expired(end.Add(c.late))
 		if (err == nil) != (c.text == "") || err != nil && (!errs.Is(err, c.kind) || !strings.Contains(err.Error(), c.text)) {

@@ -82,6 +82,9 @@ func (d *Daemon) forward(stop context.Context, in grpc.ServerStream) error {
 		defer context.AfterFunc(stop, cancel)()
 	}
 	err := d.pass(ctx, in, c, cancel)
+	if c.proved.node != "" { // here it was repeated if it may be: a node that repeated it once more, for a daemon that has nothing else to say, would make 25 of one
+		err = tried(ctx, err)
+	}
 	if err != nil && streams && stop.Err() != nil && in.Context().Err() == nil {
 		return errs.New(errs.Unavailable, "apid is stopping; try again")
 	}

@@ -7,6 +7,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -66,6 +67,8 @@ type call struct {
 	grants  *grants     // what the document said then
 	cancel  context.CancelCauseFunc
 	strange bool // refused: credentials were shown, and are not good here
+	told    atomic.Bool // it was told to end
+	late    atomic.Bool // it goes on, though the authority of its caller is none any more
 }
 
 type callKey struct{}
@@ -165,9 +168,7 @@ func (d *Daemon) guard(ctx context.Context, method string, next func(context.Con
 		d.live.add(c)
 		// What is trusted may have changed since it was asked: who was late for that is not among those whose calls were ended.
 		if roots, _ := d.trust.Roots(); roots != c.roots {
-			if e := d.still(c, roots, map[*tlsConn]error{}); e != nil {
-				c.cancel(distrusted{e})
-			}
+			d.judge(c, d.still(c, roots, map[*tlsConn]error{}))
 		}
 		done := d.endWithCredential(c)
 		err = outcome(ctx, d.run(ctx, c, next))
@@ -178,7 +179,7 @@ func (d *Daemon) guard(ctx context.Context, method string, next func(context.Con
 	if c.route == nil {
 		c.method = "unknown" // a stranger's text belongs in no log
 	}
-	if c.route == nil || c.strange || c.route.audited() && (err != nil || !c.route.routine()) {
+	if c.route == nil || c.strange || c.route.audited() {
 		s, _ := d.spec.Get()
 		// A proof that was wrong is a stranger's refused attempt too.
 		if d.audit.write(c, s.hostname, err, refused || c.bound && err != nil) && c.strange {

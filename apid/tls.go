@@ -132,7 +132,7 @@ func (t *tlsConn) who(roots *leaf.Roots, now time.Time) (identity, error) {
 	return c.who, c.err
 }
 
-// still returns why the connection's certificate is not to be trusted any more, its age aside: nil if it is.
+// still returns why the connection's certificate is not to be trusted any more, its age aside: nil if it is, and replaced if only its authority is another one.
 func (t *tlsConn) still(roots *leaf.Roots, now time.Time) error {
 	if len(t.state.PeerCertificates) == 0 {
 		return nil
@@ -142,7 +142,7 @@ func (t *tlsConn) still(roots *leaf.Roots, now time.Time) error {
 	}
 	who, err := t.certified(roots, now)
 	if err != nil {
-		return err
+		return replaced{err}
 	}
 	return admit(who, roots.State)
 }

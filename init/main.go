@@ -14,6 +14,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/init/supervise"
 	"github.com/bulkhead-os/bulkhead/init/watchdog"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/bulkhead-os/bulkhead/internal/unmap"
 )
@@ -52,6 +53,7 @@ func serve(dog *watchdog.Dog) {
 	if boot.OnTrial() {
 		s.Try(supervise.Trial{Good: unit.GoodFile, Judged: unit.JudgedFile, Locked: unit.LockedFile})
 	}
+	s.Name(supervise.Hostname{File: unit.HostnameFile, Owner: uint32(uid.Networkd)})
 	order := s.Run(boot.Late)
 	words := s.LastWords() // before the units are stopped: it says which are not up
 	var names []string

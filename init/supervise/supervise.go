@@ -73,6 +73,8 @@ type Supervisor struct {
 	order   initctl.Verb // Reboot or PowerOff, once somebody has asked
 	halting bool
 	trial   Trial // see Try
+
+	hostname Hostname // see Name
 }
 
 func newSupervisor(units []*service, k processes, socket string) (s *Supervisor, err error) {
@@ -180,6 +182,7 @@ func (s *Supervisor) timers(now time.Time) (next time.Time) {
 			s.report()
 		}
 		s.guard(now)
+		s.hostname.follow()
 	}
 	next = s.look
 	for _, v := range s.units {

@@ -17,6 +17,8 @@ const (
 	graceTime = 30 * time.Second
 	// youth is how long a stranger's connection is safe from being closed to make room: time for a handshake and one call.
 	youth = time.Second
+	// answerTime is how long a stranger's connection is safe after its call, so that the answer comes out.
+	answerTime = 5 * time.Second
 )
 
 // Figures are what a gate counts. All are required.
@@ -44,6 +46,9 @@ func NewFigures(s *metrics.Set, prefix string) Figures {
 // an identity are never closed for others.
 type Gate struct {
 	net.Listener
+	// Grace is how long a connection may live before a call shows who it is from, as New sets it. Only tests set another, before the first Accept.
+	Grace time.Duration
+
 	most  int // strangers
 	all   int
 	count Figures
@@ -60,7 +65,9 @@ type Conn struct {
 	gate   *Gate
 	from   netip.Addr
 	since  time.Time
-	timer  *time.Timer
+	timer  *time.Timer // guarded by gate.mu
+	held   int         // guarded by gate.mu; calls that are being worked at
+	until  time.Time   // guarded by gate.mu; until when it is not closed for having no identity
 	known  atomic.Bool // a call on it showed an identity; set with gate.mu held
 	spoke  atomic.Bool // a byte came from it
 	closed atomic.Bool
@@ -68,7 +75,7 @@ type Conn struct {
 
 // New returns a gate in front of l, for at most so many connections of strangers, and so many in all. Closing it closes l, and no connection.
 func New(l net.Listener, strangers, all int, count Figures) *Gate {
-	return &Gate{Listener: l, most: strangers, all: all, count: count, now: time.Now, conns: map[*Conn]struct{}{}}
+	return &Gate{Listener: l, Grace: graceTime, most: strangers, all: all, count: count, now: time.Now, conns: map[*Conn]struct{}{}}
 }
 
 // Accept returns the next connection that has a place.
@@ -93,14 +100,51 @@ func (g *Gate) Accept() (net.Conn, error) {
 			_ = raw.Close()
 			continue
 		}
-		c.timer = time.AfterFunc(graceTime, func() {
-			if !c.known.Load() {
-				g.count.Evicted.Add(1)
-				_ = c.Close()
-			}
-		})
+		g.mu.Lock()
+		c.timer = time.AfterFunc(g.Grace, c.expire)
+		g.mu.Unlock()
 		return c, nil
 	}
+}
+
+// expire closes a connection that has been a stranger's for too long, unless a call on it is being worked at.
+func (c *Conn) expire() {
+	g := c.gate
+	g.mu.Lock()
+	left := c.until.Sub(g.now())
+	if stay := c.known.Load() || c.closed.Load(); stay || left > 0 {
+		if !stay {
+			c.timer.Reset(left)
+		}
+		g.mu.Unlock()
+		return
+	}
+	g.mu.Unlock()
+	g.count.Evicted.Add(1)
+	_ = c.Close()
+}
+
+// Hold keeps a stranger's connection while a call on it is being worked at, for at most so long: it neither ends nor makes room for others. Whoever calls it bounds how many
+// connections are held at once, far below what the gate lets in, and holds none for the caller's sake: a request must have arrived whole, and be for something that a stranger may
+// have done. The caller calls release when the answer is about to be sent; more than one call is one.
+func (c *Conn) Hold(most time.Duration) (release func()) {
+	g := c.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	c.held++
+	if until := g.now().Add(most); until.After(c.until) {
+		c.until = until
+	}
+	return sync.OnceFunc(func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		if c.held--; c.held == 0 {
+			c.until = g.now().Add(answerTime)
+			if c.timer != nil && !c.closed.Load() && c.timer.Stop() { // it may have been put off for as long as the call might have taken
+				c.timer.Reset(max(answerTime, c.since.Add(g.Grace).Sub(g.now())))
+			}
+		}
+	})
 }
 
 // admit gives c a place if there is one or one can be made; victim is whom to close for it.
@@ -137,7 +181,7 @@ func (g *Gate) victim(now time.Time) *Conn {
 	}
 	var v *Conn
 	for c := range g.conns {
-		if !c.known.Load() && now.Sub(c.since) >= youth && (v == nil || c.before(v, strangers)) {
+		if !c.known.Load() && (c.held == 0 || !now.Before(c.until)) && now.Sub(c.since) >= youth && (v == nil || c.before(v, strangers)) {
 			v = c
 		}
 	}
@@ -186,10 +230,10 @@ func (c *Conn) Close() error {
 	if c.closed.Swap(true) {
 		return nil
 	}
+	c.gate.mu.Lock()
 	if c.timer != nil {
 		c.timer.Stop()
 	}
-	c.gate.mu.Lock()
 	c.gate.forget(c)
 	c.gate.count.Open.Set(float64(len(c.gate.conns)))
 	c.gate.mu.Unlock()

@@ -125,3 +125,57 @@ func TestStrangersHaveHalfAMinute(t *testing.T) {
 		}
 	})
 }
+
+// A call that is being worked at gets its answer, though it takes longer than strangers have; but not for ever, and the connection goes soon after.
+func TestHold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := make(pipes, 2)
+		g := New(p, maxConns, maxAll, NewFigures(metrics.New("x"), "bulkhead_x"))
+		open := func() *Conn {
+			a, b := net.Pipe()
+			t.Cleanup(func() { a.Close() })
+			p <- b
+			c, err := g.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c.(*Conn)
+		}
+		for _, c := range []struct {
+			name        string
+			work        time.Duration
+			lives, dies time.Duration // since it came
+		}{
+			{"a short call changes nothing", time.Second, graceTime - time.Second, graceTime + time.Second},
+			{"a long one", 2 * graceTime, 2*graceTime + answerTime - time.Second, 2*graceTime + answerTime + time.Second},
+			{"one that ends when the time does", graceTime - time.Second, graceTime + answerTime - 2*time.Second, graceTime + answerTime},
+			{"one that does not end", time.Hour, 3*graceTime - time.Second, 3*graceTime + time.Second},
+		} {
+			conn := open()
+			release := conn.Hold(3 * graceTime)
+			time.AfterFunc(c.work, release)
+			time.Sleep(c.lives)
+			synctest.Wait()
+			if conn.closed.Load() {
+				t.Errorf("%s: closed before %s", c.name, c.lives)
+			}
+			time.Sleep(c.dies - c.lives)
+			synctest.Wait()
+			if !conn.closed.Load() {
+				t.Errorf("%s: open after %s", c.name, c.dies)
+			}
+		}
+		conn := open()
+		release := conn.Hold(time.Hour)
+		time.Sleep(time.Minute)
+		crowd(g, maxAll-1, "192.0.2.1", time.Now().Add(-youth), true)
+		if v, ok := g.admit(&Conn{gate: g, since: time.Now()}); v != nil || ok {
+			t.Error("one whose call is being worked at makes room for others")
+		}
+		release()
+		if v, _ := g.admit(&Conn{gate: g, since: time.Now()}); v != conn {
+			t.Error("after its call it is the only stranger, and does not make room")
+		}
+		conn.Close()
+	})
+}

@@ -90,6 +90,8 @@ const (
 	JudgedFile = RunDir + "/updated/judged"
 	// LockedFile is there while STATE is encrypted and not open: trustd then knows that the owner is not known yet. Its text is the reason.
 	LockedFile = RunDir + "/storaged/locked"
+	// HostnameFile has the machine's name, as networkd found it out: /etc/hostname is a link to it, and PID 1 makes it the kernel's.
+	HostnameFile = RunDir + "/networkd/hostname"
 	// FirstListener is the number of the first descriptor named in BULKHEAD_FDS; 3 is the ready pipe.
 	FirstListener = 4
 	// DoNotRestart is the exit code that ends a unit for good.

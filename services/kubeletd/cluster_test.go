@@ -50,6 +50,11 @@ type world struct {
 	news  chan initctl.Status
 	start func(unit string)
 
+	containerd string              // its socket
+	mute       bool                // it does not listen when it has been started
+	hostname   latest.Cell[string] // the kernel's
+	nameless   bool                // it is not the document's at the start
+
 	store   storev1.StoreClient // nil: the node takes no part in the virtual addresses
 	virtual networkv1.VirtualClient
 }
@@ -161,8 +166,14 @@ func (w *world) run(document string) *Daemon {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	w.containerd = filepath.Join(dir, "c")
+	if !w.mute {
+		w.listen()
+	}
 	env := daemon.Env{Name: "kubeletd", Log: slog.New(slog.DiscardHandler), Listen: l, TCP: local, Ready: func() {}, Metrics: metrics.New("kubeletd")}
 	d, err := New(Config{Env: env, Signer: w, Pods: w, Store: w.store, Virtual: w.virtual, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
+		Containerd:  w.containerd,
+		Hostname:    func() (string, error) { name, _ := w.hostname.Get(); return name, nil },
 		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Group: func(uid.ID) int { return os.Getgid() }, Routes: os.DevNull,
 		Links: func() ([]nodeaddr.Link, error) {
 			return []nodeaddr.Link{{Name: "eth1", Up: true, Addresses: []netip.Prefix{netip.MustParsePrefix("10.5.0.11/24")}}}, nil
@@ -175,6 +186,10 @@ func (w *world) run(document string) *Daemon {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	w.hostname.Set(s.Node)
+	if w.nameless {
+		w.hostname.Set("(none)")
+	}
 	ctx, cancel := context.WithCancel(w.t.Context())
 	done := make(chan error, 1)
 	go func() { done <- d.Run(ctx) }()
@@ -183,6 +198,16 @@ func (w *world) run(document string) *Daemon {
 		w.t.Fatal(err)
 	}
 	return d
+}
+
+// listen is what containerd does once it can work.
+func (w *world) listen() {
+	w.t.Helper()
+	l, err := net.Listen("unix", w.containerd)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { l.Close() })
 }
 
 // until waits for a state of kubeletd, looking at each change of its status and every now and then.

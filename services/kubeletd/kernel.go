@@ -119,7 +119,7 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	if err != nil {
 		return s, err
 	}
-	s.Address, s.Nameservers = at.address, at.nameservers
+	s.Address, s.Nameservers, s.Hostname = at.address, at.nameservers, at.hostname
 	if err := k.readFiles(&s); err != nil {
 		return s, err
 	}
@@ -463,7 +463,9 @@ func waiting(what string, want spec, have State) error {
 	case what == apiProbe:
 		hint = have.Trouble
 	case what == "hostname":
-		hint = "the document of kind Machine names none"
+		if hint = "the document of kind Machine names none"; want.Node != "" {
+			hint = fmt.Sprintf("the kernel's is %q, and the document's %q; PID 1 takes over what networkd writes", have.Hostname, want.Node)
+		}
 	case what == "etcd":
 		hint = "nobody listens on " + have.EtcdAddress
 	case what == "node" || what == "node Ready" && have.Node == nil:

@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -56,10 +57,13 @@ type Config struct {
 	Audit       string // folder of the API server's audit log; default /var/log/kubernetes/audit
 	Resolv      string // default /etc/resolv.conf
 	Routes      string // default /proc/net/route
+	Containerd  string // containerd's socket; default /run/containerd/containerd.sock
 	EtcdAddress string // default 127.0.0.1:2379
 	APIServer   string // this node's own, on a control plane; default https://127.0.0.1:6443
 	// Links reads the node's interfaces; default nodeaddr.Links.
 	Links func() ([]nodeaddr.Link, error)
+	// Hostname reads the kernel's host name; default os.Hostname.
+	Hostname func() (string, error)
 	// Group maps a user to the group of files; default: the user's own number.
 	Group func(uid.ID) int
 	// Resync is the longest time between two looks; 0 means one minute.
@@ -118,10 +122,14 @@ func New(cfg Config) (*Daemon, error) {
 	orDefault(&cfg.Audit, "/var/log/kubernetes/audit")
 	orDefault(&cfg.Resolv, "/etc/resolv.conf")
 	orDefault(&cfg.Routes, nodeaddr.Routes)
+	orDefault(&cfg.Containerd, "/run/containerd/containerd.sock")
 	orDefault(&cfg.EtcdAddress, "127.0.0.1:2379")
 	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
 	if cfg.Links == nil {
 		cfg.Links = nodeaddr.Links
+	}
+	if cfg.Hostname == nil {
+		cfg.Hostname = os.Hostname
 	}
 	if cfg.Group == nil {
 		cfg.Group = func(id uid.ID) int { return int(id) }

@@ -30,6 +30,7 @@ type State struct {
 	Volume      bool // VAR is mounted
 	Trust       trust
 	Address     netip.Addr        // at which other nodes reach this one; zero if there is none
+	Hostname    string            // the kernel's, which PID 1 takes from networkd
 	Nameservers []netip.Addr      // of the node, without loopback addresses
 	Members     map[string]Member // of the cluster, by name; nil while they are not known
 	Pods        string            // the podNetwork that networkd has taken, as text
@@ -96,11 +97,11 @@ type rule struct {
 var rules = []rule{
 	{unit: "containerd", worker: true, after: []string{"volume VAR"}},
 	{unit: "image-load", worker: true, once: true, after: []string{"containerd"}},
-	{unit: "kube-apiserver", after: []string{"volume VAR", "bootstrap", "address", "etcd"}},
-	{unit: "kube-controller-manager", after: []string{"kube-apiserver"}},
+	{unit: "kube-apiserver", after: []string{"volume VAR", "bootstrap", "address", "hostname", "etcd"}}, // its lease in the cluster is named after the kernel's host name
+	{unit: "kube-controller-manager", after: []string{"hostname", "kube-apiserver"}},
 	{unit: "kubelet", worker: true, after: []string{"hostname", "containerd", "image-load", "kube-apiserver", "addon rbac"}},
 	{unit: "kube-proxy", worker: true, after: []string{"hostname", "kube-apiserver", "node"}}, // of which it needs the address: it would end when that comes
-	{unit: "kube-scheduler", after: []string{"kube-apiserver"}},
+	{unit: "kube-scheduler", after: []string{"hostname", "kube-apiserver"}},
 }
 
 // plan returns the steps that lead from have to want. Equal inputs give equal steps. What cannot be done yet is a step "wait for".
@@ -245,7 +246,7 @@ func (p *planner) reached(what string) bool {
 	case "address":
 		return p.have.Address.IsValid()
 	case "hostname":
-		return p.want.Node != ""
+		return p.want.Node != "" && p.have.Hostname == p.want.Node
 	case "etcd":
 		return p.have.Etcd
 	case "node":
@@ -253,7 +254,8 @@ func (p *planner) reached(what string) bool {
 	case "kube-apiserver":
 		return p.have.API || p.want.Role == config.Worker
 	case "containerd":
-		return p.have.Units["containerd"].State == "up"
+		h, asked := p.have.Health[what] // it runs for seconds before it listens
+		return p.have.Units[what].State == "up" && asked && h == ""
 	case "image-load":
 		return p.have.loaded("image-load")
 	case "addon rbac":

@@ -128,6 +128,8 @@ var boot = []struct {
 }{
 	{"nothing", func(*State) {}},
 	{"volume", func(s *State) { s.Volume = true }},
+	{"containerd listens", func(s *State) { s.Health["containerd"] = "" }},
+	{"host name", func(s *State) { s.Hostname = "n1" }},
 	{"address", func(s *State) {
 		s.Address, s.Nameservers = addr("10.0.2.15"), []netip.Addr{addr("10.0.2.3")}
 	}},
@@ -200,6 +202,9 @@ func TestPlanBoot(t *testing.T) {
 		{"schedulable again", func(_ *spec, s *State) { n := *s.Node; n.Tainted = true; s.Node = &n }, "node untaint node-role.kubernetes.io/control-plane"},
 		{"a file was touched", func(_ *spec, s *State) { s.Files[folder+"/kube-apiserver/audit.yaml"] = "x" }, "write kubernetes/kube-apiserver/audit.yaml"},
 		{"kubeletd died before its stamp", func(_ *spec, s *State) { s.Stamps["kube-scheduler"] = "" }, "unit restart kube-scheduler"},
+		{"containerd was started again, and does not listen yet", func(_ *spec, s *State) {
+			s.Health["containerd"], s.Units["image-load"] = "nobody listens", Unit{State: "down"}
+		}, "wait for containerd"},
 		{"a unit is down", func(_ *spec, s *State) { s.Units["kube-scheduler"] = Unit{State: "down", LastExit: "exit 0"} }, "unit start kube-scheduler"},
 		{"a unit has ended for good", func(_ *spec, s *State) { s.Units["kube-scheduler"] = Unit{State: "down", LastExit: "exit 125"} }, "wait for kube-scheduler"},
 		{"a unit has ended for good, with other inputs", func(_ *spec, s *State) {

@@ -96,6 +96,7 @@ func TestVirtualAddressesBind(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		want.Node = "n1" // whose boot it is that grow tells
 		files, err := render(want, grow(t, want, func(string) {}))
 		if err != nil {
 			t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -57,6 +58,7 @@ func (k *system) probes() []probe {
 			}
 			return short(err)
 		}},
+		{"containerd", true, func(context.Context) string { return askListener(k.cfg.Containerd) }},
 		{"kube-apiserver", false, func(ctx context.Context) string { return k.askReady(ctx, k.cfg.APIServer) }},
 		{apiProbe, true, k.askAPI},
 		{"kube-controller-manager", false, get("https://127.0.0.1:10257")},
@@ -64,6 +66,31 @@ func (k *system) probes() []probe {
 		{"kubelet", true, get("http://127.0.0.1:10248")},
 		{"kube-proxy", true, get("http://127.0.0.1:10256")},
 	}
+}
+
+// unixSockets is the kernel's table of the Unix sockets in this network namespace, which is containerd's too.
+const unixSockets = "/proc/net/unix"
+
+// askListener asks the kernel whether somebody listens at a path. Who connects to containerd's socket is root in all but name, so kubeletd may not.
+func askListener(path string) string {
+	table, err := os.ReadFile(unixSockets)
+	if err == nil && !listens(string(table), path) {
+		return "nobody listens at " + path + " yet"
+	}
+	return short(err)
+}
+
+// listens looks for a path in the kernel's table of Unix sockets: "Num: RefCount Protocol Flags Type St Inode Path", of which the flags, hexadecimal, say
+// whether it accepts connections (__SO_ACCEPTCON of linux/net.h). It is pure.
+func listens(table, path string) bool {
+	for line := range strings.Lines(table) {
+		if f := strings.Fields(line); len(f) == 8 && f[7] == path {
+			if flags, err := strconv.ParseUint(f[3], 16, 32); err == nil && flags&(1<<16) != 0 {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // askReady asks one API server, or the balancer.
@@ -272,6 +299,7 @@ func (k *system) followCluster(ctx context.Context, wake func(), watch func(*clu
 type place struct {
 	address     netip.Addr
 	nameservers []netip.Addr
+	hostname    string
 }
 
 func (k *system) where() (place, error) {
@@ -287,15 +315,19 @@ func (k *system) where() (place, error) {
 	if err != nil && !os.IsNotExist(err) {
 		return place{}, err
 	}
+	hostname, err := k.cfg.Hostname()
+	if err != nil {
+		return place{}, err
+	}
 	want, known := k.want(), nodeaddr.InURL(k.want().Endpoint)
 	roots, _ := k.trust.Roots()
 	k.mu.Lock()
 	last := k.last.Address
 	k.mu.Unlock()
-	return place{nodeAddress(string(routes), links, members(roots.State)[want.Node].Addresses, last, known), nameservers(string(resolv))}, nil
+	return place{nodeAddress(string(routes), links, members(roots.State)[want.Node].Addresses, last, known), nameservers(string(resolv)), hostname}, nil
 }
 
-// followPlace looks for what tells nobody when it changes: mounts, addresses, name servers.
+// followPlace looks for what tells nobody when it changes: mounts, addresses, name servers, the host name.
 func (k *system) followPlace(ctx context.Context, wake func()) error {
 	var last place
 	var mounted bool
@@ -311,7 +343,7 @@ func (k *system) followPlace(ctx context.Context, wake func()) error {
 		if due {
 			wake() // a Node without a member is waited for before it is deleted
 		}
-		if err == nil && (now.address != last.address || !slices.Equal(now.nameservers, last.nameservers) || mounted != (e == nil)) {
+		if err == nil && (now.address != last.address || now.hostname != last.hostname || !slices.Equal(now.nameservers, last.nameservers) || mounted != (e == nil)) {
 			last, mounted = now, e == nil
 			wake()
 		}

@@ -3,6 +3,7 @@ package machined
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"net/netip"
 	"strings"
 	"time"
@@ -27,6 +28,7 @@ import (
 const (
 	reportPause  = 10 * time.Second // between two reports that say the same
 	reportLook   = 2 * time.Second  // between two looks at whether there is something else to say
+	reportAgain  = 2 * time.Second  // after the first that fails; then twice as long, up to reportPause
 	reportTime   = 12 * time.Second // for one report: apid gives a control plane that does not answer five, then asks the next
 	versionsTime = time.Second      // of that, for updated
 	maxDetail    = 1024             // bytes; the register takes no more
@@ -100,22 +102,37 @@ func (f far) Report(ctx context.Context, n *clusterv1.Node) (*clusterv1.ReportRe
 	return f.registry.Report(metadata.AppendToOutgoingContext(ctx, peer.NodeKey, peer.ControlPlanes), &clusterv1.ReportRequest{Node: n})
 }
 
+// afterFailures is how long a report waits after so many failures in a row, at least one, whatever there is to say. chance, from 0 to 1, takes or gives a quarter, so
+// that nodes that lost the cluster together do not come back together. It is pure.
+func afterFailures(n int, chance float64) time.Duration {
+	pause := reportPause
+	if n < 4 {
+		pause = min(pause, reportAgain<<(n-1))
+	}
+	return min(reportPause, time.Duration(float64(pause)*(0.75+chance/2)))
+}
+
 // reportSelf tells the cluster how the node is: every few seconds, and at once when that changes. A cluster that does not listen is tried again
-// at the next turn: the node does its job without.
+// later: the node does its job without.
 func (d *Daemon) reportSelf(ctx context.Context) error {
 	var told *clusterv1.Node
 	var at, looked time.Time // of the last report, and of the last look at the hardening
 	var open, said, clock string
 	var ordered *clusterv1.ReportResponse
+	var failures int
+	var pause time.Duration // after the last of them
 	t := time.NewTicker(reportLook)
 	defer t.Stop()
 	for {
 		clock = d.tellClock(clock)
 		due := time.Since(at) >= reportPause || ordered.GetSoon()
+		if failures > 0 {
+			due = time.Since(at) >= pause
+		}
 		if time.Since(looked) >= reportPause {
 			open, looked = security.Trouble(security.Report(d.cfg.facts())), time.Now() // many files, which seldom change
 		}
-		if n := d.self(open); n != nil && (due || told == nil || n.GetState() != told.GetState() || n.GetDetail() != told.GetDetail()) {
+		if n := d.self(open); n != nil && (due || failures == 0 && (told == nil || n.GetState() != told.GetState() || n.GetDetail() != told.GetDetail())) {
 			call, cancel := context.WithTimeout(ctx, reportTime)
 			var err error
 			ordered, err = d.report(call, n)
@@ -124,6 +141,10 @@ func (d *Daemon) reportSelf(ctx context.Context) error {
 				return ctx.Err()
 			}
 			told, at = n, time.Now()
+			if failures++; err == nil {
+				failures = 0
+			}
+			pause = afterFailures(max(failures, 1), rand.Float64())
 			// A node without a cluster, or whose control planes are away, says so elsewhere.
 			if text := errs.Text(err); text != said && err != nil && !errs.Is(err, errs.Unavailable) {
 				d.cfg.Log.Warn("node not reported to the cluster", "err", text)

@@ -267,3 +267,37 @@ func TestAddresses(t *testing.T) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
+
+// A cluster that refuses is asked less and less often, whatever changes on the node, and hears of it within a report's time once it listens.
+func TestReportBacksOff(t *testing.T) { synctest.Test(t, reportBacksOff) }
+
+func reportBacksOff(t *testing.T) {
+	n := newNode(t)
+	n.host.mounted = true
+	n.cluster.refuse = errs.New(errs.Unavailable, "no control plane can answer")
+	d, stop := n.start()
+	defer stop()
+	if _, err := apply(d, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\nrole: worker\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://10.5.0.11:6443\n"); err != nil {
+		t.Fatal(err)
+	}
+	<-n.cluster.refused
+	i := len(n.init.units) - 1
+	for look := range 30 { // a boot: something is new at each look
+		n.init.mu.Lock()
+		n.init.units[i] = initctl.Status{Name: "kubelet", State: []string{"waiting", "starting"}[look%2]}
+		n.init.mu.Unlock()
+		time.Sleep(reportLook) // synctest's
+	}
+	synctest.Wait()
+	if got := len(n.cluster.refused); got < 6 || got > 10 {
+		t.Errorf("%d reports in a minute in which the cluster refused them, want 6 to 10", got)
+	}
+	n.cluster.mu.Lock()
+	n.cluster.refuse = nil
+	n.cluster.mu.Unlock()
+	began := time.Now()
+	n.cluster.until(t, func(*clusterv1.Node) bool { return true })
+	if wait := time.Since(began); wait > reportPause+reportLook {
+		t.Errorf("the first report came %s after the cluster listened again", wait)
+	}
+}

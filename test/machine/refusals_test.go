@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -78,11 +79,15 @@ func (n *node) staysLocked(t *testing.T, m *qemu.Machine, why string) {
 	if !regexp.MustCompile(`STATE is locked, and nothing on this machine opens it\.\r?\n .*` + why).MatchString(text) {
 		t.Errorf("the console does not say %q:\n%s", why, text)
 	}
+	var asked sync.WaitGroup // each waits for its time-out
 	for _, args := range [][]string{{"get", "config"}, {"get", "volumes"}, {"kubeconfig"}, {"token"}} {
-		if out, err := n.try(t.Context(), time.Minute, "bhctl", append([]string{"--timeout", "5s"}, args...)...); err == nil {
-			t.Errorf("bhctl %s: the node gives away:\n%s", strings.Join(args, " "), out)
-		}
+		asked.Go(func() {
+			if out, err := n.try(t.Context(), time.Minute, "bhctl", append([]string{"--timeout", "5s"}, args...)...); err == nil {
+				t.Errorf("bhctl %s: the node gives away:\n%s", strings.Join(args, " "), out)
+			}
+		})
 	}
+	asked.Wait()
 	if err := m.Kill(t.Context()); err != nil {
 		t.Fatal(err)
 	}
