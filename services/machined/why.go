@@ -83,7 +83,10 @@ func (s *machineServer) Why(ctx context.Context, _ *machinev1.WhyRequest) (*mach
 	}
 	now, _ := s.d.running.Get()
 	out := whyResponse(why.Explain(snapshot))
-	out.Time, out.Node = timestamppb.Now(), now.set.Machine.Hostname
+	out.Time = timestamppb.Now()
+	if now.Number != 0 {
+		out.Node = now.set.Machine.Hostname
+	}
 	return out, nil
 }
 
