@@ -28,7 +28,7 @@ func conditions(have State) []*controlv1.Condition {
 		carrier.Trouble = "no network card has a link (" + strings.Join(links, ", ") + "): look at the cable and the switch"
 	}
 	for _, a := range have.Addresses {
-		if a.Origin != OriginPod && a.Origin != OriginVirtual && a.Prefix.Addr().IsGlobalUnicast() {
+		if (a.Origin == OriginStatic || a.Origin == OriginDHCP) && a.Prefix.Addr().IsGlobalUnicast() { // bridges of pods have others
 			return []*controlv1.Condition{address, carrier}
 		}
 	}

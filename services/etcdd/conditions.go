@@ -16,7 +16,7 @@ func conditions(want spec, have State) []*controlv1.Condition {
 		return []*controlv1.Condition{snapshots}
 	}
 	certificates := &controlv1.Condition{Name: "certificates", Help: "bhctl get certificates", Explains: true,
-		Needs: []string{"trustd/answers", "trustd/converged", "trustd/bootstrap", "trustd/keys"}}
+		Needs: []string{"trustd/answers", "trustd/converged", "trustd/bootstrap", "trustd/keys", "trustd/certificate"}}
 	if names := unsigned(have); len(names) > 0 {
 		certificates.Trouble = "trustd has not signed these certificates: " + strings.Join(names, ", ")
 	}
@@ -25,7 +25,7 @@ func conditions(want spec, have State) []*controlv1.Condition {
 		quorum.Trouble = fmt.Sprintf("etcd has no quorum: of %d voters %d must answer, and %d do; silent: %s", have.Voters, have.Voters/2+1, here, strings.Join(have.Silent, ", "))
 	}
 	member := &controlv1.Condition{Name: "member", Trouble: memberTrouble(have), Help: "bhctl etcd status", Explains: true,
-		Needs: []string{"storaged/VAR.mounted", "storaged/VAR.room", "trustd/bootstrap", "etcdd/certificates", "etcdd/quorum", "networkd/address"}}
+		Needs: []string{"storaged/VAR.mounted", "storaged/VAR.room", "trustd/bootstrap", "etcdd/certificates", "etcdd/certificate", "etcdd/quorum", "networkd/address"}}
 	return []*controlv1.Condition{certificates, member, quorum, snapshots}
 }
 

@@ -33,7 +33,7 @@ func conditions(want spec, have State) []*controlv1.Condition {
 		slices.Sort(needs)
 		out = append(out, &controlv1.Condition{Name: name, Trouble: trouble, Help: help, Needs: slices.Compact(needs), Explains: true})
 	}
-	keys := []string{"trustd/answers", "trustd/converged", "trustd/bootstrap", "trustd/keys"}
+	keys := []string{"trustd/answers", "trustd/converged", "trustd/bootstrap", "trustd/keys", "trustd/certificate"}
 	add("certificates", missing(want, have), "bhctl get certificates", keys...)
 	members := ""
 	if want.Role == config.ControlPlane && have.Trust.Bootstrapped && len(have.Members) == 0 {
@@ -49,7 +49,7 @@ func conditions(want spec, have State) []*controlv1.Condition {
 		if want.Role == config.Worker && !r.worker {
 			continue
 		}
-		needs := []string{"kubeletd/certificates"}
+		needs := []string{"kubeletd/certificates", "kubeletd/certificate"}
 		for _, what := range r.after {
 			switch refs, ok := references[what]; {
 			case ok:

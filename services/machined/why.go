@@ -26,6 +26,7 @@ const (
 	probeTime = 2 * time.Second // for a daemon to show that it is there
 	wordLines = 200             // of a unit's log that are looked at for its last words
 	wordBytes = 400             // of one line
+	clockID   = "machined/clock"
 )
 
 // leans are units whose folders lie on a volume: a full one ends them, and they cannot say so any more.
@@ -120,7 +121,7 @@ func (d *Daemon) snapshot(ctx context.Context, open string) (why.Snapshot, error
 	if now.Number == 0 {
 		out.Unconfigured = unconfigured
 	}
-	silent := d.probe(ctx)
+	silent, figures := d.probe(ctx)
 	if ctx.Err() != nil {
 		return out, errs.New(errs.Unavailable, "there was not enough time to ask every daemon: it takes %s", probeTime)
 	}
@@ -144,6 +145,9 @@ func (d *Daemon) snapshot(ctx context.Context, open string) (why.Snapshot, error
 			e.Conditions = append(e.Conditions, why.Condition{Name: c.GetName(), Trouble: c.GetTrouble(), Needs: c.GetNeeds(), Help: c.GetHelp(),
 				Explains: c.GetExplains(), Remark: c.GetRemark(), Since: s.since[c.GetName()]})
 		}
+		if text := expired(figures[i], time.Now()); text != "" {
+			e.Conditions = append(e.Conditions, why.Condition{Name: "certificate", Trouble: text, Needs: signing})
+		}
 		out.Daemons = append(out.Daemons, e)
 	}
 	units, err := d.cfg.init.Status()
@@ -162,10 +166,10 @@ func (d *Daemon) snapshot(ctx context.Context, open string) (why.Snapshot, error
 	return out, nil
 }
 
-// probe says of each daemon, in the order of hands, why it does not answer; "" if it does. One that is frozen holds its connection open and says nothing: it
-// is asked for something.
-func (d *Daemon) probe(ctx context.Context) []string {
-	out := make([]string, len(d.hands))
+// probe says of each daemon, in the order of hands, why it does not answer, "" if it does, and returns its figures. One that is frozen holds its connection open
+// and says nothing: so it is asked for something.
+func (d *Daemon) probe(ctx context.Context) ([]string, [][]*controlv1.Family) {
+	out, figures := make([]string, len(d.hands)), make([][]*controlv1.Family, len(d.hands))
 	var wait sync.WaitGroup
 	for i, h := range d.hands {
 		if s, _ := h.status.Get(); !s.here {
@@ -174,7 +178,8 @@ func (d *Daemon) probe(ctx context.Context) []string {
 		}
 		wait.Go(func() {
 			err := timed(ctx, probeTime, func(ctx context.Context) error {
-				_, err := h.link.Metrics(ctx)
+				f, err := h.link.Metrics(ctx)
+				figures[i] = f
 				if err != nil && ctx.Err() != nil {
 					err = ctx.Err()
 				}
@@ -189,7 +194,27 @@ func (d *Daemon) probe(ctx context.Context) []string {
 		})
 	}
 	wait.Wait()
-	return out
+	return out, figures
+}
+
+// signing is what a certificate needs to be renewed.
+var signing = []string{"trustd/answers", "trustd/converged", "trustd/keys", "trustd/certificate", clockID}
+
+// expired names a daemon's certificate, or an authority's, that is over: both tell the time in their figures. Daemons renew theirs long before. It is pure.
+func expired(families []*controlv1.Family, now time.Time) string {
+	for _, f := range families {
+		if !strings.HasSuffix(f.GetName(), "_certificate_expiry_timestamp_seconds") && !strings.HasSuffix(f.GetName(), "_authority_expiry_timestamp_seconds") {
+			continue
+		}
+		for _, s := range f.GetSamples() {
+			for _, label := range s.GetLabels() { // the profile, or the authority: there is one label
+				if end := time.Unix(int64(s.GetValue()), 0); s.GetValue() > 0 && !end.After(now) {
+					return fmt.Sprintf("the certificate %s has expired at %s, and was not renewed", label, end.UTC().Format(time.RFC3339))
+				}
+			}
+		}
+	}
+	return ""
 }
 
 // lastWords are what a unit wrote before it ended last; nil if it wrote nothing or its log is not open.

@@ -131,6 +131,28 @@ func TestWhy(t *testing.T) {
 	})
 }
 
+// A certificate that nobody has renewed is named, though its daemon notices nothing.
+func TestExpired(t *testing.T) {
+	now := time.Date(2026, 3, 1, 3, 0, 0, 0, time.UTC)
+	family := func(name string, end time.Time) []*controlv1.Family {
+		return []*controlv1.Family{{Name: name, Samples: []*controlv1.Sample{{Labels: map[string]string{"profile": "apid-server"}, Value: float64(end.Unix())}}}}
+	}
+	const mine, authority = "bulkhead_apid_certificate_expiry_timestamp_seconds", "bulkhead_trustd_authority_expiry_timestamp_seconds"
+	const want = "the certificate apid-server has expired at 2026-03-01T02:00:00Z, and was not renewed"
+	for _, c := range []struct {
+		name string
+		end  time.Time
+		want string
+	}{
+		{mine, now.Add(-time.Hour), want}, {authority, now.Add(-time.Hour), want},
+		{mine, now.Add(time.Hour), ""}, {mine, time.Unix(0, 0), ""}, {"bulkhead_apid_calls_total", now.Add(-time.Hour), ""},
+	} {
+		if got := expired(family(c.name, c.end), now); got != c.want {
+			t.Errorf("%s, %s: got %q, want %q", c.name, c.end, got, c.want)
+		}
+	}
+}
+
 func TestTelling(t *testing.T) {
 	for in, want := range map[string]string{
 		"":                               "[]",

@@ -1,0 +1,39 @@
+package etcdd
+
+import (
+	"testing"
+
+	"github.com/bulkhead-os/bulkhead/config"
+)
+
+func TestConditions(t *testing.T) {
+	want := spec{Name: "n1", Role: config.ControlPlane}
+	for _, c := range []struct {
+		name, condition, trouble string
+		have                     State
+	}{
+		{"well", "member", "", State{Running: true, Ready: true}},
+		{"not there", "member", "the etcd member does not run", State{}},
+		{"without a leader", "member", "the etcd member runs, but has no leader that answers", State{Running: true}},
+		{"no quorum", "quorum", "etcd has no quorum: of 3 voters 2 must answer, and 1 do; silent: n2, n3", State{Running: true, Voters: 3, Silent: []string{"n2", "n3"}}},
+		{"one away", "quorum", "", State{Running: true, Voters: 3, Silent: []string{"n2"}}},
+		{"alone", "quorum", "", State{Running: true, Voters: 1}},
+		{"unsigned", "certificates", "trustd has not signed these certificates: etcd-client-bulkhead, etcd-peer, etcd-root, etcd-server", State{Bootstrapped: true}},
+		{"nobody could sign", "certificates", "", State{}},
+	} {
+		found := false
+		for _, x := range conditions(want, c.have) {
+			if x.GetName() == c.condition {
+				if found = true; x.GetTrouble() != c.trouble || !x.GetExplains() {
+					t.Errorf("%s: got %v, want %q", c.name, x, c.trouble)
+				}
+			}
+		}
+		if !found {
+			t.Errorf("%s: no condition %s", c.name, c.condition)
+		}
+	}
+	if got := conditions(spec{Role: config.Worker}, State{}); len(got) != 1 {
+		t.Errorf("a worker, which has no member, says %v", got)
+	}
+}
