@@ -5,6 +5,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/bulkhead-os/bulkhead/internal/needs"
 	"github.com/bulkhead-os/bulkhead/networkd/dhcp"
 )
 
@@ -38,6 +39,24 @@ func TestConditions(t *testing.T) {
 		}
 		if s := strings.Join(got, "; "); s != c.want {
 			t.Errorf("%s: got %q, want %q", c.name, s, c.want)
+		}
+	}
+}
+
+// What these conditions need has a name that somebody reports, and what others need of them is reported.
+func TestNeeds(t *testing.T) {
+	told := map[string]bool{}
+	for _, c := range conditions(State{}) {
+		told[c.GetName()] = true
+		for _, ref := range c.GetNeeds() {
+			if !needs.Known(ref) {
+				t.Errorf("%s needs %s, which nobody reports", c.GetName(), ref)
+			}
+		}
+	}
+	for _, name := range needs.Of("networkd") {
+		if !told[name] {
+			t.Errorf("others refer to %s, which is not reported", name)
 		}
 	}
 }

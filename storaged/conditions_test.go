@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/bulkhead-os/bulkhead/internal/needs"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
@@ -68,6 +69,38 @@ func TestUnlocksCondition(t *testing.T) {
 		}
 		if c.want == "" && got != "" || !strings.Contains(got, c.want) {
 			t.Errorf("got %q, want %q", got, c.want)
+		}
+	}
+}
+
+// What these conditions need has a name that somebody reports, and what others need of them is reported.
+func TestNeeds(t *testing.T) {
+	told := map[string]bool{}
+	m := machine(imageDisk("/dev/vda", 8*gib))
+	m.TPM = vault.Machine{TPM: true, ImageEpoch: 1}
+	if err := m.run(t, &childSpec); err != nil {
+		t.Fatal(err)
+	}
+	for _, people := range []bool{false, true} { // with keys that open by themselves, then without
+		for i := range m.Disks[0].Partitions {
+			if p := &m.Disks[0].Partitions[i]; people && p.encrypted() {
+				p.LUKS.Keys = nil
+			}
+		}
+		have := m.State
+		have.Volumes = map[VolumeName]Space{StateVolume: {Size: mib, Free: mib}, VarVolume: {Size: mib, Free: mib}}
+		for _, c := range conditions(have) {
+			told[c.GetName()] = true
+			for _, ref := range c.GetNeeds() {
+				if !needs.Known(ref) {
+					t.Errorf("%s needs %s, which nobody reports", c.GetName(), ref)
+				}
+			}
+		}
+	}
+	for _, name := range needs.Of("storaged") {
+		if !told[name] {
+			t.Errorf("others refer to %s, which is not reported", name)
 		}
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/needs"
 )
 
 func TestConditions(t *testing.T) {
@@ -35,5 +36,23 @@ func TestConditions(t *testing.T) {
 	}
 	if got := conditions(spec{Role: config.Worker}, State{}); len(got) != 1 {
 		t.Errorf("a worker, which has no member, says %v", got)
+	}
+}
+
+// What these conditions need has a name that somebody reports, and what others need of them is reported.
+func TestNeeds(t *testing.T) {
+	told := map[string]bool{}
+	for _, c := range conditions(spec{Role: config.ControlPlane}, State{}) {
+		told[c.GetName()] = true
+		for _, ref := range c.GetNeeds() {
+			if !needs.Known(ref) {
+				t.Errorf("%s needs %s, which nobody reports", c.GetName(), ref)
+			}
+		}
+	}
+	for _, name := range needs.Of("etcdd") {
+		if !told[name] {
+			t.Errorf("others refer to %s, which is not reported", name)
+		}
 	}
 }

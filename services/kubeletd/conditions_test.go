@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/needs"
 )
 
 // TestConditions: each step on the way to a Ready node says that it is missing, and what it needs from whom.
@@ -68,5 +69,23 @@ func TestConditions(t *testing.T) {
 	}
 	if got := conditions(want, State{Absent: true}); got != nil {
 		t.Errorf("an image without Kubernetes: %v", got)
+	}
+}
+
+// What these conditions need has a name that somebody reports, and what others need of them is reported.
+func TestNeeds(t *testing.T) {
+	told := map[string]bool{}
+	for _, c := range append(conditions(spec{Role: config.Worker}, State{}), conditions(spec{Role: config.ControlPlane}, State{})...) {
+		told[c.GetName()] = true
+		for _, ref := range c.GetNeeds() {
+			if !needs.Known(ref) {
+				t.Errorf("%s needs %s, which nobody reports", c.GetName(), ref)
+			}
+		}
+	}
+	for _, name := range needs.Of("kubeletd") {
+		if !told[name] {
+			t.Errorf("others refer to %s, which is not reported", name)
+		}
 	}
 }

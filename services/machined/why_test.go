@@ -21,6 +21,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/metrics"
+	"github.com/bulkhead-os/bulkhead/internal/needs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/services/machined/security"
@@ -274,5 +275,17 @@ func TestWhyOfFrozenDaemon(t *testing.T) {
 	defer hurry()
 	if _, err := machinev1.NewMachineClient(client).Why(short, &machinev1.WhyRequest{}); err == nil {
 		t.Error("an answer without having waited")
+	}
+}
+
+func TestNeeds(t *testing.T) {
+	refs := slices.Clone(signing)
+	for _, l := range leans {
+		refs = append(refs, l...)
+	}
+	for _, ref := range refs {
+		if !needs.Known(ref) {
+			t.Errorf("nobody reports %s", ref)
+		}
 	}
 }
