@@ -3,6 +3,7 @@ package etcdd
 import (
 	"testing"
 
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/needs"
 )
@@ -55,4 +56,26 @@ func TestNeeds(t *testing.T) {
 			t.Errorf("others refer to %s, which is not reported", name)
 		}
 	}
+}
+
+// TestQuorumGone: a member whose only peer is away says so by name, though the cluster cannot be asked any more.
+func TestQuorumGone(t *testing.T) {
+	t.Parallel()
+	nodes := trio(t)
+	n1, n2 := nodes[0], nodes[1]
+	n2.start(t)
+	n2.until(t, converged)
+	n2.stop(t)
+	n1.generation++ // the loop looks at once
+	if _, err := n1.control.SetSpec(t.Context(), &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: n1.generation, Documents: []byte(n1.document())}}); err != nil {
+		t.Fatal(err)
+	}
+	n1.until(t, func(s *controlv1.State) bool {
+		for _, c := range s.GetConditions() {
+			if c.GetName() == "quorum" && c.GetTrouble() == "etcd has no quorum: of 2 voters 2 must answer, and 1 do; silent: n2" {
+				return true
+			}
+		}
+		return false
+	})
 }
