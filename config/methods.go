@@ -44,6 +44,7 @@ var grantable = []string{
 	"machine.v1.Machine/StreamEvents",
 	"machine.v1.Machine/StreamKernelLog",
 	"machine.v1.Machine/StreamLogs",
+	"machine.v1.Machine/Why",
 	"network.v1.Network/GetStatus",
 	"network.v1.Network/WatchStatus",
 	"storage.v1.Keys/AcknowledgeRecoveryKey",

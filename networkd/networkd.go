@@ -102,10 +102,11 @@ func newDaemon(cfg Config, k kernel) *Daemon {
 			have.Young = time.Now().Before(settled)
 			return have, err
 		},
-		Plan:   func(want Spec, have State) ([]Step, error) { return plan(want, have), nil },
-		Bare:   func(have State) ([]Step, error) { return planBare(cfg.Hostname, have), nil },
-		Apply:  k.Do,
-		Report: d.report,
+		Plan:       func(want Spec, have State) ([]Step, error) { return plan(want, have), nil },
+		Bare:       func(have State) ([]Step, error) { return planBare(cfg.Hostname, have), nil },
+		Apply:      k.Do,
+		Conditions: conditions,
+		Report:     d.report,
 	}, d.log, cfg.Resync)
 	d.status.Set(&networkv1.Status{})
 	return d

@@ -1,6 +1,9 @@
 package storaged
 
 import (
+	"slices"
+	"strings"
+
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
@@ -22,10 +25,13 @@ func conditions(have State) (out []*controlv1.Condition) {
 			out = append(out, unlocks(have, v, p))
 		}
 		s, mounted := have.Volumes[v.name]
-		if !mounted {
+		m := &controlv1.Condition{Name: string(v.name) + ".mounted", Help: "bhctl get volumes", Explains: true,
+			Needs: []string{"storaged/" + string(v.name) + ".unlocks", "storaged/" + string(v.name) + ".unlocked", "storaged/converged"}}
+		if out = append(out, m); !mounted {
+			m.Trouble = string(v.name) + " is not mounted"
 			continue
 		}
-		c := &controlv1.Condition{Name: string(v.name) + ".room"}
+		c := &controlv1.Condition{Name: string(v.name) + ".room", Help: "bhctl get volumes"}
 		if s.Free < s.Size/100*fullShare {
 			c.Trouble = string(v.name) + " is full: " + remedy[v.name]
 		}
@@ -34,6 +40,7 @@ func conditions(have State) (out []*controlv1.Condition) {
 	if where, disk := have.installed(); where == installWaiting || where == installMedium {
 		out = append(out, &controlv1.Condition{Name: "install", Trouble: installTrouble(where, disk)})
 	}
+	slices.SortFunc(out, func(a, b *controlv1.Condition) int { return strings.Compare(a.GetName(), b.GetName()) })
 	return out
 }
 
@@ -90,7 +97,7 @@ func installTrouble(where string, d Disk) string {
 // unlocks says whether an encrypted volume is open, and will be after a restart without a person, where it has a key for that. One that only people
 // can open has a condition of another name: updated leaves a version on trial that does not open what opens by itself.
 func unlocks(have State, v volume, p Partition) *controlv1.Condition {
-	c := &controlv1.Condition{Name: string(v.name) + ".unlocks"}
+	c := &controlv1.Condition{Name: string(v.name) + ".unlocks", Help: "bhctl unlock"}
 	alone := p.LUKS.Has(vault.TPM) || p.LUKS.Has(vault.KeyFile) || p.LUKS.Has(vault.Service)
 	if !alone && !p.LUKS.Has(vault.State) {
 		c.Name = string(v.name) + ".unlocked"

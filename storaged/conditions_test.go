@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/bulkhead-os/bulkhead/internal/needs"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
 
@@ -11,6 +12,12 @@ func TestConditions(t *testing.T) {
 	got := func(volumes map[VolumeName]Space) string {
 		var b strings.Builder
 		for _, c := range conditions(State{Volumes: volumes}) {
+			if name, ok := strings.CutSuffix(c.GetName(), ".mounted"); ok { // for bhctl why: health says what is wrong with a volume
+				if _, mounted := volumes[VolumeName(name)]; mounted != (c.GetTrouble() == "") || !c.GetExplains() {
+					t.Errorf("%v: %v", volumes, c)
+				}
+				continue
+			}
 			b.WriteString(c.GetName() + "=" + c.GetTrouble() + ";")
 		}
 		return b.String()
@@ -62,6 +69,38 @@ func TestUnlocksCondition(t *testing.T) {
 		}
 		if c.want == "" && got != "" || !strings.Contains(got, c.want) {
 			t.Errorf("got %q, want %q", got, c.want)
+		}
+	}
+}
+
+// What these conditions need has a name that somebody reports, and what others need of them is reported.
+func TestNeeds(t *testing.T) {
+	told := map[string]bool{}
+	m := machine(imageDisk("/dev/vda", 8*gib))
+	m.TPM = vault.Machine{TPM: true, ImageEpoch: 1}
+	if err := m.run(t, &childSpec); err != nil {
+		t.Fatal(err)
+	}
+	for _, people := range []bool{false, true} { // with keys that open by themselves, then without
+		for i := range m.Disks[0].Partitions {
+			if p := &m.Disks[0].Partitions[i]; people && p.encrypted() {
+				p.LUKS.Keys = nil
+			}
+		}
+		have := m.State
+		have.Volumes = map[VolumeName]Space{StateVolume: {Size: mib, Free: mib}, VarVolume: {Size: mib, Free: mib}}
+		for _, c := range conditions(have) {
+			told[c.GetName()] = true
+			for _, ref := range c.GetNeeds() {
+				if !needs.Known(ref) {
+					t.Errorf("%s needs %s, which nobody reports", c.GetName(), ref)
+				}
+			}
+		}
+	}
+	for _, name := range needs.Of("storaged") {
+		if !told[name] {
+			t.Errorf("others refer to %s, which is not reported", name)
 		}
 	}
 }

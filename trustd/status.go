@@ -2,6 +2,7 @@ package trustd
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -112,12 +113,28 @@ func (d *Daemon) report() {
 	if d.where != durable {
 		s.Pending = pending(k)
 	}
-	s.Conditions = append(s.Conditions, &controlv1.Condition{Name: "clock", Trouble: clockTrouble(k, d.cfg.Now())})
+	t, _ := d.trust.Get()
+	s.Conditions = conditions(k, t, s.Pending, clockTrouble(k, d.cfg.Now()))
 	s.Converged = sp.generation > 0 && len(s.Pending) == 0 && s.Error == ""
 	d.state.Set(s)
 	d.count.desired.Set(float64(sp.generation))
 	d.count.observed.Set(float64(sp.generation))
 	d.count.converged.Set(number(s.Converged))
+}
+
+// conditions are for the node's health, and to say what others wait for. It is pure.
+func conditions(k *keyring, t *trustv1.TrustState, pending []string, clock string) []*controlv1.Condition {
+	boot := &controlv1.Condition{Name: "bootstrap", Help: "bhctl bootstrap", Explains: true}
+	if !t.GetBootstrapped() {
+		boot.Trouble = "the cluster has no authorities yet: nobody has bootstrapped it"
+		if k.worker() {
+			boot.Trouble, boot.Help = "no control plane has told this node yet whom to trust", "bhctl get nodes"
+			boot.Needs = []string{"networkd/address", "networkd/answers"}
+		}
+	}
+	keys := &controlv1.Condition{Name: "keys", Trouble: strings.Join(pending, ", "), Help: "bhctl get volumes", Explains: true,
+		Needs: []string{"storaged/STATE.mounted", "storaged/STATE.unlocks", "storaged/STATE.unlocked", "storaged/answers"}}
+	return []*controlv1.Condition{boot, {Name: "clock", Trouble: clock}, keys}
 }
 
 // clockTrouble says that the clock is wrong, if the authority of this node was made later than it says. It is pure.

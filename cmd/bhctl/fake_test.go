@@ -121,6 +121,22 @@ func (f *fakeCluster) GetHealth(ctx context.Context, _ *machinev1.GetHealthReque
 	return &machinev1.GetHealthResponse{Healthy: n != "w1", Checks: []*machinev1.Check{{Name: "kubelet", Ok: n != "w1", Detail: "at " + n}}}, err
 }
 
+// Why is not known to n2, which runs an older version.
+func (f *fakeCluster) Why(ctx context.Context, r *machinev1.WhyRequest) (*machinev1.WhyResponse, error) {
+	n, err := f.at(ctx)
+	switch {
+	case err != nil:
+		return nil, err
+	case n == "n2":
+		return f.UnimplementedMachineServer.Why(ctx, r)
+	case n != "w1":
+		return &machinev1.WhyResponse{Healthy: true, Node: n, Time: timestamppb.Now()}, nil
+	}
+	w := notWell()
+	w.Node = n
+	return w, nil
+}
+
 func (f *fakeCluster) RestartService(ctx context.Context, _ *machinev1.RestartServiceRequest) (*machinev1.RestartServiceResponse, error) {
 	_, err := f.at(ctx)
 	return &machinev1.RestartServiceResponse{}, err

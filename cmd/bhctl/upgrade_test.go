@@ -12,7 +12,6 @@ import (
 
 	"google.golang.org/grpc"
 
-	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	updatev1 "github.com/bulkhead-os/bulkhead/api/update/v1"
 	"github.com/bulkhead-os/bulkhead/internal/bundle"
 )
@@ -225,27 +224,5 @@ func TestUpgradeView(t *testing.T) {
 	fetch(12, "")
 	if !json.Valid(b.Bytes()) || bytes.Count(b.Bytes(), []byte("\n")) != 1 {
 		t.Errorf("got %s", b.String())
-	}
-}
-
-func TestWhy(t *testing.T) {
-	h := &machinev1.GetHealthResponse{Healthy: true, Checks: []*machinev1.Check{{Name: "apid.up", Ok: true}}}
-	if got := whyText(h, &updatev1.Status{}, 5); got != "the node is well\n" {
-		t.Errorf("got %q", got)
-	}
-	h.Checks = append(h.Checks, &machinev1.Check{Name: "etcd.converged", Detail: "left to do:\nwait for member"})
-	st := &updatev1.Status{
-		Slots:   []*updatev1.Slot{{Version: "0.2.0", Running: true}},
-		Proofs:  []*updatev1.Proof{{Name: "api", Ok: true}, {Name: "etcd", Detail: "no leader"}},
-		Failure: &updatev1.Failure{Version: "0.3.0", Tries: 3, Reason: "the kernel panicked: VFS", Lines: []string{"one", "two", "three"}},
-	}
-	got := whyText(h, st, 2)
-	for _, want := range []string{"etcd.converged: left to do: wait for member\n", "0.2.0 is on trial", "api       proved", "etcd      MISSING   no leader\n", "0.3.0 was left after 3 tries", ": the kernel panicked: VFS\n  | two\n  | three\n"} {
-		if !strings.Contains(got, want) {
-			t.Errorf("%q is not in\n%s", want, got)
-		}
-	}
-	if strings.Contains(got, "one") {
-		t.Error("more lines than asked for")
 	}
 }

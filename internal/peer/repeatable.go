@@ -45,6 +45,7 @@ var repeatable = []string{
 	"machine.v1.Machine/StreamEvents",
 	"machine.v1.Machine/StreamKernelLog",
 	"machine.v1.Machine/StreamLogs",
+	"machine.v1.Machine/Why",
 	"machine.v1.Trial/Witness",
 	"network.v1.Network/GetStatus",
 	"network.v1.Network/WatchStatus",

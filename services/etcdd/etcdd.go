@@ -119,7 +119,7 @@ func New(cfg Config) (*Daemon, error) {
 	d.registry = newRegistry(d.kernel, cfg.Now)
 	d.rolling = d.newRolling(cfg.Kubernetes, cfg.Witness)
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
-		Parse: parse, Observe: d.observe, Plan: plan, Apply: d.kernel.Do, Conditions: conditions, Report: d.report,
+		Parse: parse, Observe: d.observe, Plan: plan, Apply: d.kernel.Do, Conditions: d.conditions, Report: d.report,
 	}, cfg.Env.Log, cfg.Resync)
 	d.keeper = newKeeper(d.kernel, cfg, func() schedule { s, _ := d.loop.Spec(); return s.Snapshots }, d.loop.Wake)
 	return d, nil
@@ -164,9 +164,10 @@ func (d *Daemon) observe(ctx context.Context) (State, error) {
 	return s, err
 }
 
-// conditions are for the node's health.
-func conditions(have State) []*controlv1.Condition {
-	return []*controlv1.Condition{{Name: "snapshots", Trouble: have.Snapshots}}
+// conditions are for the node's health, and say what the member waits for.
+func (d *Daemon) conditions(have State) []*controlv1.Condition {
+	want, _ := d.loop.Spec()
+	return conditions(want, have)
 }
 
 // parse reads the sections Machine and Cluster.

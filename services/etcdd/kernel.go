@@ -218,6 +218,12 @@ func (m *member) readMember(ctx context.Context, s *State) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.wait)
 	defer cancel()
+	var ask sync.WaitGroup
+	m.mu.Lock()
+	if m.trouble != nil { // it was in trouble at the last look: who of the others is there is asked meanwhile
+		ask.Go(func() { s.Voters, s.Silent = m.silent(ctx, e) })
+	}
+	m.mu.Unlock()
 	// A member that does not answer is a finding and no failure to read: the cause may be a file that the plan repairs.
 	var err error
 	if !s.Learner {
@@ -228,8 +234,11 @@ func (m *member) readMember(ctx context.Context, s *State) error {
 		s.Member, err = readFigures(ctx, client, e)
 		s.Ready = s.Ready && err == nil
 	}
+	ask.Wait()
 	if !s.Ready {
 		s.Auth = auth{}
+	} else {
+		s.Voters, s.Silent = 0, nil
 	}
 	m.mu.Lock()
 	m.trouble = err

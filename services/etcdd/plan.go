@@ -48,6 +48,10 @@ type State struct {
 	Member  figures
 
 	Snapshots string // what is wrong with them; "" if nothing is. No step mends it
+
+	// While the member is not ready: how many members vote, as far as it knows, and which of the others do not answer.
+	Voters int
+	Silent []string
 }
 
 // place is what the cluster knows of a node.

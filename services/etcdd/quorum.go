@@ -13,6 +13,7 @@ import (
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.etcd.io/etcd/server/v3/embed"
 
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
@@ -111,6 +112,34 @@ func (m *member) voices(ctx context.Context) ([]voice, error) {
 	}
 	g.Wait()
 	return out, nil
+}
+
+// silent counts the voters that this member knows of, and names those of the others that do not answer. It takes no quorum.
+func (m *member) silent(ctx context.Context, e *embed.Etcd) (voters int, names []string) {
+	c := m.peerClient()
+	defer c.CloseIdleConnections()
+	var g sync.WaitGroup
+	var mu sync.Mutex
+	for _, x := range e.Server.Cluster().Members() {
+		if x.IsLearner {
+			continue
+		}
+		voters++
+		if x.ID == e.Server.MemberID() {
+			continue
+		}
+		g.Go(func() {
+			if slices.ContainsFunc(x.PeerURLs, func(u string) bool { return answers(ctx, c, u) }) {
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			names = append(names, voice{id: uint64(x.ID), name: x.Name}.String())
+		})
+	}
+	g.Wait()
+	slices.Sort(names)
+	return voters, names
 }
 
 // list asks for all members, linearizably.

@@ -147,6 +147,12 @@ func New(cfg Config) (*Daemon, error) {
 	}
 	d.loop = reconcile.New(reconcile.System[spec, State, Step]{
 		Parse: parse, Observe: d.kernel.Read, Plan: plan, Apply: d.kernel.Do, Report: d.report,
+		Conditions: func(have State) []*controlv1.Condition {
+			if want, generation := d.loop.Spec(); generation > 0 {
+				return conditions(want, have)
+			}
+			return nil
+		},
 	}, cfg.Env.Log, cfg.Resync)
 	d.status.Set(&kubernetesv1.Status{})
 	return d, nil

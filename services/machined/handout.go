@@ -1,6 +1,7 @@
 package machined
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
+	"github.com/bulkhead-os/bulkhead/services/machined/why"
 )
 
 // A link is another daemon's Control service.
@@ -48,6 +50,9 @@ type status struct {
 	here    bool             // it is connected and has told its state
 	state   *controlv1.State // its last word; nil before the first, never changed
 	refused string           // why it did not take the newest spec; "" if it did
+
+	since        map[string]why.Mark // by condition that tells of trouble; never changed
+	lost, behind why.Mark            // since when it is not here, and has not converged; zero where it is, or has, or nothing is known
 }
 
 // report is the status as ListSpecs shows it; generation is the one that was handed out.
@@ -77,7 +82,9 @@ func (h *handout) run(ctx context.Context) error {
 			wait = firstPause
 		}
 		s, _ := h.status.Get()
-		s.here = false
+		if s.here {
+			s.here, s.lost = false, why.Mark{At: time.Now()}
+		}
 		h.status.Set(s)
 		h.log.Debug("daemon lost", "service", h.daemon, "err", errs.Text(err))
 		if err := pause(ctx, wait); err != nil {
@@ -145,6 +152,9 @@ func (h *handout) push(ctx context.Context, now running) bool {
 	s, _ := h.status.Get()
 	if was := s.refused; errs.Text(err) != was {
 		s.refused = errs.Text(err)
+		if err != nil {
+			s.behind = cmp.Or(s.behind, why.Mark{At: time.Now()})
+		}
 		h.status.Set(s)
 		if err != nil {
 			h.log.Warn("spec refused", "service", h.daemon, "generation", now.Number, "err", s.refused)
@@ -157,8 +167,8 @@ func (h *handout) push(ctx context.Context, now running) bool {
 // observe takes note of a state, and tells of it if a person wants to know.
 func (h *handout) observe(st *controlv1.State) {
 	was, _ := h.status.Get()
-	now := was
-	now.here, now.state = true, st
+	now := was.marked(st, time.Now())
+	now.here, now.state, now.lost = true, st, why.Mark{}
 	h.status.Set(now)
 	a, b := was.state, st
 	switch {

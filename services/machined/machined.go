@@ -83,6 +83,7 @@ type Daemon struct {
 	history *boots.History       // guarded by mu; the same, and nil if it cannot be opened
 	logs    map[string]*logs.Log // guarded by mu; by unit
 	state   map[string]string    // guarded by mu; each unit's last state, for events
+	falls   map[string]fall      // guarded by mu; when each unit's trouble began
 }
 
 // running is the configuration that is handed out. It is never changed, only replaced.
@@ -155,7 +156,7 @@ func New(cfg Config) (*Daemon, error) {
 		power:   make(chan func() error, 1),
 		streams: make(chan struct{}, maxStreams),
 		apply:   make(chan struct{}, 1),
-		logs:    map[string]*logs.Log{}, state: map[string]string{},
+		logs:    map[string]*logs.Log{}, state: map[string]string{}, falls: map[string]fall{},
 		audit: audit.New(cfg.past.ID()),
 	}
 	ev.log.Tap = func(at time.Time, text string) { d.journal.Add(at, "events", strings.ReplaceAll(text, "\t", " ")) }

@@ -28,6 +28,9 @@ var area = map[string]string{"kubeletd": "kubernetes", "etcdd": "etcd"}
 // clockCheck is the check of the node's clock, and the condition under which daemons tell what they know of it.
 const clockCheck = "clock"
 
+// unconfigured is for a node that nobody has given a document.
+const unconfigured = "the node has no configuration yet; apply one, an empty document will do"
+
 // health decides whether the node does its job, and if not, why. open is what is wrong with its own protection, and clock with its
 // clock; "" if nothing is.
 func health(generation uint64, answered bool, units []initctl.Status, unitsErr error, reports map[string]report, open, clock string) *machinev1.GetHealthResponse {
@@ -37,7 +40,7 @@ func health(generation uint64, answered bool, units []initctl.Status, unitsErr e
 		out.Healthy = out.Healthy && ok
 	}
 	if generation == 0 {
-		add("config.applied", false, "the node has no configuration yet; apply one, an empty document will do")
+		add("config.applied", false, unconfigured)
 	} else {
 		add("config.applied", true, fmt.Sprintf("generation %d", generation))
 	}
@@ -64,6 +67,9 @@ func health(generation uint64, answered bool, units []initctl.Status, unitsErr e
 		for _, c := range r.state.GetConditions() {
 			if c.GetName() == clockCheck { // one fact, whoever sees it
 				clock = cmp.Or(clock, c.GetTrouble())
+				continue
+			}
+			if c.GetExplains() || c.GetRemark() {
 				continue
 			}
 			add(check+"."+c.GetName(), c.GetTrouble() == "", c.GetTrouble())

@@ -62,6 +62,7 @@ func (d *Daemon) noteUnit(u initctl.Status, told time.Time) {
 	d.mu.Lock()
 	was, seen := d.state[u.Name]
 	d.state[u.Name] = u.State
+	d.falls[u.Name] = d.falls[u.Name].next(u, seen)
 	d.mu.Unlock()
 	if was == u.State || !seen && (u.State == "down" && u.LastExit == "" || !u.Since.After(told)) {
 		return

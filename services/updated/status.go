@@ -77,6 +77,15 @@ func status(want config.Update, limit time.Duration, s State, loop *controlv1.St
 	return out
 }
 
+// conditions tell of a version that had to be left: the node is as well as it was before. It is pure.
+func conditions(j journal) []*controlv1.Condition {
+	c := &controlv1.Condition{Name: "fallback", Help: "bhctl get versions", Remark: true}
+	if f := j.Failure; f != nil {
+		c.Trouble = fmt.Sprintf("%s was left after %d tries: %s", f.Version, f.Tries, f.Reason)
+	}
+	return []*controlv1.Condition{c}
+}
+
 // detail is one sentence about a slot.
 func detail(v *updatev1.Slot, proofs []*updatev1.Proof, j journal) string {
 	switch v.GetStatus() {

@@ -157,6 +157,7 @@ func New(cfg Config) (*Daemon, error) {
 	d.status.Set(&updatev1.Status{})
 	d.loop = reconcile.New(reconcile.System[config.Update, State, Step]{
 		Parse: parse, Observe: d.observe, Plan: d.plan, Bare: d.planBare, Apply: d.apply, Report: d.report,
+		Conditions: func(State) []*controlv1.Condition { return conditions(d.book.get()) },
 	}, cfg.Env.Log, 0)
 	return d, nil
 }

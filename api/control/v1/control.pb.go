@@ -431,7 +431,17 @@ type Condition struct {
 	// What it is about: "VAR.room". Names do not change between versions.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// What is wrong and what to do; "" if all is well.
-	Trouble       string `protobuf:"bytes,2,opt,name=trouble,proto3" json:"trouble,omitempty"`
+	Trouble string `protobuf:"bytes,2,opt,name=trouble,proto3" json:"trouble,omitempty"`
+	// What has to be well first, as "<daemon>/<condition>", "<daemon>/converged", "<daemon>/answers" or "unit/<name>": from these the way to the first
+	// failed step is found (machine.v1.Machine/Why). One that is well, or that nobody reports, does no harm. A condition with the name of a unit is
+	// about that unit.
+	Needs []string `protobuf:"bytes,3,rep,name=needs,proto3" json:"needs,omitempty"`
+	// The command that helps most, for example "bhctl get links"; "" if none is better than the daemon's log.
+	Help string `protobuf:"bytes,4,opt,name=help,proto3" json:"help,omitempty"`
+	// It only explains: health does not count it, because something that counts fails with it.
+	Explains bool `protobuf:"varint,5,opt,name=explains,proto3" json:"explains,omitempty"`
+	// It is worth telling, but no fault of the node that runs now: health does not count it.
+	Remark        bool `protobuf:"varint,6,opt,name=remark,proto3" json:"remark,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -478,6 +488,34 @@ func (x *Condition) GetTrouble() string {
 		return x.Trouble
 	}
 	return ""
+}
+
+func (x *Condition) GetNeeds() []string {
+	if x != nil {
+		return x.Needs
+	}
+	return nil
+}
+
+func (x *Condition) GetHelp() string {
+	if x != nil {
+		return x.Help
+	}
+	return ""
+}
+
+func (x *Condition) GetExplains() bool {
+	if x != nil {
+		return x.Explains
+	}
+	return false
+}
+
+func (x *Condition) GetRemark() bool {
+	if x != nil {
+		return x.Remark
+	}
+	return false
 }
 
 type ReadMetricsRequest struct {
@@ -711,10 +749,14 @@ const file_control_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"conditions\x18\x05 \x03(\v2\x15.control.v1.ConditionR\n" +
 	"conditions\x12\x18\n" +
-	"\arestart\x18\x06 \x01(\tR\arestart\"9\n" +
+	"\arestart\x18\x06 \x01(\tR\arestart\"\x97\x01\n" +
 	"\tCondition\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
-	"\atrouble\x18\x02 \x01(\tR\atrouble\"\x14\n" +
+	"\atrouble\x18\x02 \x01(\tR\atrouble\x12\x14\n" +
+	"\x05needs\x18\x03 \x03(\tR\x05needs\x12\x12\n" +
+	"\x04help\x18\x04 \x01(\tR\x04help\x12\x1a\n" +
+	"\bexplains\x18\x05 \x01(\bR\bexplains\x12\x16\n" +
+	"\x06remark\x18\x06 \x01(\bR\x06remark\"\x14\n" +
 	"\x12ReadMetricsRequest\"E\n" +
 	"\x13ReadMetricsResponse\x12.\n" +
 	"\bfamilies\x18\x01 \x03(\v2\x12.control.v1.FamilyR\bfamilies\"\xc1\x01\n" +

@@ -87,7 +87,7 @@ func (x Boot_End) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Boot_End.Descriptor instead.
 func (Boot_End) EnumDescriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{27, 0}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{31, 0}
 }
 
 type GetVersionRequest struct {
@@ -359,6 +359,277 @@ func (x *Check) GetDetail() string {
 	return ""
 }
 
+type WhyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhyRequest) Reset() {
+	*x = WhyRequest{}
+	mi := &file_machine_v1_machine_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhyRequest) ProtoMessage() {}
+
+func (x *WhyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
+func (*WhyRequest) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{5}
+}
+
+type WhyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// True if no check fails (but "api.answered", which this call disproves), and every daemon answers.
+	Healthy bool `protobuf:"varint,1,opt,name=healthy,proto3" json:"healthy,omitempty"`
+	// Of the answer, by the node's clock.
+	Time *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
+	// The node's name; "" if it has none yet.
+	Node string `protobuf:"bytes,3,opt,name=node,proto3" json:"node,omitempty"`
+	// The one that explains most first; empty if the node is well.
+	Causes []*Cause `protobuf:"bytes,4,rep,name=causes,proto3" json:"causes,omitempty"`
+	// What is worth knowing and no fault of the node as it runs now: an older version that had to be left, one on trial.
+	Remarks       []*WhyStep `protobuf:"bytes,5,rep,name=remarks,proto3" json:"remarks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhyResponse) Reset() {
+	*x = WhyResponse{}
+	mi := &file_machine_v1_machine_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhyResponse) ProtoMessage() {}
+
+func (x *WhyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
+func (*WhyResponse) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *WhyResponse) GetHealthy() bool {
+	if x != nil {
+		return x.Healthy
+	}
+	return false
+}
+
+func (x *WhyResponse) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *WhyResponse) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *WhyResponse) GetCauses() []*Cause {
+	if x != nil {
+		return x.Causes
+	}
+	return nil
+}
+
+func (x *WhyResponse) GetRemarks() []*WhyStep {
+	if x != nil {
+		return x.Remarks
+	}
+	return nil
+}
+
+// Cause is one thing that failed by itself, and what failed with it.
+type Cause struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From what is seen to what failed first; at least one. Each is there because of the one after it.
+	Steps []*WhyStep `protobuf:"bytes,1,rep,name=steps,proto3" json:"steps,omitempty"`
+	// Checks of GetHealth that fail because of it too and are not among the steps, sorted.
+	Also []string `protobuf:"bytes,2,rep,name=also,proto3" json:"also,omitempty"`
+	// The command that helps: that of the last step.
+	Command       string `protobuf:"bytes,3,opt,name=command,proto3" json:"command,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Cause) Reset() {
+	*x = Cause{}
+	mi := &file_machine_v1_machine_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Cause) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Cause) ProtoMessage() {}
+
+func (x *Cause) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Cause.ProtoReflect.Descriptor instead.
+func (*Cause) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Cause) GetSteps() []*WhyStep {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+func (x *Cause) GetAlso() []string {
+	if x != nil {
+		return x.Also
+	}
+	return nil
+}
+
+func (x *Cause) GetCommand() string {
+	if x != nil {
+		return x.Command
+	}
+	return ""
+}
+
+type WhyStep struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A check of GetHealth ("kubernetes.converged"), a daemon's condition ("networkd.address") or a unit ("containerd"). Names do not change between versions.
+	Subject string `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
+	// Since when; missing if that is not known.
+	Since *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`
+	// It may have begun before: machined itself was started then.
+	OrEarlier bool `protobuf:"varint,3,opt,name=or_earlier,json=orEarlier,proto3" json:"or_earlier,omitempty"`
+	// One sentence.
+	Text string `protobuf:"bytes,4,opt,name=text,proto3" json:"text,omitempty"`
+	// The command that helps with this step.
+	Command string `protobuf:"bytes,5,opt,name=command,proto3" json:"command,omitempty"`
+	// What the unit wrote last before it ended, oldest first; at most three lines.
+	LastWords     []string `protobuf:"bytes,6,rep,name=last_words,json=lastWords,proto3" json:"last_words,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhyStep) Reset() {
+	*x = WhyStep{}
+	mi := &file_machine_v1_machine_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhyStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhyStep) ProtoMessage() {}
+
+func (x *WhyStep) ProtoReflect() protoreflect.Message {
+	mi := &file_machine_v1_machine_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhyStep.ProtoReflect.Descriptor instead.
+func (*WhyStep) Descriptor() ([]byte, []int) {
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *WhyStep) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *WhyStep) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *WhyStep) GetOrEarlier() bool {
+	if x != nil {
+		return x.OrEarlier
+	}
+	return false
+}
+
+func (x *WhyStep) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *WhyStep) GetCommand() string {
+	if x != nil {
+		return x.Command
+	}
+	return ""
+}
+
+func (x *WhyStep) GetLastWords() []string {
+	if x != nil {
+		return x.LastWords
+	}
+	return nil
+}
+
 type ListServicesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -367,7 +638,7 @@ type ListServicesRequest struct {
 
 func (x *ListServicesRequest) Reset() {
 	*x = ListServicesRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[5]
+	mi := &file_machine_v1_machine_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -379,7 +650,7 @@ func (x *ListServicesRequest) String() string {
 func (*ListServicesRequest) ProtoMessage() {}
 
 func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[5]
+	mi := &file_machine_v1_machine_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -392,7 +663,7 @@ func (x *ListServicesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesRequest.ProtoReflect.Descriptor instead.
 func (*ListServicesRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{5}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{9}
 }
 
 type ListServicesResponse struct {
@@ -404,7 +675,7 @@ type ListServicesResponse struct {
 
 func (x *ListServicesResponse) Reset() {
 	*x = ListServicesResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[6]
+	mi := &file_machine_v1_machine_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -416,7 +687,7 @@ func (x *ListServicesResponse) String() string {
 func (*ListServicesResponse) ProtoMessage() {}
 
 func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[6]
+	mi := &file_machine_v1_machine_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -429,7 +700,7 @@ func (x *ListServicesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListServicesResponse.ProtoReflect.Descriptor instead.
 func (*ListServicesResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{6}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListServicesResponse) GetServices() []*Service {
@@ -462,7 +733,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_machine_v1_machine_proto_msgTypes[7]
+	mi := &file_machine_v1_machine_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -474,7 +745,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[7]
+	mi := &file_machine_v1_machine_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -487,7 +758,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{7}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Service) GetName() string {
@@ -555,7 +826,7 @@ type RestartServiceRequest struct {
 
 func (x *RestartServiceRequest) Reset() {
 	*x = RestartServiceRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[8]
+	mi := &file_machine_v1_machine_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -567,7 +838,7 @@ func (x *RestartServiceRequest) String() string {
 func (*RestartServiceRequest) ProtoMessage() {}
 
 func (x *RestartServiceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[8]
+	mi := &file_machine_v1_machine_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -580,7 +851,7 @@ func (x *RestartServiceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartServiceRequest.ProtoReflect.Descriptor instead.
 func (*RestartServiceRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{8}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RestartServiceRequest) GetName() string {
@@ -598,7 +869,7 @@ type RestartServiceResponse struct {
 
 func (x *RestartServiceResponse) Reset() {
 	*x = RestartServiceResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[9]
+	mi := &file_machine_v1_machine_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -610,7 +881,7 @@ func (x *RestartServiceResponse) String() string {
 func (*RestartServiceResponse) ProtoMessage() {}
 
 func (x *RestartServiceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[9]
+	mi := &file_machine_v1_machine_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -623,7 +894,7 @@ func (x *RestartServiceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestartServiceResponse.ProtoReflect.Descriptor instead.
 func (*RestartServiceResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{9}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{13}
 }
 
 type StreamLogsRequest struct {
@@ -640,7 +911,7 @@ type StreamLogsRequest struct {
 
 func (x *StreamLogsRequest) Reset() {
 	*x = StreamLogsRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[10]
+	mi := &file_machine_v1_machine_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -652,7 +923,7 @@ func (x *StreamLogsRequest) String() string {
 func (*StreamLogsRequest) ProtoMessage() {}
 
 func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[10]
+	mi := &file_machine_v1_machine_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -665,7 +936,7 @@ func (x *StreamLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamLogsRequest.ProtoReflect.Descriptor instead.
 func (*StreamLogsRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{10}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *StreamLogsRequest) GetName() string {
@@ -699,7 +970,7 @@ type StreamKernelLogRequest struct {
 
 func (x *StreamKernelLogRequest) Reset() {
 	*x = StreamKernelLogRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[11]
+	mi := &file_machine_v1_machine_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -711,7 +982,7 @@ func (x *StreamKernelLogRequest) String() string {
 func (*StreamKernelLogRequest) ProtoMessage() {}
 
 func (x *StreamKernelLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[11]
+	mi := &file_machine_v1_machine_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -724,7 +995,7 @@ func (x *StreamKernelLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamKernelLogRequest.ProtoReflect.Descriptor instead.
 func (*StreamKernelLogRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{11}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StreamKernelLogRequest) GetFollow() bool {
@@ -752,7 +1023,7 @@ type LogLine struct {
 
 func (x *LogLine) Reset() {
 	*x = LogLine{}
-	mi := &file_machine_v1_machine_proto_msgTypes[12]
+	mi := &file_machine_v1_machine_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -764,7 +1035,7 @@ func (x *LogLine) String() string {
 func (*LogLine) ProtoMessage() {}
 
 func (x *LogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[12]
+	mi := &file_machine_v1_machine_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -777,7 +1048,7 @@ func (x *LogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogLine.ProtoReflect.Descriptor instead.
 func (*LogLine) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{12}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *LogLine) GetTime() *timestamppb.Timestamp {
@@ -806,7 +1077,7 @@ type StreamEventsRequest struct {
 
 func (x *StreamEventsRequest) Reset() {
 	*x = StreamEventsRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[13]
+	mi := &file_machine_v1_machine_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -818,7 +1089,7 @@ func (x *StreamEventsRequest) String() string {
 func (*StreamEventsRequest) ProtoMessage() {}
 
 func (x *StreamEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[13]
+	mi := &file_machine_v1_machine_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -831,7 +1102,7 @@ func (x *StreamEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamEventsRequest.ProtoReflect.Descriptor instead.
 func (*StreamEventsRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{13}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StreamEventsRequest) GetFollow() bool {
@@ -863,7 +1134,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_machine_v1_machine_proto_msgTypes[14]
+	mi := &file_machine_v1_machine_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -875,7 +1146,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[14]
+	mi := &file_machine_v1_machine_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -888,7 +1159,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{14}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Event) GetTime() *timestamppb.Timestamp {
@@ -937,7 +1208,7 @@ type GetAuditRequest struct {
 
 func (x *GetAuditRequest) Reset() {
 	*x = GetAuditRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	mi := &file_machine_v1_machine_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -949,7 +1220,7 @@ func (x *GetAuditRequest) String() string {
 func (*GetAuditRequest) ProtoMessage() {}
 
 func (x *GetAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[15]
+	mi := &file_machine_v1_machine_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -962,7 +1233,7 @@ func (x *GetAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAuditRequest.ProtoReflect.Descriptor instead.
 func (*GetAuditRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{15}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetAuditRequest) GetSince() *timestamppb.Timestamp {
@@ -1037,7 +1308,7 @@ type AuditRecord struct {
 
 func (x *AuditRecord) Reset() {
 	*x = AuditRecord{}
-	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	mi := &file_machine_v1_machine_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1320,7 @@ func (x *AuditRecord) String() string {
 func (*AuditRecord) ProtoMessage() {}
 
 func (x *AuditRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[16]
+	mi := &file_machine_v1_machine_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1062,7 +1333,7 @@ func (x *AuditRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
 func (*AuditRecord) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{16}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *AuditRecord) GetChain() string {
@@ -1196,7 +1467,7 @@ type TellEventRequest struct {
 
 func (x *TellEventRequest) Reset() {
 	*x = TellEventRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[17]
+	mi := &file_machine_v1_machine_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1208,7 +1479,7 @@ func (x *TellEventRequest) String() string {
 func (*TellEventRequest) ProtoMessage() {}
 
 func (x *TellEventRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[17]
+	mi := &file_machine_v1_machine_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1221,7 +1492,7 @@ func (x *TellEventRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TellEventRequest.ProtoReflect.Descriptor instead.
 func (*TellEventRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{17}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *TellEventRequest) GetType() string {
@@ -1246,7 +1517,7 @@ type TellEventResponse struct {
 
 func (x *TellEventResponse) Reset() {
 	*x = TellEventResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[18]
+	mi := &file_machine_v1_machine_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1529,7 @@ func (x *TellEventResponse) String() string {
 func (*TellEventResponse) ProtoMessage() {}
 
 func (x *TellEventResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[18]
+	mi := &file_machine_v1_machine_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1542,7 @@ func (x *TellEventResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TellEventResponse.ProtoReflect.Descriptor instead.
 func (*TellEventResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{18}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{22}
 }
 
 type ListMetricsRequest struct {
@@ -1282,7 +1553,7 @@ type ListMetricsRequest struct {
 
 func (x *ListMetricsRequest) Reset() {
 	*x = ListMetricsRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[19]
+	mi := &file_machine_v1_machine_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1294,7 +1565,7 @@ func (x *ListMetricsRequest) String() string {
 func (*ListMetricsRequest) ProtoMessage() {}
 
 func (x *ListMetricsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[19]
+	mi := &file_machine_v1_machine_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1307,7 +1578,7 @@ func (x *ListMetricsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMetricsRequest.ProtoReflect.Descriptor instead.
 func (*ListMetricsRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{19}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{23}
 }
 
 type ListMetricsResponse struct {
@@ -1319,7 +1590,7 @@ type ListMetricsResponse struct {
 
 func (x *ListMetricsResponse) Reset() {
 	*x = ListMetricsResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	mi := &file_machine_v1_machine_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1331,7 +1602,7 @@ func (x *ListMetricsResponse) String() string {
 func (*ListMetricsResponse) ProtoMessage() {}
 
 func (x *ListMetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[20]
+	mi := &file_machine_v1_machine_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1344,7 +1615,7 @@ func (x *ListMetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMetricsResponse.ProtoReflect.Descriptor instead.
 func (*ListMetricsResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{20}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListMetricsResponse) GetDaemons() []*DaemonMetrics {
@@ -1366,7 +1637,7 @@ type DaemonMetrics struct {
 
 func (x *DaemonMetrics) Reset() {
 	*x = DaemonMetrics{}
-	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	mi := &file_machine_v1_machine_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1378,7 +1649,7 @@ func (x *DaemonMetrics) String() string {
 func (*DaemonMetrics) ProtoMessage() {}
 
 func (x *DaemonMetrics) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[21]
+	mi := &file_machine_v1_machine_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1391,7 +1662,7 @@ func (x *DaemonMetrics) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DaemonMetrics.ProtoReflect.Descriptor instead.
 func (*DaemonMetrics) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{21}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DaemonMetrics) GetDaemon() string {
@@ -1423,7 +1694,7 @@ type GetSecurityRequest struct {
 
 func (x *GetSecurityRequest) Reset() {
 	*x = GetSecurityRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[22]
+	mi := &file_machine_v1_machine_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1435,7 +1706,7 @@ func (x *GetSecurityRequest) String() string {
 func (*GetSecurityRequest) ProtoMessage() {}
 
 func (x *GetSecurityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[22]
+	mi := &file_machine_v1_machine_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1448,7 +1719,7 @@ func (x *GetSecurityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSecurityRequest.ProtoReflect.Descriptor instead.
 func (*GetSecurityRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{22}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{26}
 }
 
 type GetSecurityResponse struct {
@@ -1460,7 +1731,7 @@ type GetSecurityResponse struct {
 
 func (x *GetSecurityResponse) Reset() {
 	*x = GetSecurityResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[23]
+	mi := &file_machine_v1_machine_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1472,7 +1743,7 @@ func (x *GetSecurityResponse) String() string {
 func (*GetSecurityResponse) ProtoMessage() {}
 
 func (x *GetSecurityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[23]
+	mi := &file_machine_v1_machine_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1485,7 +1756,7 @@ func (x *GetSecurityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetSecurityResponse.ProtoReflect.Descriptor instead.
 func (*GetSecurityResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{23}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *GetSecurityResponse) GetSettings() []*SecuritySetting {
@@ -1516,7 +1787,7 @@ type SecuritySetting struct {
 
 func (x *SecuritySetting) Reset() {
 	*x = SecuritySetting{}
-	mi := &file_machine_v1_machine_proto_msgTypes[24]
+	mi := &file_machine_v1_machine_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1528,7 +1799,7 @@ func (x *SecuritySetting) String() string {
 func (*SecuritySetting) ProtoMessage() {}
 
 func (x *SecuritySetting) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[24]
+	mi := &file_machine_v1_machine_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1541,7 +1812,7 @@ func (x *SecuritySetting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SecuritySetting.ProtoReflect.Descriptor instead.
 func (*SecuritySetting) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{24}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SecuritySetting) GetName() string {
@@ -1594,7 +1865,7 @@ type ListBootsRequest struct {
 
 func (x *ListBootsRequest) Reset() {
 	*x = ListBootsRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[25]
+	mi := &file_machine_v1_machine_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1606,7 +1877,7 @@ func (x *ListBootsRequest) String() string {
 func (*ListBootsRequest) ProtoMessage() {}
 
 func (x *ListBootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[25]
+	mi := &file_machine_v1_machine_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1619,7 +1890,7 @@ func (x *ListBootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBootsRequest.ProtoReflect.Descriptor instead.
 func (*ListBootsRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{25}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{29}
 }
 
 type ListBootsResponse struct {
@@ -1631,7 +1902,7 @@ type ListBootsResponse struct {
 
 func (x *ListBootsResponse) Reset() {
 	*x = ListBootsResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[26]
+	mi := &file_machine_v1_machine_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1643,7 +1914,7 @@ func (x *ListBootsResponse) String() string {
 func (*ListBootsResponse) ProtoMessage() {}
 
 func (x *ListBootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[26]
+	mi := &file_machine_v1_machine_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1656,7 +1927,7 @@ func (x *ListBootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBootsResponse.ProtoReflect.Descriptor instead.
 func (*ListBootsResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{26}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListBootsResponse) GetBoots() []*Boot {
@@ -1687,7 +1958,7 @@ type Boot struct {
 
 func (x *Boot) Reset() {
 	*x = Boot{}
-	mi := &file_machine_v1_machine_proto_msgTypes[27]
+	mi := &file_machine_v1_machine_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +1970,7 @@ func (x *Boot) String() string {
 func (*Boot) ProtoMessage() {}
 
 func (x *Boot) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[27]
+	mi := &file_machine_v1_machine_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +1983,7 @@ func (x *Boot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Boot.ProtoReflect.Descriptor instead.
 func (*Boot) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{27}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Boot) GetNumber() uint64 {
@@ -1778,7 +2049,7 @@ type StreamBootLogRequest struct {
 
 func (x *StreamBootLogRequest) Reset() {
 	*x = StreamBootLogRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[28]
+	mi := &file_machine_v1_machine_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1790,7 +2061,7 @@ func (x *StreamBootLogRequest) String() string {
 func (*StreamBootLogRequest) ProtoMessage() {}
 
 func (x *StreamBootLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[28]
+	mi := &file_machine_v1_machine_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1803,7 +2074,7 @@ func (x *StreamBootLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StreamBootLogRequest.ProtoReflect.Descriptor instead.
 func (*StreamBootLogRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{28}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *StreamBootLogRequest) GetBoot() int64 {
@@ -1840,7 +2111,7 @@ type BootLogLine struct {
 
 func (x *BootLogLine) Reset() {
 	*x = BootLogLine{}
-	mi := &file_machine_v1_machine_proto_msgTypes[29]
+	mi := &file_machine_v1_machine_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1852,7 +2123,7 @@ func (x *BootLogLine) String() string {
 func (*BootLogLine) ProtoMessage() {}
 
 func (x *BootLogLine) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[29]
+	mi := &file_machine_v1_machine_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1865,7 +2136,7 @@ func (x *BootLogLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BootLogLine.ProtoReflect.Descriptor instead.
 func (*BootLogLine) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{29}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *BootLogLine) GetTime() *timestamppb.Timestamp {
@@ -1897,7 +2168,7 @@ type RebootRequest struct {
 
 func (x *RebootRequest) Reset() {
 	*x = RebootRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[30]
+	mi := &file_machine_v1_machine_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1909,7 +2180,7 @@ func (x *RebootRequest) String() string {
 func (*RebootRequest) ProtoMessage() {}
 
 func (x *RebootRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[30]
+	mi := &file_machine_v1_machine_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1922,7 +2193,7 @@ func (x *RebootRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootRequest.ProtoReflect.Descriptor instead.
 func (*RebootRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{30}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{34}
 }
 
 type RebootResponse struct {
@@ -1933,7 +2204,7 @@ type RebootResponse struct {
 
 func (x *RebootResponse) Reset() {
 	*x = RebootResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[31]
+	mi := &file_machine_v1_machine_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1945,7 +2216,7 @@ func (x *RebootResponse) String() string {
 func (*RebootResponse) ProtoMessage() {}
 
 func (x *RebootResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[31]
+	mi := &file_machine_v1_machine_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1958,7 +2229,7 @@ func (x *RebootResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RebootResponse.ProtoReflect.Descriptor instead.
 func (*RebootResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{31}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{35}
 }
 
 type ShutdownRequest struct {
@@ -1969,7 +2240,7 @@ type ShutdownRequest struct {
 
 func (x *ShutdownRequest) Reset() {
 	*x = ShutdownRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[32]
+	mi := &file_machine_v1_machine_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1981,7 +2252,7 @@ func (x *ShutdownRequest) String() string {
 func (*ShutdownRequest) ProtoMessage() {}
 
 func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[32]
+	mi := &file_machine_v1_machine_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1994,7 +2265,7 @@ func (x *ShutdownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownRequest.ProtoReflect.Descriptor instead.
 func (*ShutdownRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{32}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{36}
 }
 
 type ShutdownResponse struct {
@@ -2005,7 +2276,7 @@ type ShutdownResponse struct {
 
 func (x *ShutdownResponse) Reset() {
 	*x = ShutdownResponse{}
-	mi := &file_machine_v1_machine_proto_msgTypes[33]
+	mi := &file_machine_v1_machine_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2017,7 +2288,7 @@ func (x *ShutdownResponse) String() string {
 func (*ShutdownResponse) ProtoMessage() {}
 
 func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[33]
+	mi := &file_machine_v1_machine_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2030,7 +2301,7 @@ func (x *ShutdownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutdownResponse.ProtoReflect.Descriptor instead.
 func (*ShutdownResponse) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{33}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{37}
 }
 
 type ResetRequest struct {
@@ -2049,7 +2320,7 @@ type ResetRequest struct {
 
 func (x *ResetRequest) Reset() {
 	*x = ResetRequest{}
-	mi := &file_machine_v1_machine_proto_msgTypes[34]
+	mi := &file_machine_v1_machine_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2061,7 +2332,7 @@ func (x *ResetRequest) String() string {
 func (*ResetRequest) ProtoMessage() {}
 
 func (x *ResetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[34]
+	mi := &file_machine_v1_machine_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2074,7 +2345,7 @@ func (x *ResetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetRequest.ProtoReflect.Descriptor instead.
 func (*ResetRequest) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{34}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ResetRequest) GetNode() string {
@@ -2121,7 +2392,7 @@ type ResetProgress struct {
 
 func (x *ResetProgress) Reset() {
 	*x = ResetProgress{}
-	mi := &file_machine_v1_machine_proto_msgTypes[35]
+	mi := &file_machine_v1_machine_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2133,7 +2404,7 @@ func (x *ResetProgress) String() string {
 func (*ResetProgress) ProtoMessage() {}
 
 func (x *ResetProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_machine_v1_machine_proto_msgTypes[35]
+	mi := &file_machine_v1_machine_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2146,7 +2417,7 @@ func (x *ResetProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResetProgress.ProtoReflect.Descriptor instead.
 func (*ResetProgress) Descriptor() ([]byte, []int) {
-	return file_machine_v1_machine_proto_rawDescGZIP(), []int{35}
+	return file_machine_v1_machine_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ResetProgress) GetStep() string {
@@ -2199,7 +2470,28 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\x05Check\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02ok\x18\x02 \x01(\bR\x02ok\x12\x16\n" +
-	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x15\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\f\n" +
+	"\n" +
+	"WhyRequest\"\xc5\x01\n" +
+	"\vWhyResponse\x12\x18\n" +
+	"\ahealthy\x18\x01 \x01(\bR\ahealthy\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\tR\x04node\x12)\n" +
+	"\x06causes\x18\x04 \x03(\v2\x11.machine.v1.CauseR\x06causes\x12-\n" +
+	"\aremarks\x18\x05 \x03(\v2\x13.machine.v1.WhyStepR\aremarks\"`\n" +
+	"\x05Cause\x12)\n" +
+	"\x05steps\x18\x01 \x03(\v2\x13.machine.v1.WhyStepR\x05steps\x12\x12\n" +
+	"\x04also\x18\x02 \x03(\tR\x04also\x12\x18\n" +
+	"\acommand\x18\x03 \x01(\tR\acommand\"\xc1\x01\n" +
+	"\aWhyStep\x12\x18\n" +
+	"\asubject\x18\x01 \x01(\tR\asubject\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1d\n" +
+	"\n" +
+	"or_earlier\x18\x03 \x01(\bR\torEarlier\x12\x12\n" +
+	"\x04text\x18\x04 \x01(\tR\x04text\x12\x18\n" +
+	"\acommand\x18\x05 \x01(\tR\acommand\x12\x1d\n" +
+	"\n" +
+	"last_words\x18\x06 \x03(\tR\tlastWords\"\x15\n" +
 	"\x13ListServicesRequest\"G\n" +
 	"\x14ListServicesResponse\x12/\n" +
 	"\bservices\x18\x01 \x03(\v2\x13.machine.v1.ServiceR\bservices\"\xf4\x01\n" +
@@ -2320,12 +2612,13 @@ const file_machine_v1_machine_proto_rawDesc = "" +
 	"\n" +
 	"elapsed_ms\x18\x02 \x01(\x04R\telapsedMs\x12\x14\n" +
 	"\x05begun\x18\x03 \x01(\bR\x05begun\x12\x14\n" +
-	"\x05facts\x18\x04 \x03(\tR\x05facts2\xb0\r\n" +
+	"\x05facts\x18\x04 \x03(\tR\x05facts2\x81\x0e\n" +
 	"\aMachine\x12h\n" +
 	"\n" +
 	"GetVersion\x12\x1d.machine.v1.GetVersionRequest\x1a\x1e.machine.v1.GetVersionResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/version\x90\x02\x01\x12d\n" +
 	"\tGetHealth\x12\x1c.machine.v1.GetHealthRequest\x1a\x1d.machine.v1.GetHealthResponse\"\x1a\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\f\x12\n" +
-	"/v1/health\x90\x02\x01\x12o\n" +
+	"/v1/health\x90\x02\x01\x12O\n" +
+	"\x03Why\x12\x16.machine.v1.WhyRequest\x1a\x17.machine.v1.WhyResponse\"\x17\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\t\x12\a/v1/why\x90\x02\x01\x12o\n" +
 	"\fListServices\x12\x1f.machine.v1.ListServicesRequest\x1a .machine.v1.ListServicesResponse\"\x1c\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x0e\x12\f/v1/services\x90\x02\x01\x12\x82\x01\n" +
 	"\x0eRestartService\x12!.machine.v1.RestartServiceRequest\x1a\".machine.v1.RestartServiceResponse\")\xaa\xbb\x18\x02\x04\x06\x82\xd3\xe4\x93\x02\x1d\"\x1b/v1/services/{name}:restart\x12l\n" +
 	"\n" +
@@ -2356,7 +2649,7 @@ func file_machine_v1_machine_proto_rawDescGZIP() []byte {
 }
 
 var file_machine_v1_machine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
+var file_machine_v1_machine_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_machine_v1_machine_proto_goTypes = []any{
 	(Boot_End)(0),                  // 0: machine.v1.Boot.End
 	(*GetVersionRequest)(nil),      // 1: machine.v1.GetVersionRequest
@@ -2364,93 +2657,104 @@ var file_machine_v1_machine_proto_goTypes = []any{
 	(*GetHealthRequest)(nil),       // 3: machine.v1.GetHealthRequest
 	(*GetHealthResponse)(nil),      // 4: machine.v1.GetHealthResponse
 	(*Check)(nil),                  // 5: machine.v1.Check
-	(*ListServicesRequest)(nil),    // 6: machine.v1.ListServicesRequest
-	(*ListServicesResponse)(nil),   // 7: machine.v1.ListServicesResponse
-	(*Service)(nil),                // 8: machine.v1.Service
-	(*RestartServiceRequest)(nil),  // 9: machine.v1.RestartServiceRequest
-	(*RestartServiceResponse)(nil), // 10: machine.v1.RestartServiceResponse
-	(*StreamLogsRequest)(nil),      // 11: machine.v1.StreamLogsRequest
-	(*StreamKernelLogRequest)(nil), // 12: machine.v1.StreamKernelLogRequest
-	(*LogLine)(nil),                // 13: machine.v1.LogLine
-	(*StreamEventsRequest)(nil),    // 14: machine.v1.StreamEventsRequest
-	(*Event)(nil),                  // 15: machine.v1.Event
-	(*GetAuditRequest)(nil),        // 16: machine.v1.GetAuditRequest
-	(*AuditRecord)(nil),            // 17: machine.v1.AuditRecord
-	(*TellEventRequest)(nil),       // 18: machine.v1.TellEventRequest
-	(*TellEventResponse)(nil),      // 19: machine.v1.TellEventResponse
-	(*ListMetricsRequest)(nil),     // 20: machine.v1.ListMetricsRequest
-	(*ListMetricsResponse)(nil),    // 21: machine.v1.ListMetricsResponse
-	(*DaemonMetrics)(nil),          // 22: machine.v1.DaemonMetrics
-	(*GetSecurityRequest)(nil),     // 23: machine.v1.GetSecurityRequest
-	(*GetSecurityResponse)(nil),    // 24: machine.v1.GetSecurityResponse
-	(*SecuritySetting)(nil),        // 25: machine.v1.SecuritySetting
-	(*ListBootsRequest)(nil),       // 26: machine.v1.ListBootsRequest
-	(*ListBootsResponse)(nil),      // 27: machine.v1.ListBootsResponse
-	(*Boot)(nil),                   // 28: machine.v1.Boot
-	(*StreamBootLogRequest)(nil),   // 29: machine.v1.StreamBootLogRequest
-	(*BootLogLine)(nil),            // 30: machine.v1.BootLogLine
-	(*RebootRequest)(nil),          // 31: machine.v1.RebootRequest
-	(*RebootResponse)(nil),         // 32: machine.v1.RebootResponse
-	(*ShutdownRequest)(nil),        // 33: machine.v1.ShutdownRequest
-	(*ShutdownResponse)(nil),       // 34: machine.v1.ShutdownResponse
-	(*ResetRequest)(nil),           // 35: machine.v1.ResetRequest
-	(*ResetProgress)(nil),          // 36: machine.v1.ResetProgress
-	(*timestamppb.Timestamp)(nil),  // 37: google.protobuf.Timestamp
-	(*v1.Family)(nil),              // 38: control.v1.Family
+	(*WhyRequest)(nil),             // 6: machine.v1.WhyRequest
+	(*WhyResponse)(nil),            // 7: machine.v1.WhyResponse
+	(*Cause)(nil),                  // 8: machine.v1.Cause
+	(*WhyStep)(nil),                // 9: machine.v1.WhyStep
+	(*ListServicesRequest)(nil),    // 10: machine.v1.ListServicesRequest
+	(*ListServicesResponse)(nil),   // 11: machine.v1.ListServicesResponse
+	(*Service)(nil),                // 12: machine.v1.Service
+	(*RestartServiceRequest)(nil),  // 13: machine.v1.RestartServiceRequest
+	(*RestartServiceResponse)(nil), // 14: machine.v1.RestartServiceResponse
+	(*StreamLogsRequest)(nil),      // 15: machine.v1.StreamLogsRequest
+	(*StreamKernelLogRequest)(nil), // 16: machine.v1.StreamKernelLogRequest
+	(*LogLine)(nil),                // 17: machine.v1.LogLine
+	(*StreamEventsRequest)(nil),    // 18: machine.v1.StreamEventsRequest
+	(*Event)(nil),                  // 19: machine.v1.Event
+	(*GetAuditRequest)(nil),        // 20: machine.v1.GetAuditRequest
+	(*AuditRecord)(nil),            // 21: machine.v1.AuditRecord
+	(*TellEventRequest)(nil),       // 22: machine.v1.TellEventRequest
+	(*TellEventResponse)(nil),      // 23: machine.v1.TellEventResponse
+	(*ListMetricsRequest)(nil),     // 24: machine.v1.ListMetricsRequest
+	(*ListMetricsResponse)(nil),    // 25: machine.v1.ListMetricsResponse
+	(*DaemonMetrics)(nil),          // 26: machine.v1.DaemonMetrics
+	(*GetSecurityRequest)(nil),     // 27: machine.v1.GetSecurityRequest
+	(*GetSecurityResponse)(nil),    // 28: machine.v1.GetSecurityResponse
+	(*SecuritySetting)(nil),        // 29: machine.v1.SecuritySetting
+	(*ListBootsRequest)(nil),       // 30: machine.v1.ListBootsRequest
+	(*ListBootsResponse)(nil),      // 31: machine.v1.ListBootsResponse
+	(*Boot)(nil),                   // 32: machine.v1.Boot
+	(*StreamBootLogRequest)(nil),   // 33: machine.v1.StreamBootLogRequest
+	(*BootLogLine)(nil),            // 34: machine.v1.BootLogLine
+	(*RebootRequest)(nil),          // 35: machine.v1.RebootRequest
+	(*RebootResponse)(nil),         // 36: machine.v1.RebootResponse
+	(*ShutdownRequest)(nil),        // 37: machine.v1.ShutdownRequest
+	(*ShutdownResponse)(nil),       // 38: machine.v1.ShutdownResponse
+	(*ResetRequest)(nil),           // 39: machine.v1.ResetRequest
+	(*ResetProgress)(nil),          // 40: machine.v1.ResetProgress
+	(*timestamppb.Timestamp)(nil),  // 41: google.protobuf.Timestamp
+	(*v1.Family)(nil),              // 42: control.v1.Family
 }
 var file_machine_v1_machine_proto_depIdxs = []int32{
 	5,  // 0: machine.v1.GetHealthResponse.checks:type_name -> machine.v1.Check
-	8,  // 1: machine.v1.ListServicesResponse.services:type_name -> machine.v1.Service
-	37, // 2: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
-	37, // 3: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
-	37, // 4: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
-	37, // 5: machine.v1.GetAuditRequest.since:type_name -> google.protobuf.Timestamp
-	37, // 6: machine.v1.AuditRecord.time:type_name -> google.protobuf.Timestamp
-	22, // 7: machine.v1.ListMetricsResponse.daemons:type_name -> machine.v1.DaemonMetrics
-	38, // 8: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
-	25, // 9: machine.v1.GetSecurityResponse.settings:type_name -> machine.v1.SecuritySetting
-	28, // 10: machine.v1.ListBootsResponse.boots:type_name -> machine.v1.Boot
-	37, // 11: machine.v1.Boot.started:type_name -> google.protobuf.Timestamp
-	0,  // 12: machine.v1.Boot.end:type_name -> machine.v1.Boot.End
-	37, // 13: machine.v1.Boot.last_seen:type_name -> google.protobuf.Timestamp
-	37, // 14: machine.v1.BootLogLine.time:type_name -> google.protobuf.Timestamp
-	1,  // 15: machine.v1.Machine.GetVersion:input_type -> machine.v1.GetVersionRequest
-	3,  // 16: machine.v1.Machine.GetHealth:input_type -> machine.v1.GetHealthRequest
-	6,  // 17: machine.v1.Machine.ListServices:input_type -> machine.v1.ListServicesRequest
-	9,  // 18: machine.v1.Machine.RestartService:input_type -> machine.v1.RestartServiceRequest
-	11, // 19: machine.v1.Machine.StreamLogs:input_type -> machine.v1.StreamLogsRequest
-	12, // 20: machine.v1.Machine.StreamKernelLog:input_type -> machine.v1.StreamKernelLogRequest
-	14, // 21: machine.v1.Machine.StreamEvents:input_type -> machine.v1.StreamEventsRequest
-	16, // 22: machine.v1.Machine.GetAudit:input_type -> machine.v1.GetAuditRequest
-	18, // 23: machine.v1.Machine.TellEvent:input_type -> machine.v1.TellEventRequest
-	20, // 24: machine.v1.Machine.ListMetrics:input_type -> machine.v1.ListMetricsRequest
-	23, // 25: machine.v1.Machine.GetSecurity:input_type -> machine.v1.GetSecurityRequest
-	26, // 26: machine.v1.Machine.ListBoots:input_type -> machine.v1.ListBootsRequest
-	29, // 27: machine.v1.Machine.StreamBootLog:input_type -> machine.v1.StreamBootLogRequest
-	31, // 28: machine.v1.Machine.Reboot:input_type -> machine.v1.RebootRequest
-	33, // 29: machine.v1.Machine.Shutdown:input_type -> machine.v1.ShutdownRequest
-	35, // 30: machine.v1.Machine.Reset:input_type -> machine.v1.ResetRequest
-	2,  // 31: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
-	4,  // 32: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
-	7,  // 33: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
-	10, // 34: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
-	13, // 35: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
-	13, // 36: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
-	15, // 37: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
-	17, // 38: machine.v1.Machine.GetAudit:output_type -> machine.v1.AuditRecord
-	19, // 39: machine.v1.Machine.TellEvent:output_type -> machine.v1.TellEventResponse
-	21, // 40: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
-	24, // 41: machine.v1.Machine.GetSecurity:output_type -> machine.v1.GetSecurityResponse
-	27, // 42: machine.v1.Machine.ListBoots:output_type -> machine.v1.ListBootsResponse
-	30, // 43: machine.v1.Machine.StreamBootLog:output_type -> machine.v1.BootLogLine
-	32, // 44: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
-	34, // 45: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
-	36, // 46: machine.v1.Machine.Reset:output_type -> machine.v1.ResetProgress
-	31, // [31:47] is the sub-list for method output_type
-	15, // [15:31] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	41, // 1: machine.v1.WhyResponse.time:type_name -> google.protobuf.Timestamp
+	8,  // 2: machine.v1.WhyResponse.causes:type_name -> machine.v1.Cause
+	9,  // 3: machine.v1.WhyResponse.remarks:type_name -> machine.v1.WhyStep
+	9,  // 4: machine.v1.Cause.steps:type_name -> machine.v1.WhyStep
+	41, // 5: machine.v1.WhyStep.since:type_name -> google.protobuf.Timestamp
+	12, // 6: machine.v1.ListServicesResponse.services:type_name -> machine.v1.Service
+	41, // 7: machine.v1.Service.since:type_name -> google.protobuf.Timestamp
+	41, // 8: machine.v1.LogLine.time:type_name -> google.protobuf.Timestamp
+	41, // 9: machine.v1.Event.time:type_name -> google.protobuf.Timestamp
+	41, // 10: machine.v1.GetAuditRequest.since:type_name -> google.protobuf.Timestamp
+	41, // 11: machine.v1.AuditRecord.time:type_name -> google.protobuf.Timestamp
+	26, // 12: machine.v1.ListMetricsResponse.daemons:type_name -> machine.v1.DaemonMetrics
+	42, // 13: machine.v1.DaemonMetrics.families:type_name -> control.v1.Family
+	29, // 14: machine.v1.GetSecurityResponse.settings:type_name -> machine.v1.SecuritySetting
+	32, // 15: machine.v1.ListBootsResponse.boots:type_name -> machine.v1.Boot
+	41, // 16: machine.v1.Boot.started:type_name -> google.protobuf.Timestamp
+	0,  // 17: machine.v1.Boot.end:type_name -> machine.v1.Boot.End
+	41, // 18: machine.v1.Boot.last_seen:type_name -> google.protobuf.Timestamp
+	41, // 19: machine.v1.BootLogLine.time:type_name -> google.protobuf.Timestamp
+	1,  // 20: machine.v1.Machine.GetVersion:input_type -> machine.v1.GetVersionRequest
+	3,  // 21: machine.v1.Machine.GetHealth:input_type -> machine.v1.GetHealthRequest
+	6,  // 22: machine.v1.Machine.Why:input_type -> machine.v1.WhyRequest
+	10, // 23: machine.v1.Machine.ListServices:input_type -> machine.v1.ListServicesRequest
+	13, // 24: machine.v1.Machine.RestartService:input_type -> machine.v1.RestartServiceRequest
+	15, // 25: machine.v1.Machine.StreamLogs:input_type -> machine.v1.StreamLogsRequest
+	16, // 26: machine.v1.Machine.StreamKernelLog:input_type -> machine.v1.StreamKernelLogRequest
+	18, // 27: machine.v1.Machine.StreamEvents:input_type -> machine.v1.StreamEventsRequest
+	20, // 28: machine.v1.Machine.GetAudit:input_type -> machine.v1.GetAuditRequest
+	22, // 29: machine.v1.Machine.TellEvent:input_type -> machine.v1.TellEventRequest
+	24, // 30: machine.v1.Machine.ListMetrics:input_type -> machine.v1.ListMetricsRequest
+	27, // 31: machine.v1.Machine.GetSecurity:input_type -> machine.v1.GetSecurityRequest
+	30, // 32: machine.v1.Machine.ListBoots:input_type -> machine.v1.ListBootsRequest
+	33, // 33: machine.v1.Machine.StreamBootLog:input_type -> machine.v1.StreamBootLogRequest
+	35, // 34: machine.v1.Machine.Reboot:input_type -> machine.v1.RebootRequest
+	37, // 35: machine.v1.Machine.Shutdown:input_type -> machine.v1.ShutdownRequest
+	39, // 36: machine.v1.Machine.Reset:input_type -> machine.v1.ResetRequest
+	2,  // 37: machine.v1.Machine.GetVersion:output_type -> machine.v1.GetVersionResponse
+	4,  // 38: machine.v1.Machine.GetHealth:output_type -> machine.v1.GetHealthResponse
+	7,  // 39: machine.v1.Machine.Why:output_type -> machine.v1.WhyResponse
+	11, // 40: machine.v1.Machine.ListServices:output_type -> machine.v1.ListServicesResponse
+	14, // 41: machine.v1.Machine.RestartService:output_type -> machine.v1.RestartServiceResponse
+	17, // 42: machine.v1.Machine.StreamLogs:output_type -> machine.v1.LogLine
+	17, // 43: machine.v1.Machine.StreamKernelLog:output_type -> machine.v1.LogLine
+	19, // 44: machine.v1.Machine.StreamEvents:output_type -> machine.v1.Event
+	21, // 45: machine.v1.Machine.GetAudit:output_type -> machine.v1.AuditRecord
+	23, // 46: machine.v1.Machine.TellEvent:output_type -> machine.v1.TellEventResponse
+	25, // 47: machine.v1.Machine.ListMetrics:output_type -> machine.v1.ListMetricsResponse
+	28, // 48: machine.v1.Machine.GetSecurity:output_type -> machine.v1.GetSecurityResponse
+	31, // 49: machine.v1.Machine.ListBoots:output_type -> machine.v1.ListBootsResponse
+	34, // 50: machine.v1.Machine.StreamBootLog:output_type -> machine.v1.BootLogLine
+	36, // 51: machine.v1.Machine.Reboot:output_type -> machine.v1.RebootResponse
+	38, // 52: machine.v1.Machine.Shutdown:output_type -> machine.v1.ShutdownResponse
+	40, // 53: machine.v1.Machine.Reset:output_type -> machine.v1.ResetProgress
+	37, // [37:54] is the sub-list for method output_type
+	20, // [20:37] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_machine_v1_machine_proto_init() }
@@ -2464,7 +2768,7 @@ func file_machine_v1_machine_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_machine_v1_machine_proto_rawDesc), len(file_machine_v1_machine_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   36,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

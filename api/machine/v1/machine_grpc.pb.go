@@ -23,6 +23,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Machine_GetVersion_FullMethodName      = "/machine.v1.Machine/GetVersion"
 	Machine_GetHealth_FullMethodName       = "/machine.v1.Machine/GetHealth"
+	Machine_Why_FullMethodName             = "/machine.v1.Machine/Why"
 	Machine_ListServices_FullMethodName    = "/machine.v1.Machine/ListServices"
 	Machine_RestartService_FullMethodName  = "/machine.v1.Machine/RestartService"
 	Machine_StreamLogs_FullMethodName      = "/machine.v1.Machine/StreamLogs"
@@ -49,6 +50,9 @@ type MachineClient interface {
 	GetVersion(ctx context.Context, in *GetVersionRequest, opts ...grpc.CallOption) (*GetVersionResponse, error)
 	// GetHealth says whether the node does its job, and if not, why.
 	GetHealth(ctx context.Context, in *GetHealthRequest, opts ...grpc.CallOption) (*GetHealthResponse, error)
+	// Why says why the node is not well: for each first cause the steps from what is seen to what failed first. A daemon that does not answer within two
+	// seconds is a cause too, so this takes at most a little longer than that. The node is not changed.
+	Why(ctx context.Context, in *WhyRequest, opts ...grpc.CallOption) (*WhyResponse, error)
 	// ListServices returns every unit, sorted by name.
 	ListServices(ctx context.Context, in *ListServicesRequest, opts ...grpc.CallOption) (*ListServicesResponse, error)
 	// RestartService stops a unit and starts it again.
@@ -108,6 +112,16 @@ func (c *machineClient) GetHealth(ctx context.Context, in *GetHealthRequest, opt
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetHealthResponse)
 	err := c.cc.Invoke(ctx, Machine_GetHealth_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *machineClient) Why(ctx context.Context, in *WhyRequest, opts ...grpc.CallOption) (*WhyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WhyResponse)
+	err := c.cc.Invoke(ctx, Machine_Why_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -318,6 +332,9 @@ type MachineServer interface {
 	GetVersion(context.Context, *GetVersionRequest) (*GetVersionResponse, error)
 	// GetHealth says whether the node does its job, and if not, why.
 	GetHealth(context.Context, *GetHealthRequest) (*GetHealthResponse, error)
+	// Why says why the node is not well: for each first cause the steps from what is seen to what failed first. A daemon that does not answer within two
+	// seconds is a cause too, so this takes at most a little longer than that. The node is not changed.
+	Why(context.Context, *WhyRequest) (*WhyResponse, error)
 	// ListServices returns every unit, sorted by name.
 	ListServices(context.Context, *ListServicesRequest) (*ListServicesResponse, error)
 	// RestartService stops a unit and starts it again.
@@ -368,6 +385,9 @@ func (UnimplementedMachineServer) GetVersion(context.Context, *GetVersionRequest
 }
 func (UnimplementedMachineServer) GetHealth(context.Context, *GetHealthRequest) (*GetHealthResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetHealth not implemented")
+}
+func (UnimplementedMachineServer) Why(context.Context, *WhyRequest) (*WhyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Why not implemented")
 }
 func (UnimplementedMachineServer) ListServices(context.Context, *ListServicesRequest) (*ListServicesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListServices not implemented")
@@ -464,6 +484,24 @@ func _Machine_GetHealth_Handler(srv interface{}, ctx context.Context, dec func(i
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(MachineServer).GetHealth(ctx, req.(*GetHealthRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Machine_Why_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WhyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MachineServer).Why(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Machine_Why_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MachineServer).Why(ctx, req.(*WhyRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -692,6 +730,10 @@ var Machine_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetHealth",
 			Handler:    _Machine_GetHealth_Handler,
+		},
+		{
+			MethodName: "Why",
+			Handler:    _Machine_Why_Handler,
 		},
 		{
 			MethodName: "ListServices",
