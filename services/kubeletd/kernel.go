@@ -21,6 +21,7 @@ import (
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
@@ -70,12 +71,20 @@ type system struct {
 	pods    podNetwork           // that networkd has taken
 
 	unreachable []string // what networkd said of routes in pods
+
+	begun        map[string]time.Time   // when a unit was last ordered to start
+	orders       latest.Cell[time.Time] // the newest of them; wakes probes
+	turn         bool                   // this node's to start units anew
+	turnRevision uint64                 // of its key
+	restless     bool                   // something is waited for that tells nobody when it comes: a turn, pods' and the kubelet's part of a replacement
+	actsBy       string                 // the authorities by which the last Read found that this node acts; see follows
 }
 
 func newSystem(cfg Config, want func() spec) *system {
 	k := &system{cfg: cfg, disk: disk{cfg.Dir, cfg.Group}, want: want, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log),
 		leaves: map[string]*leaf.Leaf{}, begin: make(chan struct{}), poke: make(chan struct{}, 1),
-		health: map[string]string{}, strangerTime: strangerTime, apis: map[string]*cluster{}, strange: map[string]time.Time{}}
+		health: map[string]string{}, strangerTime: strangerTime, apis: map[string]*cluster{}, strange: map[string]time.Time{}, begun: map[string]time.Time{}}
+	k.trust.Acts(k.follows)
 	expiry := leaf.NewExpiry(cfg.Env.Metrics, "kubeletd")
 	for _, p := range append(profiles(), keeperProfile, workerProfile) {
 		c := leaf.Config{Signer: cfg.Signer, Profile: p, Trust: k.trust, Log: cfg.Env.Log, Expiry: expiry}
@@ -106,7 +115,7 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	roots, _ := k.trust.Roots()
 	s := State{Members: members(roots.State),
 		Dir: k.cfg.Dir, EtcdAddress: k.cfg.EtcdAddress, Audit: k.cfg.Audit,
-		Trust: trust{Bootstrapped: roots.State.GetBootstrapped(), Kubernetes: leaf.Bundle(roots.State.GetKubernetesCa()), Etcd: leaf.Bundle(roots.State.GetEtcdCa()), FrontProxy: leaf.Bundle(roots.State.GetFrontProxyCa())},
+		Trust: trustOf(roots),
 		Pairs: map[string]string{}, Files: map[string]string{}, Units: map[string]Unit{}, Health: map[string]string{}}
 	if s.Trust.Bootstrapped && want.Role != "" {
 		k.once.Do(func() { close(k.begin) })
@@ -140,7 +149,7 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	s.Etcd = k.etcd
 	h, asked := k.health[apiProbe]
 	s.API, s.Trouble = asked && h == "", h
-	s.Pods, s.Peers = k.pods.String(), k.peers
+	s.Pods, s.Peers, s.Turn = k.pods.String(), k.peers, k.turn
 	if want.Role == config.ControlPlane {
 		s.Strangers = k.oldStrangers(time.Now(), s.Members)
 	}
@@ -148,9 +157,8 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	if s.API {
 		k.readCluster(ctx, want, &s)
 	}
-	k.mu.Lock()
-	k.last = s
-	k.mu.Unlock()
+	k.readKubelet(ctx, &s)
+	k.settle(want, s, roots)
 	return s, nil
 }
 
@@ -178,14 +186,18 @@ func (k *system) readFiles(s *State) error {
 	return err
 }
 
-// pairPEM is certificate and key in one text; nil if there is none yet.
+// pairPEM is certificate, what leads from it to an older authority, and key in one text; nil if there is none yet.
 func pairPEM(l *leaf.Leaf) ([]byte, error) {
 	p, _ := l.Pair()
 	if p == nil {
 		return nil, nil
 	}
 	key, err := p.KeyPEM()
-	return append(append([]byte{}, p.Certificate...), key...), err
+	out := slices.Clone(p.Certificate)
+	for _, der := range p.TLS.Certificate[1:] {
+		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	return append(out, key...), err
 }
 
 // readCluster asks the API server. What it does not answer is left out and named in Trouble; the plan goes on with the rest.
@@ -209,6 +221,9 @@ func (k *system) readCluster(ctx context.Context, want spec, s *State) {
 	}
 	if err == nil && want.Role != config.Worker {
 		s.CSRs, err = c.csrs(ctx)
+	}
+	if err == nil && want.Role != config.Worker && s.Trust.Moving {
+		s.Published, err = c.published(ctx, s.Trust.Kubernetes)
 	}
 	if err != nil {
 		s.Trouble = errs.Text(err)
@@ -336,6 +351,10 @@ func (k *system) Do(ctx context.Context, s Step) error {
 		return k.cfg.Init.Stop(s.Arg)
 	case "unit start", "unit restart":
 		return k.order(want, have, s)
+	case "turn take":
+		return k.takeTurn(ctx, want.Node)
+	case "turn give":
+		return k.giveTurn(ctx)
 	case "addon apply":
 		return k.apply(ctx, want, have, s.Arg)
 	case "pods tell":
@@ -413,6 +432,7 @@ func (k *system) order(want spec, have State, s Step) error {
 	}
 	p := planner{want: want, have: have, files: files}
 	inputs, _ := p.inputs(s.Arg)
+	k.anew(s.Arg)
 	if s.Op == "unit start" {
 		err = k.cfg.Init.Start(s.Arg)
 	} else {
@@ -464,6 +484,12 @@ func waiting(what string, want spec, have State) error {
 		hint = have.Trouble
 	case what == "hostname":
 		hint = "the document of kind Machine names none"
+	case what == waitTurn:
+		hint = "another control plane starts its part of Kubernetes anew"
+	case what == waitRoots:
+		hint = "kube-controller-manager has not told all pods the authorities of now"
+	case what == waitKubelet:
+		hint = "the kubelet has none of the authority that signs now"
 	case what == "etcd":
 		hint = "nobody listens on " + have.EtcdAddress
 	case what == "node" || what == "node Ready" && have.Node == nil:

@@ -46,7 +46,7 @@ type Config struct {
 	Signer trustv1.SignerClient // required: trustd
 	Pods   networkv1.PodsClient // required: networkd
 	Init   supervisor           // required: PID 1
-	// Store is etcdd's, and Virtual networkd's; without either the node never has the cluster's virtual addresses.
+	// Store is etcdd's, and Virtual networkd's; without either the node never has the cluster's virtual addresses, and without Store it does not wait for other control planes that start anew.
 	Store   storev1.StoreClient
 	Virtual networkv1.VirtualClient
 
@@ -58,6 +58,7 @@ type Config struct {
 	Routes      string // default /proc/net/route
 	EtcdAddress string // default 127.0.0.1:2379
 	APIServer   string // this node's own, on a control plane; default https://127.0.0.1:6443
+	Kubelet     string // where it serves TLS; default 127.0.0.1:10250
 	// Links reads the node's interfaces; default nodeaddr.Links.
 	Links func() ([]nodeaddr.Link, error)
 	// Group maps a user to the group of files; default: the user's own number.
@@ -120,6 +121,7 @@ func New(cfg Config) (*Daemon, error) {
 	orDefault(&cfg.Routes, nodeaddr.Routes)
 	orDefault(&cfg.EtcdAddress, "127.0.0.1:2379")
 	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
+	orDefault(&cfg.Kubelet, "127.0.0.1:10250")
 	if cfg.Links == nil {
 		cfg.Links = nodeaddr.Links
 	}

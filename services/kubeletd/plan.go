@@ -40,6 +40,11 @@ type State struct {
 	Units  map[string]Unit
 	Health map[string]string // unit: "" if it answered well, else what it answered; absent if it was not asked yet
 
+	// Of the authorities while they are replaced; see authorities.go.
+	Turn          bool // this control plane may start its units anew
+	Published     bool // pods of all namespaces are told Trust.Kubernetes
+	KubeletSigned bool // the kubelet shows a certificate of Trust.Signer
+
 	Etcd bool // its port accepts
 	// API says that an API server of the cluster is ready and let kubeletd read. What follows is zero without it, and Peers may be old.
 	API       bool
@@ -55,6 +60,8 @@ type State struct {
 type trust struct {
 	Bootstrapped                 bool
 	Kubernetes, Etcd, FrontProxy string // PEM; "" until they exist
+	Signer                       string // the one of Kubernetes that signs, PEM
+	Moving                       bool   // there are two of Kubernetes: it is being replaced
 }
 
 // Unit is a unit as PID 1 sees it.
@@ -77,7 +84,7 @@ const controlPlaneKey = "node-role.kubernetes.io/control-plane"
 
 // Step is one change, or one thing to wait for.
 type Step struct {
-	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint", "node delete", "pods tell"
+	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint", "node delete", "pods tell", "turn take", "turn give"
 	Arg string
 }
 
@@ -188,6 +195,7 @@ func (p *planner) inputs(unit string) (string, bool) {
 }
 
 func (p *planner) planUnits() {
+	restart := p.mayRestart()
 	for _, r := range rules {
 		u := p.have.Units[r.unit]
 		if p.want.Role == config.Worker && !r.worker {
@@ -202,7 +210,9 @@ func (p *planner) planUnits() {
 		inputs, complete := p.inputs(r.unit)
 		if u.State != "" && u.State != "down" { // it was started, by whomever: PID 1 keeps it
 			if complete && !r.once && p.have.Stamps[r.unit] != inputs {
-				p.do("unit restart", r.unit)
+				if restart {
+					p.do("unit restart", r.unit)
+				}
 			} else if r.once {
 				p.wait(r.unit)
 			}
@@ -225,6 +235,9 @@ func (p *planner) planUnits() {
 		if open {
 			p.do("unit start", r.unit)
 		}
+	}
+	for _, what := range p.behind() {
+		p.wait(what)
 	}
 	for _, r := range rules { // started, but not well
 		if u := p.have.Units[r.unit]; u.State == "up" {
