@@ -32,6 +32,9 @@ const (
 	helloTime = 5 * time.Second
 	// rootsName is the ConfigMap in every namespace with what pods trust; kube-controller-manager keeps it.
 	rootsName = "kube-root-ca.crt"
+	// extensionsName is the ConfigMap with which API servers tell extensions of the API whom to believe.
+	extensionsName = "extension-apiserver-authentication"
+	extensionsPath = "/api/v1/namespaces/kube-system/configmaps/" + extensionsName
 	// waitRoots and waitKubelet are what a plan waits for.
 	waitRoots   = "ConfigMaps " + rootsName
 	waitKubelet = "kubelet's certificates"
@@ -216,7 +219,7 @@ func (k *system) settle(want spec, s State, roots *leaf.Roots) {
 	k.mu.Lock()
 	news := k.actsBy != now
 	k.actsBy, k.last = now, s
-	k.restless = now == "" && (k.restless || s.Trust.Moving)
+	k.restless = s.Leftover || now == "" && (k.restless || s.Trust.Moving)
 	k.mu.Unlock()
 	if news {
 		k.trust.Tell()
@@ -274,4 +277,37 @@ func (c *cluster) published(ctx context.Context, bundle string) (bool, error) {
 		}
 		q.Set("continue", list.Metadata.Continue)
 	}
+}
+
+// leftover reports whether extensions of the API are told authorities that count no more, and the ConfigMap's uid: API servers only ever add to it.
+func (c *cluster) leftover(ctx context.Context, t trust) (found bool, uid string, err error) {
+	var o struct {
+		Metadata struct{ UID string }
+		Data     map[string]string
+	}
+	err = c.do(ctx, request{method: http.MethodGet, path: extensionsPath}, &o)
+	if errs.Is(err, errs.NotFound) || errs.Is(err, errs.Denied) { // denied: an older image's add-on is still there
+		return false, "", nil
+	} else if err != nil {
+		return false, "", err
+	}
+	for _, told := range []struct{ key, counts string }{{"client-ca-file", t.Kubernetes}, {"requestheader-client-ca-file", t.FrontProxy}} {
+		for rest := []byte(o.Data[told.key]); ; {
+			var block *pem.Block
+			if block, rest = pem.Decode(rest); block == nil {
+				break
+			}
+			found = found || !strings.Contains(told.counts, string(pem.EncodeToMemory(&pem.Block{Type: block.Type, Bytes: block.Bytes})))
+		}
+	}
+	return found, o.Metadata.UID, nil
+}
+
+// tellExtensions deletes the ConfigMap: API servers make it anew at once, with what counts. Extensions go on with what they know until then.
+func (c *cluster) tellExtensions(ctx context.Context, t trust) error {
+	found, uid, err := c.leftover(ctx, t)
+	if err != nil || !found {
+		return err
+	}
+	return c.delete(ctx, extensionsPath, uid)
 }

@@ -270,6 +270,8 @@ func TestAuthorityReplaced(t *testing.T) {
 		t.Error("the cluster's DNS is not started anew")
 	}
 
+	r.api.put(extensionsPath, object{"metadata": object{"uid": "x"}, "data": object{"client-ca-file": r.old.State().GetKubernetesCa() + r.next.State().GetKubernetesCa(),
+		"requestheader-client-ca-file": r.next.State().GetFrontProxyCa()}})
 	r.api.certify(t, r.next, r.next)
 	r.trust("finish", r.next)
 	r.acts("finish")
@@ -283,5 +285,6 @@ func TestAuthorityReplaced(t *testing.T) {
 			}
 		}
 	}
+	r.worlds[0].until(r.daemons[0], "extensions are not told the old one", func() bool { return r.api.get(extensionsPath) == nil })
 	r.worlds[0].until(r.daemons[0], "nobody has the turn", func() bool { return r.store.has() == "" })
 }

@@ -14,7 +14,6 @@ import (
 	"io/fs"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -225,6 +224,9 @@ func (k *system) readCluster(ctx context.Context, want spec, s *State) {
 	if err == nil && want.Role != config.Worker && s.Trust.Moving {
 		s.Published, err = c.published(ctx, s.Trust.Kubernetes)
 	}
+	if err == nil && want.Role != config.Worker && keeper(want.Node, s.Members) {
+		s.Leftover, _, err = c.leftover(ctx, s.Trust)
+	}
 	if err != nil {
 		s.Trouble = errs.Text(err)
 		s.API = !errs.Is(err, errs.Unavailable)
@@ -369,6 +371,8 @@ func (k *system) Do(ctx context.Context, s Step) error {
 		return err
 	}
 	switch s.Op {
+	case "extensions tell":
+		return c.tellExtensions(ctx, have.Trust)
 	case "csr approve":
 		return c.updateCSR(ctx, s.Arg, "approval", approve(have.clients(want)))
 	case "csr sign":
@@ -464,53 +468,4 @@ func (k *system) apply(ctx context.Context, want spec, have State, name string) 
 		return c.apply(ctx, a)
 	}
 	return fmt.Errorf("no add-on %q", name)
-}
-
-// waiting says what is missing and who brings it.
-func waiting(what string, want spec, have State) error {
-	hint := "not there yet"
-	switch name, _ := strings.CutPrefix(what, "certificate "); {
-	case name != what:
-		hint = "trustd has not signed it yet"
-	case what == "bootstrap":
-		hint = "the cluster has no authorities yet; run: bhctl bootstrap"
-	case what == "volume VAR":
-		hint = "storaged has not mounted it yet"
-	case what == "address":
-		hint = "no interface with a default route, or in the subnet of the cluster's endpoint, has an IPv4 address"
-	case what == "members":
-		hint = "the cluster's list of nodes is not known yet, and without it nobody's kubelet gets a certificate"
-	case what == apiProbe:
-		hint = have.Trouble
-	case what == "hostname":
-		hint = "the document of kind Machine names none"
-	case what == waitTurn:
-		hint = "another control plane starts its part of Kubernetes anew"
-	case what == waitRoots:
-		hint = "kube-controller-manager has not told all pods the authorities of now"
-	case what == waitKubelet:
-		hint = "the kubelet has none of the authority that signs now"
-	case what == "etcd":
-		hint = "nobody listens on " + have.EtcdAddress
-	case what == "node" || what == "node Ready" && have.Node == nil:
-		hint = fmt.Sprintf("the kubelet has not registered %q yet", want.Node)
-	case what == "node Ready":
-		hint = have.Node.Reason
-	default:
-		if u, ok := have.Units[what]; ok {
-			hint = "unit is " + u.State
-			if u.LastExit != "" {
-				hint += " (" + u.LastExit + ")"
-			}
-			if u.LastExit == ended {
-				hint += "; its log says why, and bhctl service restart " + what + " tries again"
-			}
-			if h := have.Health[what]; h != "" {
-				hint += ": " + h
-			} else if what == "kube-apiserver" && have.Trouble != "" {
-				hint += ": " + have.Trouble
-			}
-		}
-	}
-	return errs.New(errs.Unavailable, "%s", hint)
 }

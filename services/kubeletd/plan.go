@@ -2,12 +2,14 @@ package kubeletd
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"sort"
 	"strings"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
 
 // spec is what of the document matters here.
@@ -44,6 +46,7 @@ type State struct {
 	Turn          bool // this control plane may start its units anew
 	Published     bool // pods of all namespaces are told Trust.Kubernetes
 	KubeletSigned bool // the kubelet shows a certificate of Trust.Signer
+	Leftover      bool // extensions of the API are told authorities that count no more
 
 	Etcd bool // its port accepts
 	// API says that an API server of the cluster is ready and let kubeletd read. What follows is zero without it, and Peers may be old.
@@ -84,7 +87,7 @@ const controlPlaneKey = "node-role.kubernetes.io/control-plane"
 
 // Step is one change, or one thing to wait for.
 type Step struct {
-	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint", "node delete", "pods tell", "turn take", "turn give"
+	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint", "node delete", "pods tell", "turn take", "turn give", "extensions tell"
 	Arg string
 }
 
@@ -297,6 +300,9 @@ func (p *planner) planCluster() {
 			p.do("addon apply", a.Name)
 		}
 	}
+	if p.have.Leftover && !p.have.Turn && len(p.restarts()) == 0 {
+		p.do("extensions tell", extensionsName)
+	}
 	for _, c := range p.have.CSRs {
 		if c.check(p.have.clients(p.want)) != nil {
 			continue // nobody's of the cluster: it stays as it is, for a person to decide
@@ -348,4 +354,53 @@ func unitNames() []string {
 	}
 	sort.Strings(out)
 	return out
+}
+
+// waiting says what is missing and who brings it.
+func waiting(what string, want spec, have State) error {
+	hint := "not there yet"
+	switch name, _ := strings.CutPrefix(what, "certificate "); {
+	case name != what:
+		hint = "trustd has not signed it yet"
+	case what == "bootstrap":
+		hint = "the cluster has no authorities yet; run: bhctl bootstrap"
+	case what == "volume VAR":
+		hint = "storaged has not mounted it yet"
+	case what == "address":
+		hint = "no interface with a default route, or in the subnet of the cluster's endpoint, has an IPv4 address"
+	case what == "members":
+		hint = "the cluster's list of nodes is not known yet, and without it nobody's kubelet gets a certificate"
+	case what == apiProbe:
+		hint = have.Trouble
+	case what == "hostname":
+		hint = "the document of kind Machine names none"
+	case what == waitTurn:
+		hint = "another control plane starts its part of Kubernetes anew"
+	case what == waitRoots:
+		hint = "kube-controller-manager has not told all pods the authorities of now"
+	case what == waitKubelet:
+		hint = "the kubelet has none of the authority that signs now"
+	case what == "etcd":
+		hint = "nobody listens on " + have.EtcdAddress
+	case what == "node" || what == "node Ready" && have.Node == nil:
+		hint = fmt.Sprintf("the kubelet has not registered %q yet", want.Node)
+	case what == "node Ready":
+		hint = have.Node.Reason
+	default:
+		if u, ok := have.Units[what]; ok {
+			hint = "unit is " + u.State
+			if u.LastExit != "" {
+				hint += " (" + u.LastExit + ")"
+			}
+			if u.LastExit == ended {
+				hint += "; its log says why, and bhctl service restart " + what + " tries again"
+			}
+			if h := have.Health[what]; h != "" {
+				hint += ": " + h
+			} else if what == "kube-apiserver" && have.Trouble != "" {
+				hint += ": " + have.Trouble
+			}
+		}
+	}
+	return errs.New(errs.Unavailable, "%s", hint)
 }

@@ -233,6 +233,10 @@ func TestPlanBoot(t *testing.T) {
 		{"and not before it was asked", func(_ *spec, s *State) { s.Turn = true }, ""},
 		{"two authorities of Kubernetes: pods must know both", func(_ *spec, s *State) { s.Trust.Moving, s.KubeletSigned = true, true }, "wait for ConfigMaps kube-root-ca.crt"},
 		{"two authorities of Kubernetes: the kubelet must have a certificate of the one that signs", func(_ *spec, s *State) { s.Trust.Moving, s.Published = true, true }, "wait for kubelet's certificates"},
+		{"extensions are told an authority that is gone", func(_ *spec, s *State) { s.Leftover = true }, "extensions tell extension-apiserver-authentication"},
+		{"and this node's API server tells it, too", func(_ *spec, s *State) {
+			s.Leftover, s.Trust.FrontProxy = true, "TWO\n"
+		}, "write kubernetes/pki/front-proxy-ca.pem; unit restart kube-apiserver"},
 		{"a worker: nothing", func(_ *spec, s *State) { s.Members = n1w1 }, ""},
 		{"members are not known", func(_ *spec, s *State) {
 			s.Members, s.CSRs, s.Strangers = nil, []CSR{{Name: "x", User: "system:node:n1"}}, nil
