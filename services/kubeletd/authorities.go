@@ -130,8 +130,12 @@ func (p *planner) behind() []string {
 func (p *planner) mayRestart() bool {
 	due := p.restarts()
 	if p.have.Turn {
-		if len(due) == 0 && p.well() {
+		switch {
+		case len(due) > 0:
+		case p.well():
 			p.do("turn give", "kube-apiserver")
+		default: // what breaks one must not break the next
+			p.do("turn keep", "kube-apiserver")
 		}
 		return true
 	}
@@ -149,7 +153,7 @@ func (p *planner) well() bool {
 	return asked && h == "" && p.have.Units["kube-apiserver"].State == "up"
 }
 
-// takeTurn takes the turn if nobody has it.
+// takeTurn takes the turn if nobody has it, or keeps it for longer.
 func (k *system) takeTurn(ctx context.Context, node string) error {
 	k.mu.Lock()
 	k.restless = true // there is another round to come, whatever the answer

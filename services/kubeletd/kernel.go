@@ -353,7 +353,7 @@ func (k *system) Do(ctx context.Context, s Step) error {
 		return k.cfg.Init.Stop(s.Arg)
 	case "unit start", "unit restart":
 		return k.order(want, have, s)
-	case "turn take":
+	case "turn take", "turn keep":
 		return k.takeTurn(ctx, want.Node)
 	case "turn give":
 		return k.giveTurn(ctx)

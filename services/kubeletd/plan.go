@@ -87,7 +87,7 @@ const controlPlaneKey = "node-role.kubernetes.io/control-plane"
 
 // Step is one change, or one thing to wait for.
 type Step struct {
-	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint", "node delete", "pods tell", "turn take", "turn give", "extensions tell"
+	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint", "node delete", "pods tell", "turn take", "turn keep", "turn give", "extensions tell"
 	Arg string
 }
 

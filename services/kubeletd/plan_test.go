@@ -230,7 +230,7 @@ func TestPlanBoot(t *testing.T) {
 		{"another authority of etcd, when it is this node's turn", func(_ *spec, s *State) { s.Trust.Etcd, s.Turn = "TWO\n", true },
 			"write kubernetes/pki/etcd-ca.pem; unit restart kube-apiserver"},
 		{"the turn is given when the API server is well again", func(_ *spec, s *State) { s.Turn, s.Health["kube-apiserver"] = true, "" }, "turn give kube-apiserver"},
-		{"and not before it was asked", func(_ *spec, s *State) { s.Turn = true }, ""},
+		{"and not before it was asked", func(_ *spec, s *State) { s.Turn = true }, "turn keep kube-apiserver"},
 		{"two authorities of Kubernetes: pods must know both", func(_ *spec, s *State) { s.Trust.Moving, s.KubeletSigned = true, true }, "wait for ConfigMaps kube-root-ca.crt"},
 		{"two authorities of Kubernetes: the kubelet must have a certificate of the one that signs", func(_ *spec, s *State) { s.Trust.Moving, s.Published = true, true }, "wait for kubelet's certificates"},
 		{"extensions are told an authority that is gone", func(_ *spec, s *State) { s.Leftover = true }, "extensions tell extension-apiserver-authentication"},
