@@ -24,9 +24,8 @@ const overlap = day
 // goingBack is how long the new authority is still believed after an abort, so that whoever has a certificate of it can get another one.
 const goingBack = 5 * time.Second
 
-// rotatable are the authorities that can be replaced. Not yet kubernetes and front-proxy: kubelets have certificates that only they renew, and programs of Kubernetes start anew for another
-// authority, which nobody orders one node after the other.
-var rotatable = []string{"etcd", "os"}
+// rotatable are the authorities that can be replaced.
+var rotatable = []string{"etcd", "front-proxy", "kubernetes", "os"}
 
 type authoritiesServer struct {
 	trustv1.UnimplementedAuthoritiesServer

@@ -41,8 +41,8 @@ type rotation struct {
 	token     *key            // takes the place of those that sign bearer tokens, with os-ca
 	account   *key            // the same for service accounts, with kubernetes-ca
 	joinKey   []byte          // with os-ca
-	// cross leads from the new os-ca to the old one, PEM: see SignCertificateResponse.chain.
-	cross string
+	// cross leads from a new authority to the old one, PEM, by the authority's name: see SignCertificateResponse.chain.
+	cross map[string]string
 }
 
 func (rotation) String() string { return "[secret]" }
@@ -110,24 +110,30 @@ func newRotation(id string, which []string, k *keyring, random io.Reader, now ti
 	return r, r.crossSign(random, now)
 }
 
-// crossSign has the old authority vouch for the new one.
+// crossed are the authorities whose clients people and programs bring along: who knows only the old one gets there by what the server shows.
+var crossed = []string{"os-ca", "kubernetes-ca"}
+
+// crossSign has the old authorities vouch for the new ones.
 func (r *rotation) crossSign(random io.Reader, now time.Time) error {
-	t, ok := r.turns["os-ca"]
-	if !ok {
-		return nil
+	r.cross = map[string]string{}
+	for _, name := range crossed {
+		t, ok := r.turns[name]
+		if !ok {
+			continue
+		}
+		serial, err := newSerial(random)
+		if err != nil {
+			return err
+		}
+		tmpl := *t.new.cert
+		tmpl.SerialNumber, tmpl.NotBefore, tmpl.NotAfter = serial, now.Add(-leafBackdate), earlier(now.Add(maxCross), t.old.cert.NotAfter)
+		tmpl.MaxPathLen, tmpl.MaxPathLenZero = 0, true
+		der, err := x509.CreateCertificate(random, &tmpl, t.old.cert, t.new.cert.PublicKey, t.old.key)
+		if err != nil {
+			return fmt.Errorf("sign %s with %s: %w", t.new.cert.Subject.CommonName, t.old.cert.Subject.CommonName, err)
+		}
+		r.cross[name] = string(pemCert(der)) + string(t.new.pem)
 	}
-	serial, err := newSerial(random)
-	if err != nil {
-		return err
-	}
-	tmpl := *t.new.cert
-	tmpl.SerialNumber, tmpl.NotBefore, tmpl.NotAfter = serial, now.Add(-leafBackdate), earlier(now.Add(maxCross), t.old.cert.NotAfter)
-	tmpl.MaxPathLen, tmpl.MaxPathLenZero = 0, true
-	der, err := x509.CreateCertificate(random, &tmpl, t.old.cert, t.new.cert.PublicKey, t.old.key)
-	if err != nil {
-		return fmt.Errorf("sign %s with %s: %w", t.new.cert.Subject.CommonName, t.old.cert.Subject.CommonName, err)
-	}
-	r.cross = string(pemCert(der)) + string(t.new.pem)
 	return nil
 }
 
@@ -339,10 +345,10 @@ func (k *keyring) other(a *authority) *authority {
 
 // chain is what a server shows with a certificate of a, see SignCertificateResponse.chain.
 func (k *keyring) chain(a *authority) string {
-	if a.name != "os-ca" || k.rot == nil || k.rot.stage != roster.Issue {
+	if k.rot == nil || k.rot.stage != roster.Issue {
 		return ""
 	}
-	return k.rot.cross
+	return k.rot.cross[a.name]
 }
 
 // stageOf is what others hear of the replacement.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/pem"
+	"slices"
 	"sync"
 	"time"
 
@@ -28,8 +29,8 @@ func (f *fakeAuthorities) StartRotation(_ context.Context, r *trustv1.StartRotat
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, w := range r.Which {
-		if w != "os" && w != "etcd" {
-			return nil, status.Errorf(codes.InvalidArgument, "which: %q; allowed are [\"etcd\" \"os\"]", w)
+		if !slices.Contains([]string{"etcd", "front-proxy", "kubernetes", "os"}, w) {
+			return nil, status.Errorf(codes.InvalidArgument, "which: %q; allowed are [\"etcd\" \"front-proxy\" \"kubernetes\" \"os\"]", w)
 		}
 	}
 	if f.r.Stage == "" || f.r.Stage == "aborted" {

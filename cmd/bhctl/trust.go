@@ -39,7 +39,9 @@ func (a *app) rotateCmd() *cobra.Command {
 finish (the old one is removed). Each stage begins when every node has done the one before. It goes on by itself, whether or not this command does.
 
 Between issue and finish lies a day: until then people and programs renew what they hold, with bhctl trust renew, bhctl token or bhctl certificate. --now goes on without that wait; give it
-again to end a wait that has begun. The authority os is that of Bulkhead's API, etcd that of etcd and its clients: where Kubernetes runs, its API servers start anew twice for that. What is of the old authority is worth nothing afterwards, bearer tokens and join tokens too. This context is renewed on the way.`,
+again to end a wait that has begun. The authority os is that of Bulkhead's API, etcd that of etcd and its clients, kubernetes that of Kubernetes (with the key for service accounts' tokens), front-proxy that by which its API servers
+are known to extensions. For each but os the API servers start anew twice, one after the other, for kubernetes also the kubelets; pods run on. Before the old authority of Kubernetes is removed people need a new kubeconfig (bhctl kubeconfig), and
+pods that talk to Kubernetes and do not read their files again must be started anew (kubectl rollout restart); with --now all that do so, for their tokens are void. What is of the old authority is worth nothing afterwards, bearer tokens and join tokens too. This context is renewed on the way.`,
 		Example: "  bhctl trust rotate-ca\n  bhctl trust rotate-ca --status\n  bhctl trust rotate-ca --now",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if abort && (status || now) || status && now {
@@ -56,7 +58,7 @@ again to end a wait that has begun. The authority os is that of Bulkhead's API, 
 			}
 			return a.rotate(cmd.Context(), which, now)
 		}}
-	c.Flags().StringSliceVar(&which, "which", []string{"os"}, "os, etcd, or all of them")
+	c.Flags().StringSliceVar(&which, "which", []string{"os"}, "os, etcd, kubernetes, front-proxy, or all of them")
 	c.Flags().BoolVar(&abort, "abort", false, "go back to the old authorities; possible until finish")
 	c.Flags().BoolVar(&status, "status", false, "only say how far it is")
 	c.Flags().BoolVar(&now, "now", false, "remove the old authorities as soon as all nodes have certificates of the new ones")
@@ -96,7 +98,7 @@ func rotationText(r *trustv1.Rotation) string {
 	}
 	text := fmt.Sprintf("authorities %s, by %s: %s since %s", strings.Join(r.Which, ", "), r.By, r.Stage, r.Entered.AsTime().Local().Format(time.DateTime))
 	if len(r.Waiting) > 0 {
-		text += "; not done by " + strings.Join(r.Waiting, ", ") + "\n  A node that is away blocks the next stage: bring it up, or, if it is lost, bhctl node remove NAME"
+		text += "; not done by " + strings.Join(r.Waiting, ", ") + "\n  A node that is away blocks the next stage: bring it up, or, if it is lost, bhctl node remove NAME. Of one that is there, bhctl -n NAME get kubernetes says what it waits for"
 	} else if r.Finish != nil {
 		text += "; the old ones are removed at " + r.Finish.AsTime().Local().Format(time.DateTime) + ", or with bhctl trust rotate-ca --now"
 	}

@@ -52,16 +52,21 @@ type authority struct {
 
 // New returns three authorities.
 func New(t testing.TB) *CA {
-	return &CA{etcd: newAuthority(t, "etcd"), kubernetes: newAuthority(t, "kubernetes"), front: newAuthority(t, "front-proxy")}
+	return &CA{etcd: newAuthority(t, "etcd", ""), kubernetes: newAuthority(t, "kubernetes", ""), front: newAuthority(t, "front-proxy", "")}
 }
 
-func newAuthority(t testing.TB, name string) authority {
+// Successor returns three authorities that take the place of the first ones: of generation 2.
+func Successor(t testing.TB) *CA {
+	return &CA{etcd: newAuthority(t, "etcd", "2"), kubernetes: newAuthority(t, "kubernetes", "2"), front: newAuthority(t, "front-proxy", "2")}
+}
+
+func newAuthority(t testing.TB, name, generation string) authority {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour),
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name, SerialNumber: generation}, NotBefore: time.Now().Add(-time.Hour),
 		NotAfter: time.Now().Add(48 * time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -34,6 +35,7 @@ type apiServer struct {
 	held    chan struct{}            // closed to let PUTs through; nil: nobody waits
 	waiting chan struct{}            // gets one for each PUT that waits
 	unready bool                     // what /readyz says
+	tls     *tls.Config
 }
 
 // newAPIServer serves until the test ends.
@@ -42,19 +44,34 @@ func newAPIServer(t *testing.T, ca *testca.CA) *apiServer {
 	a := &apiServer{objects: map[string]object{}, watches: map[chan object]struct{}{}, calls: map[string]bool{}, waiting: make(chan struct{}, 16)}
 	s := httptest.NewUnstartedServer(a)
 	s.Config.ErrorLog = log.New(io.Discard, "", 0) // probes hang up
+	a.certify(t, ca, ca)
+	s.TLS = &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		return a.tls, nil
+	}, GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return nil, errors.New("not asked") }}
+	s.EnableHTTP2 = true
+	s.StartTLS()
+	t.Cleanup(func() { s.CloseClientConnections(); s.Close() })
+	a.url = s.URL
+	return a
+}
+
+// certify has it show a certificate of one authority and believe those of some.
+func (a *apiServer) certify(t *testing.T, ca *testca.CA, believe ...*testca.CA) {
+	t.Helper()
 	cert, key := ca.PEM(t, "kube-apiserver-server", x509.CertificateRequest{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
 	pair, err := tls.X509KeyPair([]byte(cert), []byte(key))
 	if err != nil {
 		t.Fatal(err)
 	}
 	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM([]byte(ca.State().GetKubernetesCa()))
-	s.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: roots}
-	s.EnableHTTP2 = true
-	s.StartTLS()
-	t.Cleanup(func() { s.CloseClientConnections(); s.Close() })
-	a.url = s.URL
-	return a
+	for _, b := range believe {
+		roots.AppendCertsFromPEM([]byte(b.State().GetKubernetesCa()))
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.tls = &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: roots, NextProtos: []string{"h2", "http/1.1"}}
 }
 
 // put makes or replaces an object.
@@ -138,6 +155,16 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, `{"gitVersion": "v1.0.0"}`)
 	case r.URL.Query().Get("watch") != "":
 		a.watch(w, r)
+	case path == "/api/v1/configmaps": // asked for by name, in all namespaces
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		items := []object{}
+		for p, o := range a.objects {
+			if name, ok := strings.CutPrefix(r.URL.Query().Get("fieldSelector"), "metadata.name="); ok && strings.HasSuffix(p, "/configmaps/"+name) {
+				items = append(items, o)
+			}
+		}
+		_ = json.NewEncoder(w).Encode(object{"metadata": object{}, "items": items})
 	case r.Method == http.MethodGet && (path == nodesPath || path == csrPath):
 		a.list(w, r, path)
 	default:

@@ -49,6 +49,11 @@ type world struct {
 	units map[string]initctl.Status // guarded by mu
 	news  chan initctl.Status
 	start func(unit string)
+	again func(unit string) // nil: nothing happens
+
+	signs   *testca.CA                  // guarded by mu; nil: CA
+	kubelet string                      // where its kubelet serves TLS; "" nowhere
+	said    *trustv1.ReportTrustRequest // guarded by mu; the newest report to trustd
 
 	containerd string              // its socket
 	mute       bool                // it does not listen when it has been started
@@ -78,6 +83,25 @@ func (w *world) members(nodes ...*trustv1.ClusterNode) {
 // WatchTrust is trustd's.
 func (w *world) WatchTrust(ctx context.Context, _ *trustv1.WatchTrustRequest, _ ...grpc.CallOption) (grpc.ServerStreamingClient[trustv1.TrustState], error) {
 	return &trustStream{ctx: ctx, w: w}, nil
+}
+
+// SignCertificate is trustd's.
+func (w *world) SignCertificate(ctx context.Context, r *trustv1.SignCertificateRequest, _ ...grpc.CallOption) (*trustv1.SignCertificateResponse, error) {
+	w.mu.Lock()
+	ca := w.signs
+	w.mu.Unlock()
+	if ca == nil {
+		ca = w.CA
+	}
+	return ca.SignCertificate(ctx, r)
+}
+
+// ReportTrust is trustd's.
+func (w *world) ReportTrust(_ context.Context, r *trustv1.ReportTrustRequest, _ ...grpc.CallOption) (*trustv1.ReportTrustResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.said = r
+	return &trustv1.ReportTrustResponse{}, nil
 }
 
 type trustStream struct {
@@ -124,8 +148,14 @@ func (w *world) Start(unit string) error {
 	w.start(unit)
 	return nil
 }
-func (w *world) Stop(unit string) error    { w.set(unit, "down", ""); return nil }
-func (w *world) Restart(unit string) error { w.set(unit, "up", ""); return nil }
+func (w *world) Stop(unit string) error { w.set(unit, "down", ""); return nil }
+func (w *world) Restart(unit string) error {
+	if w.again != nil {
+		w.again(unit)
+	}
+	w.set(unit, "up", "")
+	return nil
+}
 func (w *world) Status() ([]initctl.Status, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -174,7 +204,7 @@ func (w *world) run(document string) *Daemon {
 	d, err := New(Config{Env: env, Signer: w, Pods: w, Store: w.store, Virtual: w.virtual, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
 		Containerd:  w.containerd,
 		Hostname:    func() (string, error) { name, _ := w.hostname.Get(); return name, nil },
-		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Group: func(uid.ID) int { return os.Getgid() }, Routes: os.DevNull,
+		EtcdAddress: strings.TrimPrefix(w.api.url, "https://"), APIServer: w.api.url, Kubelet: w.kubelet, Group: func(uid.ID) int { return os.Getgid() }, Routes: os.DevNull,
 		Links: func() ([]nodeaddr.Link, error) {
 			return []nodeaddr.Link{{Name: "eth1", Up: true, Addresses: []netip.Prefix{netip.MustParsePrefix("10.5.0.11/24")}}}, nil
 		}})

@@ -14,13 +14,13 @@ import (
 	"io/fs"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/latest"
 	"github.com/bulkhead-os/bulkhead/internal/leaf"
 	"github.com/bulkhead-os/bulkhead/internal/reconcile"
 	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
@@ -70,12 +70,20 @@ type system struct {
 	pods    podNetwork           // that networkd has taken
 
 	unreachable []string // what networkd said of routes in pods
+
+	begun        map[string]time.Time   // when a unit was last ordered to start
+	orders       latest.Cell[time.Time] // the newest of them; wakes probes
+	turn         bool                   // this node's to start units anew
+	turnRevision uint64                 // of its key
+	restless     bool                   // something is waited for that tells nobody when it comes: a turn, pods' and the kubelet's part of a replacement
+	actsBy       string                 // the authorities by which the last Read found that this node acts; see follows
 }
 
 func newSystem(cfg Config, want func() spec) *system {
 	k := &system{cfg: cfg, disk: disk{cfg.Dir, cfg.Group}, want: want, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log),
 		leaves: map[string]*leaf.Leaf{}, begin: make(chan struct{}), poke: make(chan struct{}, 1),
-		health: map[string]string{}, strangerTime: strangerTime, apis: map[string]*cluster{}, strange: map[string]time.Time{}}
+		health: map[string]string{}, strangerTime: strangerTime, apis: map[string]*cluster{}, strange: map[string]time.Time{}, begun: map[string]time.Time{}}
+	k.trust.Acts(k.follows)
 	expiry := leaf.NewExpiry(cfg.Env.Metrics, "kubeletd")
 	for _, p := range append(profiles(), keeperProfile, workerProfile) {
 		c := leaf.Config{Signer: cfg.Signer, Profile: p, Trust: k.trust, Log: cfg.Env.Log, Expiry: expiry}
@@ -106,7 +114,7 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	roots, _ := k.trust.Roots()
 	s := State{Members: members(roots.State),
 		Dir: k.cfg.Dir, EtcdAddress: k.cfg.EtcdAddress, Audit: k.cfg.Audit,
-		Trust: trust{Bootstrapped: roots.State.GetBootstrapped(), Kubernetes: leaf.Bundle(roots.State.GetKubernetesCa()), Etcd: leaf.Bundle(roots.State.GetEtcdCa()), FrontProxy: leaf.Bundle(roots.State.GetFrontProxyCa())},
+		Trust: trustOf(roots),
 		Pairs: map[string]string{}, Files: map[string]string{}, Units: map[string]Unit{}, Health: map[string]string{}}
 	if s.Trust.Bootstrapped && want.Role != "" {
 		k.once.Do(func() { close(k.begin) })
@@ -140,7 +148,7 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	s.Etcd = k.etcd
 	h, asked := k.health[apiProbe]
 	s.API, s.Trouble = asked && h == "", h
-	s.Pods, s.Peers = k.pods.String(), k.peers
+	s.Pods, s.Peers, s.Turn = k.pods.String(), k.peers, k.turn
 	if want.Role == config.ControlPlane {
 		s.Strangers = k.oldStrangers(time.Now(), s.Members)
 	}
@@ -148,9 +156,8 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	if s.API {
 		k.readCluster(ctx, want, &s)
 	}
-	k.mu.Lock()
-	k.last = s
-	k.mu.Unlock()
+	k.readKubelet(ctx, &s)
+	k.settle(want, s, roots)
 	return s, nil
 }
 
@@ -178,14 +185,18 @@ func (k *system) readFiles(s *State) error {
 	return err
 }
 
-// pairPEM is certificate and key in one text; nil if there is none yet.
+// pairPEM is certificate, what leads from it to an older authority, and key in one text; nil if there is none yet.
 func pairPEM(l *leaf.Leaf) ([]byte, error) {
 	p, _ := l.Pair()
 	if p == nil {
 		return nil, nil
 	}
 	key, err := p.KeyPEM()
-	return append(append([]byte{}, p.Certificate...), key...), err
+	out := slices.Clone(p.Certificate)
+	for _, der := range p.TLS.Certificate[1:] {
+		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	return append(out, key...), err
 }
 
 // readCluster asks the API server. What it does not answer is left out and named in Trouble; the plan goes on with the rest.
@@ -209,6 +220,12 @@ func (k *system) readCluster(ctx context.Context, want spec, s *State) {
 	}
 	if err == nil && want.Role != config.Worker {
 		s.CSRs, err = c.csrs(ctx)
+	}
+	if err == nil && want.Role != config.Worker && s.Trust.Moving {
+		s.Published, err = c.published(ctx, s.Trust.Kubernetes)
+	}
+	if err == nil && want.Role != config.Worker && keeper(want.Node, s.Members) {
+		s.Leftover, _, err = c.leftover(ctx, s.Trust)
 	}
 	if err != nil {
 		s.Trouble = errs.Text(err)
@@ -336,6 +353,10 @@ func (k *system) Do(ctx context.Context, s Step) error {
 		return k.cfg.Init.Stop(s.Arg)
 	case "unit start", "unit restart":
 		return k.order(want, have, s)
+	case "turn take", "turn keep":
+		return k.takeTurn(ctx, want.Node)
+	case "turn give":
+		return k.giveTurn(ctx)
 	case "addon apply":
 		return k.apply(ctx, want, have, s.Arg)
 	case "pods tell":
@@ -350,6 +371,8 @@ func (k *system) Do(ctx context.Context, s Step) error {
 		return err
 	}
 	switch s.Op {
+	case "extensions tell":
+		return c.tellExtensions(ctx, have.Trust)
 	case "csr approve":
 		return c.updateCSR(ctx, s.Arg, "approval", approve(have.clients(want)))
 	case "csr sign":
@@ -413,6 +436,7 @@ func (k *system) order(want spec, have State, s Step) error {
 	}
 	p := planner{want: want, have: have, files: files}
 	inputs, _ := p.inputs(s.Arg)
+	k.anew(s.Arg)
 	if s.Op == "unit start" {
 		err = k.cfg.Init.Start(s.Arg)
 	} else {
@@ -444,49 +468,4 @@ func (k *system) apply(ctx context.Context, want spec, have State, name string) 
 		return c.apply(ctx, a)
 	}
 	return fmt.Errorf("no add-on %q", name)
-}
-
-// waiting says what is missing and who brings it.
-func waiting(what string, want spec, have State) error {
-	hint := "not there yet"
-	switch name, _ := strings.CutPrefix(what, "certificate "); {
-	case name != what:
-		hint = "trustd has not signed it yet"
-	case what == "bootstrap":
-		hint = "the cluster has no authorities yet; run: bhctl bootstrap"
-	case what == "volume VAR":
-		hint = "storaged has not mounted it yet"
-	case what == "address":
-		hint = "no interface with a default route, or in the subnet of the cluster's endpoint, has an IPv4 address"
-	case what == "members":
-		hint = "the cluster's list of nodes is not known yet, and without it nobody's kubelet gets a certificate"
-	case what == apiProbe:
-		hint = have.Trouble
-	case what == "hostname":
-		if hint = "the document of kind Machine names none"; want.Node != "" {
-			hint = fmt.Sprintf("the kernel's is %q, and the document's %q; PID 1 takes over what networkd writes", have.Hostname, want.Node)
-		}
-	case what == "etcd":
-		hint = "nobody listens on " + have.EtcdAddress
-	case what == "node" || what == "node Ready" && have.Node == nil:
-		hint = fmt.Sprintf("the kubelet has not registered %q yet", want.Node)
-	case what == "node Ready":
-		hint = have.Node.Reason
-	default:
-		if u, ok := have.Units[what]; ok {
-			hint = "unit is " + u.State
-			if u.LastExit != "" {
-				hint += " (" + u.LastExit + ")"
-			}
-			if u.LastExit == ended {
-				hint += "; its log says why, and bhctl service restart " + what + " tries again"
-			}
-			if h := have.Health[what]; h != "" {
-				hint += ": " + h
-			} else if what == "kube-apiserver" && have.Trouble != "" {
-				hint += ": " + have.Trouble
-			}
-		}
-	}
-	return errs.New(errs.Unavailable, "%s", hint)
 }

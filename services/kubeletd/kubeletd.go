@@ -47,7 +47,7 @@ type Config struct {
 	Signer trustv1.SignerClient // required: trustd
 	Pods   networkv1.PodsClient // required: networkd
 	Init   supervisor           // required: PID 1
-	// Store is etcdd's, and Virtual networkd's; without either the node never has the cluster's virtual addresses.
+	// Store is etcdd's, and Virtual networkd's; without either the node never has the cluster's virtual addresses, and without Store it does not wait for other control planes that start anew.
 	Store   storev1.StoreClient
 	Virtual networkv1.VirtualClient
 
@@ -60,6 +60,7 @@ type Config struct {
 	Containerd  string // containerd's socket; default /run/containerd/containerd.sock
 	EtcdAddress string // default 127.0.0.1:2379
 	APIServer   string // this node's own, on a control plane; default https://127.0.0.1:6443
+	Kubelet     string // where it serves TLS; default 127.0.0.1:10250
 	// Links reads the node's interfaces; default nodeaddr.Links.
 	Links func() ([]nodeaddr.Link, error)
 	// Hostname reads the kernel's host name; default os.Hostname.
@@ -125,6 +126,7 @@ func New(cfg Config) (*Daemon, error) {
 	orDefault(&cfg.Containerd, "/run/containerd/containerd.sock")
 	orDefault(&cfg.EtcdAddress, "127.0.0.1:2379")
 	orDefault(&cfg.APIServer, "https://127.0.0.1:6443")
+	orDefault(&cfg.Kubelet, "127.0.0.1:10250")
 	if cfg.Links == nil {
 		cfg.Links = nodeaddr.Links
 	}

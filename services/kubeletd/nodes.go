@@ -126,11 +126,16 @@ func (c *cluster) followNodes(ctx context.Context, set func(map[string]Peer)) er
 
 // deleteNode deletes a Node, unless it is another one of its name by now.
 func (c *cluster) deleteNode(ctx context.Context, name, uid string) error {
+	return c.delete(ctx, nodePath(name), uid)
+}
+
+// delete deletes the one object that has the uid.
+func (c *cluster) delete(ctx context.Context, path, uid string) error {
 	body, err := json.Marshal(map[string]any{"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": map[string]string{"uid": uid}})
 	if err != nil {
 		return err
 	}
-	err = c.do(ctx, request{method: http.MethodDelete, path: nodePath(name), body: body}, nil)
+	err = c.do(ctx, request{method: http.MethodDelete, path: path, body: body}, nil)
 	if errs.Is(err, errs.NotFound) || errs.Is(err, errs.Conflict) {
 		return nil // another control plane was first
 	}

@@ -2,12 +2,14 @@ package kubeletd
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"sort"
 	"strings"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
 
 // spec is what of the document matters here.
@@ -41,6 +43,12 @@ type State struct {
 	Units  map[string]Unit
 	Health map[string]string // unit: "" if it answered well, else what it answered; absent if it was not asked yet
 
+	// Of the authorities while they are replaced; see authorities.go.
+	Turn          bool // this control plane may start its units anew
+	Published     bool // pods of all namespaces are told Trust.Kubernetes
+	KubeletSigned bool // the kubelet shows a certificate of Trust.Signer
+	Leftover      bool // extensions of the API are told authorities that count no more
+
 	Etcd bool // its port accepts
 	// API says that an API server of the cluster is ready and let kubeletd read. What follows is zero without it, and Peers may be old.
 	API       bool
@@ -56,6 +64,8 @@ type State struct {
 type trust struct {
 	Bootstrapped                 bool
 	Kubernetes, Etcd, FrontProxy string // PEM; "" until they exist
+	Signer                       string // the one of Kubernetes that signs, PEM
+	Moving                       bool   // there are two of Kubernetes: it is being replaced
 }
 
 // Unit is a unit as PID 1 sees it.
@@ -78,7 +88,7 @@ const controlPlaneKey = "node-role.kubernetes.io/control-plane"
 
 // Step is one change, or one thing to wait for.
 type Step struct {
-	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint", "node delete", "pods tell"
+	Op  string // "wait for", "write", "remove", "unit start", "unit stop", "unit restart", "addon apply", "csr approve", "csr sign", "node label", "node taint", "node untaint", "node delete", "pods tell", "turn take", "turn keep", "turn give", "extensions tell"
 	Arg string
 }
 
@@ -189,6 +199,7 @@ func (p *planner) inputs(unit string) (string, bool) {
 }
 
 func (p *planner) planUnits() {
+	restart := p.mayRestart()
 	for _, r := range rules {
 		u := p.have.Units[r.unit]
 		if p.want.Role == config.Worker && !r.worker {
@@ -203,7 +214,9 @@ func (p *planner) planUnits() {
 		inputs, complete := p.inputs(r.unit)
 		if u.State != "" && u.State != "down" { // it was started, by whomever: PID 1 keeps it
 			if complete && !r.once && p.have.Stamps[r.unit] != inputs {
-				p.do("unit restart", r.unit)
+				if restart {
+					p.do("unit restart", r.unit)
+				}
 			} else if r.once {
 				p.wait(r.unit)
 			}
@@ -226,6 +239,9 @@ func (p *planner) planUnits() {
 		if open {
 			p.do("unit start", r.unit)
 		}
+	}
+	for _, what := range p.behind() {
+		p.wait(what)
 	}
 	for _, r := range rules { // started, but not well
 		if u := p.have.Units[r.unit]; u.State == "up" {
@@ -286,6 +302,9 @@ func (p *planner) planCluster() {
 			p.do("addon apply", a.Name)
 		}
 	}
+	if p.have.Leftover && !p.have.Turn && len(p.restarts()) == 0 {
+		p.do("extensions tell", extensionsName)
+	}
 	for _, c := range p.have.CSRs {
 		if c.check(p.have.clients(p.want)) != nil {
 			continue // nobody's of the cluster: it stays as it is, for a person to decide
@@ -337,4 +356,55 @@ func unitNames() []string {
 	}
 	sort.Strings(out)
 	return out
+}
+
+// waiting says what is missing and who brings it.
+func waiting(what string, want spec, have State) error {
+	hint := "not there yet"
+	switch name, _ := strings.CutPrefix(what, "certificate "); {
+	case name != what:
+		hint = "trustd has not signed it yet"
+	case what == "bootstrap":
+		hint = "the cluster has no authorities yet; run: bhctl bootstrap"
+	case what == "volume VAR":
+		hint = "storaged has not mounted it yet"
+	case what == "address":
+		hint = "no interface with a default route, or in the subnet of the cluster's endpoint, has an IPv4 address"
+	case what == "members":
+		hint = "the cluster's list of nodes is not known yet, and without it nobody's kubelet gets a certificate"
+	case what == apiProbe:
+		hint = have.Trouble
+	case what == "hostname":
+		if hint = "the document of kind Machine names none"; want.Node != "" {
+			hint = fmt.Sprintf("the kernel's is %q, and the document's %q; PID 1 takes over what networkd writes", have.Hostname, want.Node)
+		}
+	case what == waitTurn:
+		hint = "another control plane starts its part of Kubernetes anew"
+	case what == waitRoots:
+		hint = "kube-controller-manager has not told all pods the authorities of now"
+	case what == waitKubelet:
+		hint = "the kubelet has none of the authority that signs now"
+	case what == "etcd":
+		hint = "nobody listens on " + have.EtcdAddress
+	case what == "node" || what == "node Ready" && have.Node == nil:
+		hint = fmt.Sprintf("the kubelet has not registered %q yet", want.Node)
+	case what == "node Ready":
+		hint = have.Node.Reason
+	default:
+		if u, ok := have.Units[what]; ok {
+			hint = "unit is " + u.State
+			if u.LastExit != "" {
+				hint += " (" + u.LastExit + ")"
+			}
+			if u.LastExit == ended {
+				hint += "; its log says why, and bhctl service restart " + what + " tries again"
+			}
+			if h := have.Health[what]; h != "" {
+				hint += ": " + h
+			} else if what == "kube-apiserver" && have.Trouble != "" {
+				hint += ": " + have.Trouble
+			}
+		}
+	}
+	return errs.New(errs.Unavailable, "%s", hint)
 }

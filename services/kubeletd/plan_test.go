@@ -133,7 +133,9 @@ var boot = []struct {
 	{"address", func(s *State) {
 		s.Address, s.Nameservers = addr("10.0.2.15"), []netip.Addr{addr("10.0.2.3")}
 	}},
-	{"bootstrap", func(s *State) { s.Trust = trust{true, "KUBERNETES\n", "ETCD\n", "FRONT\n"} }},
+	{"bootstrap", func(s *State) {
+		s.Trust = trust{Bootstrapped: true, Kubernetes: "KUBERNETES\n", Etcd: "ETCD\n", FrontProxy: "FRONT\n"}
+	}},
 	{"certificates", func(s *State) {
 		for _, p := range append(profiles(), keeperProfile) {
 			s.Pairs[p] = digest([]byte(p))
@@ -226,6 +228,20 @@ func TestPlanBoot(t *testing.T) {
 		}, ""},
 		{"a second control plane: one of each controller leads", func(_ *spec, s *State) { s.Members = n1n2 },
 			"write kubernetes/kube-controller-manager/args; write kubernetes/kube-scheduler/config.yaml; unit restart kube-controller-manager; unit restart kube-scheduler"},
+		{"another authority of etcd, with other control planes", func(_ *spec, s *State) {
+			s.Trust.Etcd, s.Health["kube-apiserver"] = "TWO\n", ""
+			s.Members, s.Stamps = n1n2, maps.Clone(s.Stamps)
+		}, "write kubernetes/pki/etcd-ca.pem; write kubernetes/kube-controller-manager/args; write kubernetes/kube-scheduler/config.yaml; turn take kube-apiserver; wait for turn"},
+		{"another authority of etcd, when it is this node's turn", func(_ *spec, s *State) { s.Trust.Etcd, s.Turn = "TWO\n", true },
+			"write kubernetes/pki/etcd-ca.pem; unit restart kube-apiserver"},
+		{"the turn is given when the API server is well again", func(_ *spec, s *State) { s.Turn, s.Health["kube-apiserver"] = true, "" }, "turn give kube-apiserver"},
+		{"and not before it was asked", func(_ *spec, s *State) { s.Turn = true }, "turn keep kube-apiserver"},
+		{"two authorities of Kubernetes: pods must know both", func(_ *spec, s *State) { s.Trust.Moving, s.KubeletSigned = true, true }, "wait for ConfigMaps kube-root-ca.crt"},
+		{"two authorities of Kubernetes: the kubelet must have a certificate of the one that signs", func(_ *spec, s *State) { s.Trust.Moving, s.Published = true, true }, "wait for kubelet's certificates"},
+		{"extensions are told an authority that is gone", func(_ *spec, s *State) { s.Leftover = true }, "extensions tell extension-apiserver-authentication"},
+		{"and this node's API server tells it, too", func(_ *spec, s *State) {
+			s.Leftover, s.Trust.FrontProxy = true, "TWO\n"
+		}, "write kubernetes/pki/front-proxy-ca.pem; unit restart kube-apiserver"},
 		{"a worker: nothing", func(_ *spec, s *State) { s.Members = n1w1 }, ""},
 		{"members are not known", func(_ *spec, s *State) {
 			s.Members, s.CSRs, s.Strangers = nil, []CSR{{Name: "x", User: "system:node:n1"}}, nil

@@ -214,6 +214,42 @@ func (s *realServer) signed(request string) bool {
 	return status["certificate"] != nil
 }
 
+// authorities looks at what kubeletd reads and does when authorities are replaced.
+func (s *realServer) authorities(d *Daemon, ca *testca.CA) {
+	s.Helper()
+	own, err := d.kernel.cluster()
+	if err != nil {
+		s.Fatal(err)
+	}
+	roots, _ := d.kernel.trust.Roots()
+	now := trustOf(roots)
+	for _, ns := range []string{"default", "kube-public"} {
+		s.until("namespace "+ns, func() bool { return s.get("/api/v1/namespaces/"+ns) != nil })
+		s.send(s.admin, http.MethodPost, "/api/v1/namespaces/"+ns+"/configmaps", object{"apiVersion": "v1", "kind": "ConfigMap", "metadata": object{"name": rootsName}, "data": object{"ca.crt": now.Kubernetes}})
+	}
+	if ok, err := own.published(s.Context(), now.Kubernetes); !ok || err != nil {
+		s.Errorf("all pods are told the authority: %v, %v", ok, err)
+	}
+	if ok, err := own.published(s.Context(), now.Kubernetes+"more"); ok || err != nil {
+		s.Errorf("no pod is told another one: %v, %v", ok, err)
+	}
+	if err := own.do(s.Context(), request{method: http.MethodGet, path: "/api/v1/configmaps"}, nil); !errs.Is(err, errs.Denied) {
+		s.Errorf("kubeletd reads all ConfigMaps: %v", err)
+	}
+	s.until("extensions are told", func() bool { return s.get(extensionsPath) != nil })
+	was := s.get(extensionsPath)["metadata"].(object)["uid"]
+	gone := testca.New(s.T).State().GetKubernetesCa()
+	s.send(s.admin, http.MethodPatch, extensionsPath, object{"data": object{"client-ca-file": ca.State().GetKubernetesCa() + gone}})
+	d.loop.Wake()
+	s.until("extensions are told only what counts", func() bool {
+		o := s.get(extensionsPath)
+		meta, _ := o["metadata"].(object)
+		data, _ := o["data"].(object)
+		text, _ := data["client-ca-file"].(string)
+		return o != nil && meta["uid"] != was && strings.TrimSpace(text) == strings.TrimSpace(ca.State().GetKubernetesCa())
+	})
+}
+
 // TestNodesAndTheRealAPIServer: what addons/rbac.yaml grants is enough for kubeletd, and a worker's can do nothing with it but look.
 func TestNodesAndTheRealAPIServer(t *testing.T) {
 	ca := testca.New(t)
@@ -269,6 +305,7 @@ func TestNodesAndTheRealAPIServer(t *testing.T) {
 			t.Errorf("a worker's kubeletd: %s %s: %v", r.method, r.path, err)
 		}
 	}
+	s.authorities(d, ca)
 	around.members(cp)
 	s.until("the Node of the one that was removed is gone", func() bool { return s.get(nodesPath+"/"+worker) == nil })
 	if st, _ := d.status.Get(); !st.GetNodeReady() || st.GetVersion() == "" {

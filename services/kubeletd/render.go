@@ -146,6 +146,8 @@ type facts struct {
 	KubernetesCA, EtcdCA, FrontProxyCA    string
 	Pause, CoreDNS                        string
 	ControlPlanes                         int // in the cluster; 0 while that is not known
+	// Mark is another one for each authority but the first: with it the kubelet gets new certificates, and add-ons start anew.
+	Mark string
 }
 
 // localAPI is where every node reaches the API servers: at its own balancer. Kubernetes' files name it, so it is no setting.
@@ -164,7 +166,7 @@ func gather(want spec, have State) *facts {
 		Address: have.Address, PodSubnet: want.PodSubnet, ServiceSubnet: want.ServiceSubnet, NodeMask: nodeMask(want.PodSubnet),
 		DNS: nth(want.ServiceSubnet, 10), Nameservers: have.Nameservers, Schedulable: want.Schedulable || want.Role == config.Worker,
 		ReservedCPU: "200m", ReservedMemory: "768Mi", Pause: pauseImage, CoreDNS: corednsImage,
-		KubernetesCA: have.Trust.Kubernetes, EtcdCA: have.Trust.Etcd, FrontProxyCA: have.Trust.FrontProxy, ControlPlanes: len(controlPlanes(have.Members)),
+		KubernetesCA: have.Trust.Kubernetes, EtcdCA: have.Trust.Etcd, FrontProxyCA: have.Trust.FrontProxy, ControlPlanes: len(controlPlanes(have.Members)), Mark: have.Trust.mark(),
 	}
 	if want.Role == config.Worker {
 		f.ReservedCPU, f.ReservedMemory = "100m", "256Mi"

@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"net/netip"
 	"net/url"
+	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -67,6 +68,9 @@ func (s *server) GetKubeconfig(ctx context.Context, r *kubernetesv1.GetKubeconfi
 	cert, key, ca, err := s.d.kernel.adminPair(ctx, user, life)
 	if err != nil {
 		return nil, err
+	}
+	if roots, _ := s.d.kernel.trust.Roots(); strings.Contains(roots.State.GetKubernetesCa(), ca) {
+		ca = roots.State.GetKubernetesCa() // while it is replaced, the other one too
 	}
 	text, err := kubeconfig(want.Cluster, server, user, ca, cert, key)
 	if err != nil {

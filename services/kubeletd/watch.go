@@ -247,9 +247,15 @@ func (k *system) follow(ctx context.Context, p probe, wake func()) error {
 			continue
 		}
 		call, cancel := context.WithTimeout(ctx, probeTime)
+		start := time.Now()
+		_, ordered := k.orders.Get()
 		answer := p.ask(call)
 		cancel()
 		k.mu.Lock()
+		if start.Before(k.begun[p.name]) { // its predecessor's
+			k.mu.Unlock()
+			continue
+		}
 		before, asked := k.health[p.name], true
 		if p.name == "etcd" {
 			asked = k.etcd != (answer == "")
@@ -266,8 +272,14 @@ func (k *system) follow(ctx context.Context, p probe, wake func()) error {
 		if answer == "" {
 			next = probeSeldom
 		}
-		if !pause(ctx, next) {
+		t := time.NewTimer(next)
+		select {
+		case <-ctx.Done():
+			t.Stop()
 			return ctx.Err()
+		case <-ordered: // what was well may not be now
+			t.Stop()
+		case <-t.C:
 		}
 	}
 }
@@ -338,10 +350,10 @@ func (k *system) followPlace(ctx context.Context, wake func()) error {
 			k.leaves[serverProfile].Renew() // others would not believe the API server at that address
 		}
 		k.mu.Lock()
-		due := len(k.strange) > 0
+		due := len(k.strange) > 0 || k.restless
 		k.mu.Unlock()
 		if due {
-			wake() // a Node without a member is waited for before it is deleted
+			wake() // a Node without a member, for one, is waited for before it is deleted
 		}
 		if err == nil && (now.address != last.address || now.hostname != last.hostname || !slices.Equal(now.nameservers, last.nameservers) || mounted != (e == nil)) {
 			last, mounted = now, e == nil

@@ -285,13 +285,13 @@ func TestRotateAuthority(t *testing.T) {
 			}
 		}
 	}
-	// Another authority is another replacement.
-	c.begin(ctx, true, "etcd")
+	// Other authorities are another replacement.
+	c.begin(ctx, true, "etcd", "kubernetes", "front-proxy")
 	c.until(ctx, "done")
 	for _, n := range []string{"n1", "n2", "n3"} {
 		r, err := c.call(ctx, c.n1, c.owner.get(), n)
 		c.n1.must(err)
-		if got := authorityLines(r, "os-ca", "etcd-ca"); got != "2 signs, 2 signs" {
+		if got := authorityLines(r, "os-ca", "etcd-ca", "kubernetes-ca", "front-proxy-ca"); got != "2 signs, 2 signs, 2 signs, 2 signs" {
 			t.Errorf("authorities of %s in the end: %q", n, got)
 		}
 	}

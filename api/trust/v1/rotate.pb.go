@@ -28,7 +28,7 @@ const (
 
 type StartRotationRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "os", "etcd"; none: both. "kubernetes" and "front-proxy" cannot be replaced yet.
+	// "etcd", "front-proxy", "kubernetes" (with the key for service accounts' tokens), "os"; none: all of them.
 	Which []string `protobuf:"bytes,1,rep,name=which,proto3" json:"which,omitempty"`
 	// Remove the old authorities as soon as every node has certificates of the new ones, without the wait for people and programs outside of the cluster.
 	SkipWait      bool `protobuf:"varint,2,opt,name=skip_wait,json=skipWait,proto3" json:"skip_wait,omitempty"`
