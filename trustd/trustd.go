@@ -89,7 +89,7 @@ type Daemon struct {
 	past     signed              // what was signed since the start
 	count    figures
 
-	etcdd, apid *grpc.ClientConn // opened when first used
+	etcdd, apid, storaged *grpc.ClientConn // opened when first used
 }
 
 // Run is trustd as PID 1 starts it.
@@ -126,7 +126,7 @@ func New(cfg Config) (*Daemon, error) {
 	for _, c := range []struct {
 		daemon string
 		to     **grpc.ClientConn
-	}{{"etcdd", &d.etcdd}, {"apid", &d.apid}} {
+	}{{"etcdd", &d.etcdd}, {"apid", &d.apid}, {"storaged", &d.storaged}} {
 		conn, err := peer.Dial(cfg.Socket(c.daemon))
 		if err != nil {
 			return nil, err
@@ -150,6 +150,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	defer d.etcdd.Close()
 	defer d.apid.Close()
+	defer d.storaged.Close()
 	g.Go(func() error { return d.follow(ctx) })
 	g.Go(func() error { return d.followCluster(ctx) })
 	g.Go(func() error { return d.keepRecord(ctx) })
