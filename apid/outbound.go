@@ -101,7 +101,7 @@ func exchangeTLS(o *outboundv1.Open) (*tls.Config, error) {
 	label := labels[o.GetMethod()]
 	switch {
 	case label == "":
-		return nil, errs.New(errs.Denied, "exchange: method %.100q: only those of Join, SignForNode and WatchCluster of trust.v1 go through here", o.GetMethod())
+		return nil, errs.New(errs.Denied, "exchange: method %.100q: only Join, SignForNode and WatchCluster of trust.v1, and the two halves of a join by TPM, go through here", o.GetMethod())
 	case o.GetBindingLabel() != label:
 		return nil, errs.New(errs.Invalid, "exchange: binding_label is %.100q; for %s it is %q", o.GetBindingLabel(), o.GetMethod(), label)
 	case len(o.GetEndpoints()) == 0 || len(o.GetEndpoints()) > maxEndpoints:

@@ -295,7 +295,7 @@ func checkAnswer(t *testing.T, n1 *box, resp *trustv1.JoinAttestedResponse) {
 	t.Helper()
 	k, _ := n1.d.keys.Get()
 	ca := fingerprintOf(k.os.cert.Raw)
-	if inner, err := checkWord(resp, ca, binding); err != nil || inner.GetRole() != "worker" || len(inner.GetSealed()) != 0 {
+	if inner, err := checkWord(resp, []string{ca}, binding); err != nil || inner.GetRole() != "worker" || len(inner.GetSealed()) != 0 {
 		t.Errorf("the cluster's word: %v, %v", inner, err)
 	}
 	changed := proto.CloneOf(resp)
@@ -319,7 +319,7 @@ func checkAnswer(t *testing.T, n1 *box, resp *trustv1.JoinAttestedResponse) {
 		"changed":            {changed, ca, binding, "not signed by its authority"},
 		"signed by another":  {forged, ca, binding, "not signed by its authority"},
 	} {
-		if _, err := checkWord(c.r, c.ca, c.binding); err == nil || !strings.Contains(errs.Text(err), c.err) {
+		if _, err := checkWord(c.r, []string{c.ca}, c.binding); err == nil || !strings.Contains(errs.Text(err), c.err) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}

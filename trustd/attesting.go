@@ -6,6 +6,8 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
+	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -25,7 +27,7 @@ type asking func(ctx context.Context, n *newcomer, r *trustv1.JoinClusterRequest
 
 // asking tells by what the operator gave how the node joins: by a token, or by its TPM.
 func (d *Daemon) asking(ctx context.Context, token string) (asking, error) {
-	ca, ok := attest.ParseInvitation(token)
+	cas, ok := attest.ParseInvitation(token)
 	if !ok {
 		id, secret, err := join.Parse(token)
 		if err != nil {
@@ -42,12 +44,12 @@ func (d *Daemon) asking(ctx context.Context, token string) (asking, error) {
 		return nil, errs.New(errs.Of(err), "this node cannot join by its TPM: %s", errs.Text(err))
 	}
 	return func(ctx context.Context, n *newcomer, r *trustv1.JoinClusterRequest, endpoint string) (*keyring, []byte, error) {
-		return d.askByTPM(ctx, n, r, endpoint, device, ca)
+		return d.askByTPM(ctx, n, r, endpoint, device, cas)
 	}, nil
 }
 
 // askByTPM shows a control plane which machine this is, and believes the answer if it is under the signature of the authority that the operator has named.
-func (d *Daemon) askByTPM(ctx context.Context, n *newcomer, r *trustv1.JoinClusterRequest, endpoint string, device *storagev1.DescribeResponse, ca string) (*keyring, []byte, error) {
+func (d *Daemon) askByTPM(ctx context.Context, n *newcomer, r *trustv1.JoinClusterRequest, endpoint string, device *storagev1.DescribeResponse, cas []string) (*keyring, []byte, error) {
 	c := &trustv1.AttestChallengeResponse{}
 	err := d.call(ctx, trustv1.Join_Challenge_FullMethodName, endpoint, "", attest.Label, func([]byte) (proto.Message, error) {
 		return &trustv1.AttestChallengeRequest{
@@ -66,7 +68,7 @@ func (d *Daemon) askByTPM(ctx context.Context, n *newcomer, r *trustv1.JoinClust
 	if err != nil {
 		return nil, nil, err
 	}
-	resp, err := checkWord(out, ca, binding)
+	resp, err := checkWord(out, cas, binding)
 	if err != nil {
 		return nil, nil, errs.New(errs.Denied, "%s: %w. Nothing was changed", endpoint, err)
 	}
@@ -95,14 +97,14 @@ func (d *Daemon) proveByTPM(ctx context.Context, n *newcomer, r *trustv1.JoinClu
 	}, nil
 }
 
-// checkWord returns a cluster's answer, if the authority with the digest has signed it for this connection.
-func checkWord(out *trustv1.JoinAttestedResponse, ca string, binding []byte) (*trustv1.JoinResponse, error) {
+// checkWord returns a cluster's answer, if an authority with one of the digests has signed it for this connection.
+func checkWord(out *trustv1.JoinAttestedResponse, cas []string, binding []byte) (*trustv1.JoinResponse, error) {
 	resp := &trustv1.JoinResponse{}
 	if err := proto.Unmarshal(out.GetAnswer(), resp); err != nil {
 		return nil, errs.New(errs.Denied, "its answer makes no sense: %w", err)
 	}
-	if got := sha256.Sum256(resp.GetOsCa()); hex.EncodeToString(got[:]) != ca {
-		return nil, errs.New(errs.Denied, "its authority's certificate has the SHA-256 %x, not %s: it is of another cluster, or somebody is in between, or the cluster has a new authority", got, ca)
+	if got := sha256.Sum256(resp.GetOsCa()); !slices.Contains(cas, hex.EncodeToString(got[:])) {
+		return nil, errs.New(errs.Denied, "its authority's certificate has the SHA-256 %x, not %s: it is of another cluster, or somebody is in between, or the cluster has a new authority", got, strings.Join(cas, " or "))
 	}
 	cert, err := x509.ParseCertificate(resp.GetOsCa())
 	if err != nil {

@@ -51,6 +51,8 @@ type fakeCluster struct {
 	stale   bool                 // guarded by mu; trustd has not heard yet that etcd lost a member
 	tokens  []*trustv1.JoinToken // guarded by mu
 	alarms  []string             // guarded by mu
+
+	attested []*trustv1.Attestation // guarded by mu
 }
 
 // startFake returns a file of contexts for a cluster of its own.

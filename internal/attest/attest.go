@@ -69,17 +69,26 @@ func ParseDigest(text string) (string, error) {
 // invitation is what an operator's program sends in a join token's place: there is no secret in it, so it does not look like one.
 const invitation = "tpm:"
 
-// Invitation is what a node is told that is to join by its TPM: the SHA-256 of the certificate of the cluster's authority for the Bulkhead API, as ParseDigest returns it.
-// Who answers for the cluster must have that key.
-func Invitation(ca string) string { return invitation + ca }
+// Invitation is what a node is told that is to join by its TPM: the SHA-256 of the certificate of the cluster's authority for the Bulkhead API, as ParseDigest returns it; several while
+// one authority follows another. Who answers for the cluster must have the key of one of them.
+func Invitation(cas ...string) string { return invitation + strings.Join(cas, ",") }
 
-// ParseInvitation returns the authority's digest; false if the text is no invitation, but a token.
-func ParseInvitation(text string) (string, bool) {
-	ca, ok := strings.CutPrefix(text, invitation)
-	if d, err := ParseDigest(ca); err == nil && ok {
-		return d, true
+// ParseInvitation returns the authorities' digests; false if the text is no invitation, but a token.
+func ParseInvitation(text string) ([]string, bool) {
+	const most = 8
+	rest, ok := strings.CutPrefix(text, invitation)
+	cas := strings.Split(rest, ",")
+	if !ok || len(cas) > most {
+		return nil, false
 	}
-	return "", false
+	for i, c := range cas {
+		d, err := ParseDigest(c)
+		if err != nil {
+			return nil, false
+		}
+		cas[i] = d
+	}
+	return cas, true
 }
 
 // Qualifier is what a quote must be over, besides the PCRs: the cluster's nonce, the TLS connection, and what the machine asks for.

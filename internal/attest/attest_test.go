@@ -10,6 +10,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"math/big"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -299,10 +300,13 @@ func TestTicket(t *testing.T) {
 
 func TestInvitation(t *testing.T) {
 	d := strings.Repeat("ab", 32)
-	if got, ok := ParseInvitation(Invitation(d)); !ok || got != d {
-		t.Errorf("%q, %v", got, ok)
+	e := strings.Repeat("cd", 32)
+	for _, want := range [][]string{{d}, {d, e}} {
+		if got, ok := ParseInvitation(Invitation(want...)); !ok || !slices.Equal(got, want) {
+			t.Errorf("%q, %v", got, ok)
+		}
 	}
-	for _, no := range []string{"", "tpm:", "tpm:12", d, "0123456789.0000-0000-0000-0000-0000-0000-0000-0000"} {
+	for _, no := range []string{"", "tpm:", "tpm:12", "tpm:" + d + ",", Invitation(slices.Repeat([]string{d}, 9)...), d, "0123456789.0000-0000-0000-0000-0000-0000-0000-0000"} {
 		if _, ok := ParseInvitation(no); ok {
 			t.Errorf("%q is taken for an invitation", no)
 		}
