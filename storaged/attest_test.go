@@ -58,7 +58,7 @@ func TestAttestation(t *testing.T) {
 	}{
 		"a qualifier that is too short": {c, &storagev1.ProveRequest{Credential: cred.Blob, EncryptedSecret: cred.Secret, Qualifier: want[:31]}, errs.Invalid, "qualifier of 31 bytes"},
 		"nothing to decrypt":            {c, &storagev1.ProveRequest{Qualifier: want}, errs.Precondition, "another TPM or another key"},
-		"another daemon": {storagev1.NewAttestationClient(serveKernel(t, k, v, t.TempDir(), who(uid.Kubeletd))),
+		"another daemon": {storagev1.NewAttestationClient(serveKernel(t, k, v, t.TempDir(), who(uid.Updated))),
 			&storagev1.ProveRequest{Credential: cred.Blob, EncryptedSecret: cred.Secret, Qualifier: want}, errs.Denied, ""},
 		"no TPM": {storagev1.NewAttestationClient(serveKernel(t, k, noVault(t.TempDir()), t.TempDir(), who(uid.Trustd))),
 			&storagev1.ProveRequest{Qualifier: want}, errs.Precondition, "the machine has no TPM 2.0"},

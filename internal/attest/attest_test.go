@@ -166,7 +166,7 @@ func TestPolicy(t *testing.T) {
 	added := v
 	added[2][0] = 1
 	capped := v
-	capped[1] = pcrpolicy.Cap(v[1])
+	capped[1] = pcrpolicy.Extend(v[1], pcrpolicy.Digest{1})
 	other := pcrpolicy.Digest{9}.String()
 	for name, c := range map[string]struct {
 		p   Policy
@@ -177,7 +177,7 @@ func TestPolicy(t *testing.T) {
 		"nothing wanted":         {v: added},
 		"PCR 7":                  {p: Policy{PCR7: v[0].String()}, v: v},
 		"PCR 11":                 {p: Policy{PCR11: v[1].String()}, v: v},
-		"PCR 11, capped":         {p: Policy{PCR11: v[1].String()}, v: capped},
+		"PCR 11, capped":         {p: Policy{PCR11: v[1].String()}, v: capped, err: "restart it before it joins"},
 		"an image that is":       {p: Policy{ImageKey: signer}, v: v, i: image},
 		"all":                    {p: Policy{PCR7: v[0].String(), PCR11: v[1].String(), ImageKey: signer}, v: v, i: image},
 		"another PCR 7":          {p: Policy{PCR7: other}, v: v, err: "PCR 7 (Secure Boot) is " + v[0].String() + "; allowed is " + other},

@@ -173,9 +173,12 @@ func (k AK) Check(q Quote, qualifier []byte) error {
 	return nil
 }
 
+// capped: storaged extends PCR 11 when the volumes are open. What runs from then on, a pod with root that has reached the TPM for one, must not pass for a machine that has just started.
+const capped = "if the machine's volumes are open already, restart it before it joins"
+
 // Policy is what a machine must have been started with. Empty fields do not count.
 type Policy struct {
-	// PCR7 and PCR11 are values, hexadecimal; see package pcrpolicy. A PCR 11 that was capped since is as good.
+	// PCR7 and PCR11 are values, hexadecimal; see package pcrpolicy. PCR 11 is another one as soon as the volumes are open.
 	PCR7  string `json:"pcr7,omitempty"`
 	PCR11 string `json:"pcr11,omitempty"`
 	// ImageKey is the Fingerprint of the key that signs PCR policies of images, hexadecimal: any image that it has signed will do.
@@ -196,10 +199,7 @@ func (p Policy) Check(v Values, i Image) error {
 		return fmt.Errorf("PCR 7 (Secure Boot) is %s; allowed is %s", v[0], p.PCR7)
 	}
 	if p.PCR11 != "" && v[1].String() != p.PCR11 {
-		var was pcrpolicy.Digest
-		if err := was.UnmarshalText([]byte(p.PCR11)); err != nil || pcrpolicy.Cap(was) != v[1] {
-			return fmt.Errorf("PCR 11 (the image) is %s; allowed is %s", v[1], p.PCR11)
-		}
+		return fmt.Errorf("PCR 11 (the image) is %s; allowed is %s; "+capped, v[1], p.PCR11)
 	}
 	if p.PCR11 != "" || p.ImageKey != "" {
 		if v[2] != (pcrpolicy.Digest{}) {
@@ -232,7 +232,7 @@ func (i Image) check(fingerprint string, pcr11 pcrpolicy.Digest) error {
 		return fmt.Errorf("the image: %w", err)
 	}
 	if want != i.Policy {
-		return fmt.Errorf("PCR 11 is %s, which is not that of the image whose signature was sent; if the machine's volumes are open already, restart it before it joins", pcr11)
+		return fmt.Errorf("PCR 11 is %s, which is not that of the image whose signature was sent; "+capped, pcr11)
 	}
 	return nil
 }

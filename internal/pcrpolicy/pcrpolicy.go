@@ -78,12 +78,6 @@ func PredictPCR11(sections []Section) (Digest, error) {
 	return pcr, nil
 }
 
-// CapDigest is extended into PCR 11 when the volumes are open, so that nothing that runs later can do what was done before.
-var CapDigest = Extend(Digest{}, Digest([]byte("bulkhead: the volumes are open. ")))
-
-// Cap returns a PCR 11 after that.
-func Cap(pcr Digest) Digest { return Extend(pcr, CapDigest) }
-
 // Extend returns a PCR after a digest was extended into it.
 func Extend(pcr, digest Digest) Digest { return hash(pcr[:], digest[:]) }
 

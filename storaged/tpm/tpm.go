@@ -69,6 +69,9 @@ const (
 	ownerAuthSet = 1
 )
 
+// capDigest is extended into PCR 11 by Cap.
+var capDigest = pcrpolicy.Extend(pcrpolicy.Digest{}, pcrpolicy.Digest([]byte("bulkhead: the volumes are open. ")))
+
 func selection(pcrs ...uint) tpm2.TPMLPCRSelection {
 	return tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{Hash: tpm2.TPMAlgSHA256, PCRSelect: tpm2.PCClientCompatible.PCRs(pcrs...)}}}
 }
@@ -89,7 +92,7 @@ func (m *TPM) PCR(n uint) (pcrpolicy.Digest, error) {
 func (m *TPM) Cap() error {
 	_, err := tpm2.PCRExtend{
 		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(pcrpolicy.PCRImage), Auth: tpm2.PasswordAuth(nil)},
-		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: pcrpolicy.CapDigest[:]}}},
+		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: capDigest[:]}}},
 	}.Execute(m.t)
 	if err != nil {
 		return fmt.Errorf("cap PCR %d: %w", pcrpolicy.PCRImage, err)
