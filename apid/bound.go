@@ -14,6 +14,7 @@ import (
 
 	storagev1 "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/attest"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/gate"
@@ -34,6 +35,8 @@ var labels = map[string]string{
 	trustv1.Nodes_SignForNode_FullMethodName:     join.NodeLabel,
 	trustv1.Nodes_WatchCluster_FullMethodName:    join.NodeLabel,
 	trustv1.Nodes_ConfirmRotation_FullMethodName: join.NodeLabel,
+	trustv1.Join_Challenge_FullMethodName:        attest.Label,
+	trustv1.Join_JoinAttested_FullMethodName:     attest.Label,
 }
 
 // bindingOf returns what ties a method's proof to the connection of its caller.
@@ -129,6 +132,15 @@ func (b bound) unary(method string) error {
 		return answer(b, storagev1.NewUnlockClient(b.conn).Unlock, func(r *storagev1.UnlockRequest) { r.ChannelBinding = b.binding })
 	case trustv1.Join_Join_FullMethodName:
 		return answer(b, trustv1.NewJoinClient(b.conn).Join, func(r *trustv1.JoinRequest) { r.ChannelBinding, r.RemoteAddress = b.binding, b.remote })
+	case trustv1.Join_Challenge_FullMethodName:
+		return answer(b, trustv1.NewJoinClient(b.conn).Challenge, func(r *trustv1.AttestChallengeRequest) { r.RemoteAddress = b.remote })
+	case trustv1.Join_JoinAttested_FullMethodName:
+		return answer(b, trustv1.NewJoinClient(b.conn).JoinAttested, func(r *trustv1.JoinAttestedRequest) {
+			if r.Join == nil {
+				r.Join = &trustv1.JoinRequest{}
+			}
+			r.Join.ChannelBinding, r.Join.RemoteAddress = b.binding, b.remote
+		})
 	case trustv1.Nodes_SignForNode_FullMethodName:
 		return answer(b, trustv1.NewNodesClient(b.conn).SignForNode, func(r *trustv1.SignForNodeRequest) { r.Proof = b.proof(r.GetProof()) })
 	case trustv1.Nodes_ConfirmRotation_FullMethodName:

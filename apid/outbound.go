@@ -101,7 +101,7 @@ func exchangeTLS(o *outboundv1.Open) (*tls.Config, error) {
 	label := labels[o.GetMethod()]
 	switch {
 	case label == "":
-		return nil, errs.New(errs.Denied, "exchange: method %.100q: only Join, SignForNode, WatchCluster and ConfirmRotation of trust.v1 go through here", o.GetMethod())
+		return nil, errs.New(errs.Denied, "exchange: method %.100q: only Join, SignForNode, WatchCluster and ConfirmRotation of trust.v1, and the two halves of a join by TPM, go through here", o.GetMethod())
 	case o.GetBindingLabel() != label:
 		return nil, errs.New(errs.Invalid, "exchange: binding_label is %.100q; for %s it is %q", o.GetBindingLabel(), o.GetMethod(), label)
 	case len(o.GetEndpoints()) == 0 || len(o.GetEndpoints()) > maxEndpoints:
@@ -116,10 +116,10 @@ func exchangeTLS(o *outboundv1.Open) (*tls.Config, error) {
 	}
 	cfg := &tls.Config{MinVersion: tls.VersionTLS13, NextProtos: []string{"h2"}, ServerName: client.ServerName}
 	if o.GetRoots() == "" {
-		if o.GetMethod() != trustv1.Join_Join_FullMethodName {
+		if !strings.HasPrefix(o.GetMethod(), "/"+trustv1.Join_ServiceDesc.ServiceName+"/") {
 			return nil, errs.New(errs.Invalid, "exchange: %s needs roots: only Join may call somebody whom nobody vouches for", o.GetMethod())
 		}
-		cfg.InsecureSkipVerify = true // the token's secret proves who it is, on this very connection
+		cfg.InsecureSkipVerify = true // the token's secret, or the signature of the cluster's authority, proves who it is, on this very connection
 		return cfg, nil
 	}
 	cfg.ServerName = join.ServerName // a worker, however broken into, is not believed

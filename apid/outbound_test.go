@@ -16,6 +16,7 @@ import (
 
 	outboundv1 "github.com/bulkhead-os/bulkhead/api/outbound/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/attest"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
@@ -44,6 +45,14 @@ func (a *authorityOf) Join(ctx context.Context, r *trustv1.JoinRequest) (*trustv
 		return nil, errs.New(errs.Unauthenticated, "no such token")
 	}
 	return &trustv1.JoinResponse{Proof: r.GetChannelBinding(), Role: r.GetRemoteAddress(), Certificate: r.GetCsr()}, nil
+}
+
+func (a *authorityOf) Challenge(_ context.Context, r *trustv1.AttestChallengeRequest) (*trustv1.AttestChallengeResponse, error) {
+	return &trustv1.AttestChallengeResponse{Id: r.GetRemoteAddress(), Nonce: r.GetEndorsementKey()}, nil
+}
+
+func (a *authorityOf) JoinAttested(_ context.Context, r *trustv1.JoinAttestedRequest) (*trustv1.JoinAttestedResponse, error) {
+	return &trustv1.JoinAttestedResponse{Answer: r.GetJoin().GetChannelBinding(), Signature: []byte(r.GetJoin().GetRemoteAddress())}, nil
 }
 
 func (a *authorityOf) JoinCluster(_ context.Context, r *trustv1.JoinClusterRequest) (*trustv1.JoinClusterResponse, error) {
@@ -115,6 +124,31 @@ func receive(t *testing.T, s outboundv1.Outbound_ExchangeClient, into proto.Mess
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// Both halves of a join by TPM go through two apids, to somebody whom nobody vouches for; the second is tied to its connection, and says from where it came.
+func TestExchangeByTPM(t *testing.T) {
+	far, near := joinable(t, &authorityOf{}), newNode(t, false)
+	ctx := near.ctx()
+	open := &outboundv1.Open{Method: trustv1.Join_Challenge_FullMethodName, Endpoints: []string{far.address}, BindingLabel: attest.Label}
+	s, _, err := near.exchange(ctx, open, &trustv1.AttestChallengeRequest{EndorsementKey: []byte("ek"), RemoteAddress: "192.0.2.1"})
+	near.must(err)
+	var c trustv1.AttestChallengeResponse
+	if receive(t, s, &c); c.GetId() != "127.0.0.1" || string(c.GetNonce()) != "ek" {
+		t.Errorf("the far trustd was asked %v", &c)
+	}
+	open.Method = trustv1.Join_JoinAttested_FullMethodName
+	for _, r := range []*trustv1.JoinAttestedRequest{{}, {Join: &trustv1.JoinRequest{ChannelBinding: []byte("mine"), RemoteAddress: "192.0.2.1"}}} {
+		s, opened, err := near.exchange(ctx, open, r)
+		near.must(err)
+		var seen trustv1.JoinAttestedResponse
+		if receive(t, s, &seen); len(opened.GetBinding()) != join.BindingSize || !bytes.Equal(seen.GetAnswer(), opened.GetBinding()) || string(seen.GetSignature()) != "127.0.0.1" {
+			t.Errorf("opened %v, the far trustd saw %v", opened, &seen)
+		}
+	}
+	open.BindingLabel = join.Label
+	_, _, err = near.exchange(ctx, open, &trustv1.JoinAttestedRequest{})
+	says(t, "another label", err, codes.InvalidArgument, attest.Label)
 }
 
 // A node's trustd joins, has certificates signed and follows the cluster, through two apids; what ties its proofs to the connection is the same at both ends.

@@ -66,7 +66,7 @@ type call struct {
 	roots   *leaf.Roots // under which it was let in
 	grants  *grants     // what the document said then
 	cancel  context.CancelCauseFunc
-	strange bool // refused: credentials were shown, and are not good here
+	strange bool        // refused: credentials were shown, and are not good here
 	told    atomic.Bool // it was told to end
 	late    atomic.Bool // it goes on, though the authority of its caller is none any more
 }

@@ -21,10 +21,11 @@ import (
 // releaseKeys is where the image has the keys whose bundles it takes.
 const releaseKeys = "/usr/share/bulkhead/release.pub"
 
-// callers are those besides apid and machined's Control: who may fill slots, and who may end it all.
+// callers are those besides apid and machined's Control: who may fill slots, who may end it all, and who may show others which machine this is.
 var callers = peer.List{
-	slotv1.Slots_ServiceDesc.ServiceName:       {uid.Updated},
-	storagev1.Disposal_ServiceDesc.ServiceName: {uid.Machined},
+	slotv1.Slots_ServiceDesc.ServiceName:          {uid.Updated},
+	storagev1.Disposal_ServiceDesc.ServiceName:    {uid.Machined},
+	storagev1.Attestation_ServiceDesc.ServiceName: {uid.Trustd},
 }
 
 // newSlots returns the service for updated. The table is edited by the same function as for volumes, which takes one edit at a time.

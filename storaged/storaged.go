@@ -122,6 +122,7 @@ func (d *Daemon) serve(ctx context.Context) error {
 		storagev1.RegisterUnlockServer(s, unlockServer{d: d})
 		storagev1.RegisterKeysServer(s, keyServer{d: d})
 		storagev1.RegisterDisposalServer(s, disposalServer{d: d})
+		storagev1.RegisterAttestationServer(s, attestationServer{d: d})
 		if d.slots != nil {
 			slotv1.RegisterSlotsServer(s, d.slots)
 			storagev1.RegisterSecureBootServer(s, secureBootServer{d: d, fw: newFirmware(d.slots.Linux)})

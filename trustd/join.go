@@ -69,6 +69,17 @@ func (d *Daemon) admit(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.Jo
 	if err != nil {
 		return nil, err
 	}
+	resp, err := d.vouch(k, r, n, after)
+	if err != nil {
+		return nil, err
+	}
+	resp.Proof = join.ClusterProof(secret, binding, resp.OsCa, resp.Certificate, resp.Sealed)
+	d.log.Info("node let in", "name", n.Name, "role", n.Role, "address", a.Address, "token", a.Token)
+	return resp, nil
+}
+
+// vouch is what a node gets that was let in: the cluster's word for it, and its keys if it is a control plane.
+func (d *Daemon) vouch(k *keyring, r *trustv1.JoinRequest, n roster.Node, after *roster.State) (*trustv1.JoinResponse, error) {
 	pub, err := join.ParseKey(n.PublicKey)
 	if err != nil {
 		return nil, err
@@ -83,9 +94,7 @@ func (d *Daemon) admit(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.Jo
 			return nil, err
 		}
 	}
-	resp.Proof = join.ClusterProof(secret, binding, resp.OsCa, resp.Certificate, resp.Sealed)
 	d.remember("node", cert)
-	d.log.Info("node let in", "name", n.Name, "role", n.Role, "address", a.Address, "token", a.Token)
 	return resp, nil
 }
 

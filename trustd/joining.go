@@ -168,9 +168,9 @@ func (d *Daemon) makeNewcomer() ([]byte, error) {
 
 // askCluster asks the endpoints one after the other until one gives the cluster's word, and returns what the node then is, with its certificate.
 func (d *Daemon) askCluster(ctx context.Context, r *trustv1.JoinClusterRequest, token string) (*keyring, []byte, error) {
-	id, secret, err := join.Parse(token)
+	ask, err := d.asking(ctx, token)
 	if err != nil {
-		return nil, nil, errs.New(errs.Invalid, "%w", err)
+		return nil, nil, err
 	}
 	n, err := d.newcomer()
 	if err != nil {
@@ -178,8 +178,10 @@ func (d *Daemon) askCluster(ctx context.Context, r *trustv1.JoinClusterRequest, 
 	}
 	var said []string
 	for _, endpoint := range r.GetEndpoints() {
-		k, cert, err := d.askToJoin(ctx, n, r, endpoint, id, secret)
+		k, cert, err := ask(ctx, n, r, endpoint)
 		if err == nil {
+			// The one that answers goes first from now on.
+			k.node.endpoints = slices.Concat([]string{endpoint}, slices.DeleteFunc(slices.Clone(r.GetEndpoints()), func(e string) bool { return e == endpoint }))
 			return k, cert, nil
 		}
 		switch errs.Of(err) {
@@ -213,8 +215,6 @@ func (d *Daemon) askToJoin(ctx context.Context, n *newcomer, r *trustv1.JoinClus
 	if err != nil {
 		return nil, nil, errs.New(errs.Denied, "%s: %w", endpoint, err)
 	}
-	// The one that answers goes first from now on.
-	k.node.endpoints = slices.Concat([]string{endpoint}, slices.DeleteFunc(slices.Clone(r.GetEndpoints()), func(e string) bool { return e == endpoint }))
 	return k, resp.GetCertificate(), nil
 }
 

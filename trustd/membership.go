@@ -140,12 +140,17 @@ func (s membershipServer) ListMembers(ctx context.Context, _ *trustv1.ListMember
 	if err != nil {
 		return nil, err
 	}
-	out := &trustv1.ListMembersResponse{}
+	return &trustv1.ListMembersResponse{Members: members(state)}, nil
+}
+
+// members are the nodes for people, by name.
+func members(state *roster.State) []*trustv1.ClusterMember {
+	var out []*trustv1.ClusterMember
 	for _, name := range slices.Sorted(maps.Keys(state.Nodes)) {
 		n := state.Nodes[name]
-		out.Members = append(out.Members, &trustv1.ClusterMember{Name: name, Role: n.Role, Key: n.Key, Addresses: n.Addresses, Joined: timestamppb.New(n.Joined), TokenId: n.Token})
+		out = append(out, &trustv1.ClusterMember{Name: name, Role: n.Role, Key: n.Key, Addresses: n.Addresses, Joined: timestamppb.New(n.Joined), TokenId: n.Token, Attested: shown(n.Attested)})
 	}
-	return out, nil
+	return out
 }
 
 func (s membershipServer) read(ctx context.Context) (*roster.State, error) {

@@ -22,6 +22,7 @@ import (
 	outboundv1 "github.com/bulkhead-os/bulkhead/api/outbound/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/attest"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/latest"
@@ -91,6 +92,24 @@ func (j joinDoor) Join(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.Jo
 		return nil, err
 	}
 	return trustv1.NewJoinClient(c).Join(ctx, r)
+}
+
+func (j joinDoor) Challenge(ctx context.Context, r *trustv1.AttestChallengeRequest) (*trustv1.AttestChallengeResponse, error) {
+	_, r.RemoteAddress = seen(ctx, attest.Label)
+	c, err := inside(j.to)
+	if err != nil {
+		return nil, err
+	}
+	return trustv1.NewJoinClient(c).Challenge(ctx, r)
+}
+
+func (j joinDoor) JoinAttested(ctx context.Context, r *trustv1.JoinAttestedRequest) (*trustv1.JoinAttestedResponse, error) {
+	r.Join.ChannelBinding, r.Join.RemoteAddress = seen(ctx, attest.Label)
+	c, err := inside(j.to)
+	if err != nil {
+		return nil, err
+	}
+	return trustv1.NewJoinClient(c).JoinAttested(ctx, r)
 }
 
 // joinFunc is a Join of the test's own.

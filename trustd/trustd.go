@@ -96,7 +96,7 @@ type Daemon struct {
 	wantID   string              // guarded by rotating; for which replacement
 	kept     *trustv1.TrustState // guarded by mu; what of known is on the disk
 
-	etcdd, apid *grpc.ClientConn // opened when first used
+	etcdd, apid, storaged *grpc.ClientConn // opened when first used
 }
 
 // Run is trustd as PID 1 starts it.
@@ -133,7 +133,7 @@ func New(cfg Config) (*Daemon, error) {
 	for _, c := range []struct {
 		daemon string
 		to     **grpc.ClientConn
-	}{{"etcdd", &d.etcdd}, {"apid", &d.apid}} {
+	}{{"etcdd", &d.etcdd}, {"apid", &d.apid}, {"storaged", &d.storaged}} {
 		conn, err := peer.Dial(cfg.Socket(c.daemon))
 		if err != nil {
 			return nil, err
@@ -160,6 +160,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	defer d.etcdd.Close()
 	defer d.apid.Close()
+	defer d.storaged.Close()
 	g.Go(func() error { return d.follow(ctx) })
 	g.Go(func() error { return d.followCluster(ctx) })
 	g.Go(func() error { return d.keepRecord(ctx) })

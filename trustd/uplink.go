@@ -95,7 +95,12 @@ func (e *exchange) told(err error) error {
 
 // call makes a call with one answer.
 func (d *Daemon) call(ctx context.Context, method, endpoint, roots, label string, build func(binding []byte) (proto.Message, error), answer proto.Message) error {
-	ctx, cancel := context.WithTimeout(ctx, farPatience)
+	return d.callFor(ctx, farPatience, method, endpoint, roots, label, build, answer)
+}
+
+// callFor is call with a patience of its own, for a request that takes long to build.
+func (d *Daemon) callFor(ctx context.Context, patience time.Duration, method, endpoint, roots, label string, build func(binding []byte) (proto.Message, error), answer proto.Message) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	e, err := d.dial(ctx, method, endpoint, roots, label)
 	if err != nil {

@@ -39,11 +39,11 @@ func clusterResources() map[string]resource {
 				}
 				return receive(s, f)
 			}, (*clusterv1.ListNodesResponse).GetNodes, nodeRow),
-		"members": of("who has joined the cluster, and with which key", []string{"NAME", "ROLE", "ADDRESSES", "JOINED", "TOKEN", "KEY"},
+		"members": of("who has joined the cluster, and with which key", []string{"NAME", "ROLE", "ADDRESSES", "JOINED", "TOKEN", "TPM", "KEY"},
 			func(ctx context.Context, conn *grpc.ClientConn) (*trustv1.ListMembersResponse, error) {
 				return trustv1.NewMembershipClient(conn).ListMembers(ctx, &trustv1.ListMembersRequest{})
 			}, nil, (*trustv1.ListMembersResponse).GetMembers, func(m *trustv1.ClusterMember) []string {
-				return []string{m.Name, m.Role, strings.Join(m.Addresses, ","), m.Joined.AsTime().Local().Format(time.DateTime), orDash(m.TokenId), m.Key}
+				return []string{m.Name, m.Role, strings.Join(m.Addresses, ","), m.Joined.AsTime().Local().Format(time.DateTime), orDash(m.TokenId), orDash(short(m.GetAttested().GetEndorsementKey())), m.Key}
 			}),
 	}
 }
@@ -68,6 +68,8 @@ func orDash(s string) string {
 type joinFlags struct {
 	code, token, name, role string
 	endpoints               []string
+	tpm                     bool
+	authorities             []string // fingerprints
 }
 
 func (a *app) joinCmd() *cobra.Command {
@@ -76,17 +78,22 @@ func (a *app) joinCmd() *cobra.Command {
 		Long: `Make a new node a member of the cluster, with the code on its console and a join token. Neither is ever sent in clear: the token is sealed for the node that
 knows the code. The node calls a control plane, both prove that they know the token, and the node is the cluster's.
 
+With --tpm the node needs no token: an administrator has allowed its TPM (bhctl attest allow), and it believes the cluster by the fingerprint of its authority,
+which is the context's, or what --ca-hash says.
+
 Without --token one is made for this node, by the current context; then --role says what it becomes. Without --endpoint the node is told the context's endpoints:
 they must be addresses that the node can reach, too.
 
 The name must be Machine.hostname of the configuration that the node gets next: bhctl -n NAME apply -f NAME.yaml`,
-		Example: "  bhctl join 192.0.2.13 --code 7K3M9-… --name node3 --role worker\n  bhctl join 192.0.2.13 --code 7K3M9-… --name node3 --token 8T2… --endpoint 192.0.2.11 --endpoint 192.0.2.12",
+		Example: "  bhctl join 192.0.2.13 --code 7K3M9-… --name node3 --role worker\n  bhctl join 192.0.2.13 --code 7K3M9-… --name node3 --token 8T2… --endpoint 192.0.2.11 --endpoint 192.0.2.12\n  bhctl join 192.0.2.13 --code 7K3M9-… --name node3 --tpm",
 		RunE:    func(cmd *cobra.Command, args []string) error { return a.join(cmd.Context(), args[0], f) }}
 	fl := c.Flags()
 	fl.StringVar(&f.code, "code", "", "the claim code that the node's console shows")
 	fl.StringVar(&f.token, "token", "", "join token, of bhctl jointoken create")
 	fl.StringVar(&f.name, "name", "", "what the node is called in the cluster")
-	fl.StringVar(&f.role, "role", "", "without --token: controlplane or worker")
+	fl.StringVar(&f.role, "role", "", "without --token and --tpm: controlplane or worker")
+	fl.BoolVar(&f.tpm, "tpm", false, "the node joins by its TPM, without a token; see bhctl attest")
+	fl.StringSliceVar(&f.authorities, "ca-hash", nil, "with --tpm: SHA-256 of the cluster's authority os-ca, as bhctl get certificates has it; default: the context's")
 	fl.StringSliceVar(&f.endpoints, "endpoint", nil, "control plane, HOST or HOST:PORT as the node reaches it; may be given more than once")
 	_ = c.RegisterFlagCompletionFunc("role", cobra.FixedCompletions(nodeRoles, cobra.ShellCompDirectiveNoFileComp))
 	return c
@@ -98,10 +105,14 @@ func (a *app) join(ctx context.Context, address string, f joinFlags) error {
 		return errors.New("--code: give the code that the node's console shows")
 	case f.name == "":
 		return errors.New("--name: say what the node is called in the cluster; it must be Machine.hostname of its configuration")
+	case f.tpm && (f.token != "" || f.role != ""):
+		return errors.New("--tpm: what was allowed with bhctl attest allow says what the node becomes; leave --token and --role out")
+	case !f.tpm && len(f.authorities) > 0:
+		return errors.New("--ca-hash: only a node that joins by its TPM (--tpm) is told that; a token proves the cluster, too")
 	case f.token != "" && f.role != "":
 		return errors.New("--role: the token says what the node becomes; leave one of --token and --role out")
-	case f.token == "" && !slices.Contains(nodeRoles, f.role):
-		return fmt.Errorf("--role: %q is none of %s; or give a --token, which says it", f.role, strings.Join(nodeRoles, ", "))
+	case f.token == "" && !f.tpm && !slices.Contains(nodeRoles, f.role):
+		return fmt.Errorf("--role: %q is none of %s; or give a --token, which says it, or --tpm", f.role, strings.Join(nodeRoles, ", "))
 	}
 	var authority string
 	if t, err := a.target(); err == nil {
@@ -109,8 +120,15 @@ func (a *app) join(ctx context.Context, address string, f joinFlags) error {
 		if len(f.endpoints) == 0 {
 			f.endpoints = t.all()
 		}
-	} else if f.token == "" || len(f.endpoints) == 0 {
-		return fmt.Errorf("without --token and --endpoint: %w", err)
+	} else if f.token == "" && len(f.authorities) == 0 || len(f.endpoints) == 0 {
+		return fmt.Errorf("without --token and --endpoint: %w; a node that joins by its TPM needs --ca-hash instead of --token", err)
+	}
+	if f.tpm {
+		invitation, err := invitationFor(f.authorities, authority)
+		if err != nil {
+			return err
+		}
+		f.token = invitation
 	}
 	if f.token == "" {
 		t, err := a.makeJoinToken(ctx, &trustv1.MakeJoinTokenRequest{Role: f.role, Name: f.name})

@@ -46,13 +46,14 @@ type fakeCluster struct {
 	update  fakeUpdate
 	late    func(ctx context.Context, node string) // before a node tells its version; nil: at once
 
-	mu      sync.Mutex
-	members []string             // guarded by mu
-	etcd    []string             // guarded by mu
-	stale   bool                 // guarded by mu; trustd has not heard yet that etcd lost a member
-	tokens  []*trustv1.JoinToken // guarded by mu
-	alarms  []string             // guarded by mu
-	turning fakeAuthorities
+	mu       sync.Mutex
+	members  []string             // guarded by mu
+	etcd     []string             // guarded by mu
+	stale    bool                 // guarded by mu; trustd has not heard yet that etcd lost a member
+	tokens   []*trustv1.JoinToken // guarded by mu
+	alarms   []string             // guarded by mu
+	turning  fakeAuthorities
+	attested []*trustv1.Attestation // guarded by mu
 }
 
 // startFake returns a file of contexts for a cluster of its own.

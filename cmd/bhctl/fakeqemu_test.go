@@ -5,9 +5,11 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -33,6 +35,7 @@ import (
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/deploy/qemu"
+	"github.com/bulkhead-os/bulkhead/internal/attest"
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 	"github.com/bulkhead-os/bulkhead/internal/client"
 )
@@ -290,16 +293,18 @@ func (n *fakeNode) JoinCluster(ctx context.Context, r *trustv1.JoinClusterReques
 	}
 	token, err := claim.OpenToken(n.code, binding, r.Name, r.Endpoints, r.SealedToken)
 	role := n.get("tokens/" + r.Name)
-	switch {
-	case err != nil:
+	ca, _, caErr := n.authority()
+	if err := errors.Join(err, caErr); err != nil {
 		return nil, err
-	case r.Name != n.name || token != "TOKEN-"+n.name || role == "":
+	}
+	digest := sha256.Sum256(ca.Raw)
+	switch {
+	case r.Name != n.name || token != "TOKEN-"+n.name && token != attest.Invitation(hex.EncodeToString(digest[:])) || role == "":
 		return nil, status.Error(codes.Unauthenticated, "the cluster refused the token")
 	case n.get("members/"+r.Name) != "":
 		return nil, status.Errorf(codes.AlreadyExists, "there is a node %s", r.Name)
 	}
-	ca, _, err := n.authority()
-	if err := errors.Join(err, n.put("member", "joined"), n.put("members/"+n.name, role), n.put("endpoints/"+n.name, strings.Join(r.Endpoints, " ")+"\n")); err != nil {
+	if err := errors.Join(n.put("member", "joined"), n.put("members/"+n.name, role), n.put("endpoints/"+n.name, strings.Join(r.Endpoints, " ")+"\n")); err != nil {
 		return nil, err
 	}
 	return &trustv1.JoinClusterResponse{Ca: ca.Raw, Role: role, Proof: claim.JoinedProof(n.code, binding, ca.Raw, role)}, nil

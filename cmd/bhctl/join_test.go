@@ -57,6 +57,15 @@ func TestJoin(t *testing.T) {
 	if got := strings.TrimSpace(n2.get("endpoints/n3")); got != first+" 192.0.2.7:50000" {
 		t.Errorf("the node was told %q", got)
 	}
+	// By its TPM: it is told the digest of the context's authority, or the one that the user gives.
+	_, fifth := node("n5")
+	must(t, n1.put("tokens/n5", "worker"))
+	if _, _, err := run(t, t.Context(), "join", fifth, "--code", code, "--name", "n5", "--tpm", "--ca-hash", strings.Repeat("ab", 32)); err == nil || !strings.Contains(err.Error(), "refused the token") {
+		t.Errorf("with another authority's digest: %v", err)
+	}
+	if out, e, err := run(t, t.Context(), "join", fifth, "--code", code, "--name", "n5", "--tpm"); err != nil || !strings.Contains(out, "n5, a worker of the cluster") {
+		t.Errorf("%v\n%s%s", err, out, e)
+	}
 	_, fourth := node("n4")
 	must(t, n1.put("tokens/n4", "worker"))
 	_, c := startFake(t)

@@ -74,7 +74,7 @@ Kubernetes:  bhctl kubeconfig > kubeconfig && kubectl --kubeconfig kubeconfig ge
 	group("local", a.upCmd(), a.downCmd(), a.statusCmd(), a.lanSwitchCmd())
 	group("node", a.versionCmd(), a.healthCmd(), a.servicesCmd(), a.serviceCmd(), a.logsCmd(), a.dmesgCmd(), a.eventsCmd(), a.applyCmd(), a.diffCmd(),
 		a.getCmd(), a.storageCmd(), a.secureBootCmd(), a.unlockCmd(), a.whyCmd(), a.upgradeCmd(), a.rollbackCmd(), a.markGoodCmd(), a.rebootCmd(), a.shutdownCmd(), a.resetCmd())
-	group("cluster", a.bootstrapCmd(), a.joinCmd(), a.joinTokenCmd(), a.nodeCmd(), a.rollingCmd(), a.etcdCmd())
+	group("cluster", a.bootstrapCmd(), a.joinCmd(), a.joinTokenCmd(), a.attestCmd(), a.nodeCmd(), a.rollingCmd(), a.etcdCmd())
 	group("access", a.configCmd(), a.claimCmd(), a.tokenCmd(), a.certificateCmd(), a.kubeconfigCmd(), a.revokeCmd(), a.trustCmd(), a.auditCmd(), a.loginCmd(), a.logoutCmd(), a.whoamiCmd())
 	leaves(c, func(cmd *cobra.Command) {
 		run := cmd.RunE

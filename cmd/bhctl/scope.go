@@ -42,7 +42,7 @@ var scopes = func() map[string]scope {
 	for s, names := range map[*scope][]string{
 		&local: {"up", "down", "status", "lan-switch", "config list", "config show", "config ca", "config path", "config endpoints", "config use", "config remove", "login", "logout",
 			"completion bash", "completion zsh", "completion fish", "completion powershell", "help"},
-		&cluster: {"bootstrap", "token", "certificate", "kubeconfig", "jointoken create", "jointoken list", "jointoken revoke", "node remove", "revoke", "trust rotate-ca", "trust renew",
+		&cluster: {"bootstrap", "token", "certificate", "kubeconfig", "jointoken create", "jointoken list", "jointoken revoke", "attest allow", "attest list", "attest revoke", "node remove", "revoke", "trust rotate-ca", "trust renew",
 			"rolling status", "rolling resume", "rolling abort", "etcd members", "etcd remove", "etcd alarms", "etcd forfeit-leadership"},
 		&one: {"secureboot enroll", "storage keys add", "storage keys remove", "storage keys rotate", "storage keys recovery", "etcd rejoin"},
 		&all: {"whoami", "version", "health", "services", "service restart", "diff", "get", "why", "mark-good", "storage keys list", "etcd status", "etcd snapshots"},

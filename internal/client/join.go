@@ -15,7 +15,7 @@ import (
 type Joining struct {
 	// Code is what the node's console shows, or the key it was started with.
 	Code string
-	// Token is from trust.v1.Membership/MakeJoinToken.
+	// Token is from trust.v1.Membership/MakeJoinToken; or an attest.Invitation, for a node that joins by its TPM.
 	Token string
 	// Endpoints are those of control planes, as the node reaches them; at least one.
 	Endpoints []string

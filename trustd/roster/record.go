@@ -26,6 +26,7 @@ const (
 	tokens  = Prefix + "tokens/"
 	revoked = Prefix + "revoked/"
 	removed = Prefix + "removed/"
+	allowed = Prefix + "attest/" // by their id
 )
 
 // Roles that nodes have.
@@ -53,6 +54,8 @@ type Node struct {
 	Addresses []string  `json:"addresses"` // that it has called from, newest first; of a control plane also those that it says of itself
 	Joined    time.Time `json:"joined"`
 	Token     string    `json:"token,omitempty"` // id; "" for the first node
+	// Attested is what its TPM showed, if it joined by that; nil otherwise.
+	Attested *Attested `json:"attested,omitempty"`
 	// Instance is the run of its trustd that called last; Former are those before it, the newest first.
 	Instance string   `json:"instance,omitempty"`
 	Former   []string `json:"former,omitempty"`
@@ -85,6 +88,7 @@ type note struct {
 type State struct {
 	Nodes     map[string]Node
 	Tokens    map[string]Token
+	Allowed   map[string]Allowance
 	Revoked   []string                // in order
 	Removed   map[string]string       // names of nodes that were removed, by the digest of their key
 	Rotation  *Rotation               // the newest one; nil if there never was one
@@ -97,7 +101,7 @@ type State struct {
 
 // parse makes sense of entries. One that makes none does not spoil the others.
 func parse(entries map[string]*storev1.Entry) *State {
-	s := &State{Nodes: map[string]Node{}, Tokens: map[string]Token{}, Removed: map[string]string{}, Confirmed: map[string]Confirmation{}, Wants: map[string]Want{}, Sealed: map[string]Sealed{}}
+	s := &State{Nodes: map[string]Node{}, Tokens: map[string]Token{}, Allowed: map[string]Allowance{}, Removed: map[string]string{}, Confirmed: map[string]Confirmation{}, Wants: map[string]Want{}, Sealed: map[string]Sealed{}}
 	for _, key := range slices.Sorted(maps.Keys(entries)) {
 		e := entries[key]
 		var err error
@@ -110,6 +114,11 @@ func parse(entries map[string]*storev1.Entry) *State {
 			t := Token{ID: id, revision: e.GetRevision()}
 			if err = json.Unmarshal(e.GetValue(), &t); err == nil {
 				s.Tokens[id] = t
+			}
+		} else if id, ok := strings.CutPrefix(key, allowed); ok {
+			a := Allowance{ID: id, revision: e.GetRevision()}
+			if err = json.Unmarshal(e.GetValue(), &a); err == nil {
+				s.Allowed[id] = a
 			}
 		} else if id, ok := strings.CutPrefix(key, revoked); ok {
 			s.Revoked = append(s.Revoked, id)

@@ -112,7 +112,7 @@ type Open struct {
 	Method string `protobuf:"bytes,1,opt,name=method,proto3" json:"method,omitempty"`
 	// Host and port; tried in this order, one after the other.
 	Endpoints []string `protobuf:"bytes,2,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
-	// PEM. The far side's certificate must be signed by one of these, for the name "bulkhead-controlplane", which only control planes have. "": any certificate: the method's own proof shows who it is. Only Join may leave it empty.
+	// PEM. The far side's certificate must be signed by one of these, for the name "bulkhead-controlplane", which only control planes have. "": any certificate: the method's own proof shows who it is. Only those of Join may leave it empty.
 	Roots string `protobuf:"bytes,3,opt,name=roots,proto3" json:"roots,omitempty"`
 	// Of the TLS exporter (RFC 8446 section 7.5); the context is empty, the length 32 bytes.
 	BindingLabel  string `protobuf:"bytes,4,opt,name=binding_label,json=bindingLabel,proto3" json:"binding_label,omitempty"`

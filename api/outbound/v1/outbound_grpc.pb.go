@@ -30,7 +30,7 @@ const (
 //
 // Outbound is served by apid on its Unix socket, to trustd.
 type OutboundClient interface {
-	// Exchange makes one call, of one of the methods trust.v1.Join/Join, trust.v1.Nodes/SignForNode and trust.v1.Nodes/WatchCluster, to another node's apid.
+	// Exchange makes one call, of one of the methods trust.v1.Join/Join, trust.v1.Join/Challenge, trust.v1.Join/JoinAttested, trust.v1.Nodes/SignForNode and trust.v1.Nodes/WatchCluster, to another node's apid.
 	//
 	// The caller sends Open; apid connects, to the first endpoint that answers, and sends Opened, with what ties a proof to that connection; the caller sends Message, the request;
 	// apid sends each answer as a Message, and ends with the far side's status. UNAVAILABLE if no endpoint answers: the text says why for each.
@@ -64,7 +64,7 @@ type Outbound_ExchangeClient = grpc.BidiStreamingClient[ExchangeRequest, Exchang
 //
 // Outbound is served by apid on its Unix socket, to trustd.
 type OutboundServer interface {
-	// Exchange makes one call, of one of the methods trust.v1.Join/Join, trust.v1.Nodes/SignForNode and trust.v1.Nodes/WatchCluster, to another node's apid.
+	// Exchange makes one call, of one of the methods trust.v1.Join/Join, trust.v1.Join/Challenge, trust.v1.Join/JoinAttested, trust.v1.Nodes/SignForNode and trust.v1.Nodes/WatchCluster, to another node's apid.
 	//
 	// The caller sends Open; apid connects, to the first endpoint that answers, and sends Opened, with what ties a proof to that connection; the caller sends Message, the request;
 	// apid sends each answer as a Message, and ends with the far side's status. UNAVAILABLE if no endpoint answers: the text says why for each.

@@ -25,6 +25,265 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type DescribeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DescribeRequest) Reset() {
+	*x = DescribeRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DescribeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DescribeRequest) ProtoMessage() {}
+
+func (x *DescribeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DescribeRequest.ProtoReflect.Descriptor instead.
+func (*DescribeRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{0}
+}
+
+type DescribeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in trust.v1.AttestChallengeRequest.
+	EndorsementKey         []byte `protobuf:"bytes,1,opt,name=endorsement_key,json=endorsementKey,proto3" json:"endorsement_key,omitempty"`
+	EndorsementCertificate []byte `protobuf:"bytes,2,opt,name=endorsement_certificate,json=endorsementCertificate,proto3" json:"endorsement_certificate,omitempty"`
+	AttestationKey         []byte `protobuf:"bytes,3,opt,name=attestation_key,json=attestationKey,proto3" json:"attestation_key,omitempty"`
+	unknownFields          protoimpl.UnknownFields
+	sizeCache              protoimpl.SizeCache
+}
+
+func (x *DescribeResponse) Reset() {
+	*x = DescribeResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DescribeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DescribeResponse) ProtoMessage() {}
+
+func (x *DescribeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DescribeResponse.ProtoReflect.Descriptor instead.
+func (*DescribeResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *DescribeResponse) GetEndorsementKey() []byte {
+	if x != nil {
+		return x.EndorsementKey
+	}
+	return nil
+}
+
+func (x *DescribeResponse) GetEndorsementCertificate() []byte {
+	if x != nil {
+		return x.EndorsementCertificate
+	}
+	return nil
+}
+
+func (x *DescribeResponse) GetAttestationKey() []byte {
+	if x != nil {
+		return x.AttestationKey
+	}
+	return nil
+}
+
+type ProveRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in trust.v1.AttestChallengeResponse.
+	Credential      []byte `protobuf:"bytes,1,opt,name=credential,proto3" json:"credential,omitempty"`
+	EncryptedSecret []byte `protobuf:"bytes,2,opt,name=encrypted_secret,json=encryptedSecret,proto3" json:"encrypted_secret,omitempty"`
+	Qualifier       []byte `protobuf:"bytes,3,opt,name=qualifier,proto3" json:"qualifier,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *ProveRequest) Reset() {
+	*x = ProveRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProveRequest) ProtoMessage() {}
+
+func (x *ProveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProveRequest.ProtoReflect.Descriptor instead.
+func (*ProveRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ProveRequest) GetCredential() []byte {
+	if x != nil {
+		return x.Credential
+	}
+	return nil
+}
+
+func (x *ProveRequest) GetEncryptedSecret() []byte {
+	if x != nil {
+		return x.EncryptedSecret
+	}
+	return nil
+}
+
+func (x *ProveRequest) GetQualifier() []byte {
+	if x != nil {
+		return x.Qualifier
+	}
+	return nil
+}
+
+type ProveResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in trust.v1.JoinAttestedRequest and AttestImage.
+	Secret         []byte   `protobuf:"bytes,1,opt,name=secret,proto3" json:"secret,omitempty"`
+	Quote          []byte   `protobuf:"bytes,2,opt,name=quote,proto3" json:"quote,omitempty"`
+	Signature      []byte   `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	Pcrs           [][]byte `protobuf:"bytes,4,rep,name=pcrs,proto3" json:"pcrs,omitempty"`
+	ImageKey       []byte   `protobuf:"bytes,5,opt,name=image_key,json=imageKey,proto3" json:"image_key,omitempty"`
+	ImagePolicy    []byte   `protobuf:"bytes,6,opt,name=image_policy,json=imagePolicy,proto3" json:"image_policy,omitempty"`
+	ImageSignature []byte   `protobuf:"bytes,7,opt,name=image_signature,json=imageSignature,proto3" json:"image_signature,omitempty"`
+	ImageEpoch     uint32   `protobuf:"varint,8,opt,name=image_epoch,json=imageEpoch,proto3" json:"image_epoch,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ProveResponse) Reset() {
+	*x = ProveResponse{}
+	mi := &file_storage_v1_storage_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProveResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProveResponse) ProtoMessage() {}
+
+func (x *ProveResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProveResponse.ProtoReflect.Descriptor instead.
+func (*ProveResponse) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *ProveResponse) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
+func (x *ProveResponse) GetQuote() []byte {
+	if x != nil {
+		return x.Quote
+	}
+	return nil
+}
+
+func (x *ProveResponse) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+func (x *ProveResponse) GetPcrs() [][]byte {
+	if x != nil {
+		return x.Pcrs
+	}
+	return nil
+}
+
+func (x *ProveResponse) GetImageKey() []byte {
+	if x != nil {
+		return x.ImageKey
+	}
+	return nil
+}
+
+func (x *ProveResponse) GetImagePolicy() []byte {
+	if x != nil {
+		return x.ImagePolicy
+	}
+	return nil
+}
+
+func (x *ProveResponse) GetImageSignature() []byte {
+	if x != nil {
+		return x.ImageSignature
+	}
+	return nil
+}
+
+func (x *ProveResponse) GetImageEpoch() uint32 {
+	if x != nil {
+		return x.ImageEpoch
+	}
+	return 0
+}
+
 type ChallengeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Put in by apid, which ends the connection; what a caller sends here is overwritten.
@@ -35,7 +294,7 @@ type ChallengeRequest struct {
 
 func (x *ChallengeRequest) Reset() {
 	*x = ChallengeRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[0]
+	mi := &file_storage_v1_storage_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -47,7 +306,7 @@ func (x *ChallengeRequest) String() string {
 func (*ChallengeRequest) ProtoMessage() {}
 
 func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[0]
+	mi := &file_storage_v1_storage_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -60,7 +319,7 @@ func (x *ChallengeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeRequest.ProtoReflect.Descriptor instead.
 func (*ChallengeRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{0}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ChallengeRequest) GetChannelBinding() []byte {
@@ -82,7 +341,7 @@ type ChallengeResponse struct {
 
 func (x *ChallengeResponse) Reset() {
 	*x = ChallengeResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[1]
+	mi := &file_storage_v1_storage_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -94,7 +353,7 @@ func (x *ChallengeResponse) String() string {
 func (*ChallengeResponse) ProtoMessage() {}
 
 func (x *ChallengeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[1]
+	mi := &file_storage_v1_storage_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -107,7 +366,7 @@ func (x *ChallengeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChallengeResponse.ProtoReflect.Descriptor instead.
 func (*ChallengeResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{1}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ChallengeResponse) GetChallenges() []*Challenge {
@@ -137,7 +396,7 @@ type Challenge struct {
 
 func (x *Challenge) Reset() {
 	*x = Challenge{}
-	mi := &file_storage_v1_storage_proto_msgTypes[2]
+	mi := &file_storage_v1_storage_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -149,7 +408,7 @@ func (x *Challenge) String() string {
 func (*Challenge) ProtoMessage() {}
 
 func (x *Challenge) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[2]
+	mi := &file_storage_v1_storage_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -162,7 +421,7 @@ func (x *Challenge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Challenge.ProtoReflect.Descriptor instead.
 func (*Challenge) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{2}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Challenge) GetKind() string {
@@ -202,7 +461,7 @@ type UnlockRequest struct {
 
 func (x *UnlockRequest) Reset() {
 	*x = UnlockRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[3]
+	mi := &file_storage_v1_storage_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -214,7 +473,7 @@ func (x *UnlockRequest) String() string {
 func (*UnlockRequest) ProtoMessage() {}
 
 func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[3]
+	mi := &file_storage_v1_storage_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -227,7 +486,7 @@ func (x *UnlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockRequest.ProtoReflect.Descriptor instead.
 func (*UnlockRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{3}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *UnlockRequest) GetChannelBinding() []byte {
@@ -275,7 +534,7 @@ type UnlockResponse struct {
 
 func (x *UnlockResponse) Reset() {
 	*x = UnlockResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[4]
+	mi := &file_storage_v1_storage_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -287,7 +546,7 @@ func (x *UnlockResponse) String() string {
 func (*UnlockResponse) ProtoMessage() {}
 
 func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[4]
+	mi := &file_storage_v1_storage_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -300,7 +559,7 @@ func (x *UnlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnlockResponse.ProtoReflect.Descriptor instead.
 func (*UnlockResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{4}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *UnlockResponse) GetVolumes() []string {
@@ -325,7 +584,7 @@ type Key struct {
 
 func (x *Key) Reset() {
 	*x = Key{}
-	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	mi := &file_storage_v1_storage_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -337,7 +596,7 @@ func (x *Key) String() string {
 func (*Key) ProtoMessage() {}
 
 func (x *Key) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	mi := &file_storage_v1_storage_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -350,7 +609,7 @@ func (x *Key) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Key.ProtoReflect.Descriptor instead.
 func (*Key) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{5}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Key) GetId() string {
@@ -389,7 +648,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_storage_v1_storage_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -401,7 +660,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_storage_v1_storage_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -414,7 +673,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{6}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{10}
 }
 
 type ListKeysResponse struct {
@@ -428,7 +687,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[7]
+	mi := &file_storage_v1_storage_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -440,7 +699,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[7]
+	mi := &file_storage_v1_storage_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -453,7 +712,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{7}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ListKeysResponse) GetKeys() []*Key {
@@ -488,7 +747,7 @@ type AddKeyRequest struct {
 
 func (x *AddKeyRequest) Reset() {
 	*x = AddKeyRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[8]
+	mi := &file_storage_v1_storage_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -500,7 +759,7 @@ func (x *AddKeyRequest) String() string {
 func (*AddKeyRequest) ProtoMessage() {}
 
 func (x *AddKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[8]
+	mi := &file_storage_v1_storage_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -513,7 +772,7 @@ func (x *AddKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddKeyRequest.ProtoReflect.Descriptor instead.
 func (*AddKeyRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{8}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *AddKeyRequest) GetKind() string {
@@ -569,7 +828,7 @@ type AddKeyResponse struct {
 
 func (x *AddKeyResponse) Reset() {
 	*x = AddKeyResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[9]
+	mi := &file_storage_v1_storage_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -581,7 +840,7 @@ func (x *AddKeyResponse) String() string {
 func (*AddKeyResponse) ProtoMessage() {}
 
 func (x *AddKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[9]
+	mi := &file_storage_v1_storage_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -594,7 +853,7 @@ func (x *AddKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddKeyResponse.ProtoReflect.Descriptor instead.
 func (*AddKeyResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{9}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *AddKeyResponse) GetKey() *Key {
@@ -622,7 +881,7 @@ type RemoveKeyRequest struct {
 
 func (x *RemoveKeyRequest) Reset() {
 	*x = RemoveKeyRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[10]
+	mi := &file_storage_v1_storage_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -634,7 +893,7 @@ func (x *RemoveKeyRequest) String() string {
 func (*RemoveKeyRequest) ProtoMessage() {}
 
 func (x *RemoveKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[10]
+	mi := &file_storage_v1_storage_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -647,7 +906,7 @@ func (x *RemoveKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKeyRequest.ProtoReflect.Descriptor instead.
 func (*RemoveKeyRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{10}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RemoveKeyRequest) GetId() string {
@@ -672,7 +931,7 @@ type RemoveKeyResponse struct {
 
 func (x *RemoveKeyResponse) Reset() {
 	*x = RemoveKeyResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[11]
+	mi := &file_storage_v1_storage_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -684,7 +943,7 @@ func (x *RemoveKeyResponse) String() string {
 func (*RemoveKeyResponse) ProtoMessage() {}
 
 func (x *RemoveKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[11]
+	mi := &file_storage_v1_storage_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -697,7 +956,7 @@ func (x *RemoveKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveKeyResponse.ProtoReflect.Descriptor instead.
 func (*RemoveKeyResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{11}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{15}
 }
 
 type RotateKeyRequest struct {
@@ -711,7 +970,7 @@ type RotateKeyRequest struct {
 
 func (x *RotateKeyRequest) Reset() {
 	*x = RotateKeyRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[12]
+	mi := &file_storage_v1_storage_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -723,7 +982,7 @@ func (x *RotateKeyRequest) String() string {
 func (*RotateKeyRequest) ProtoMessage() {}
 
 func (x *RotateKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[12]
+	mi := &file_storage_v1_storage_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -736,7 +995,7 @@ func (x *RotateKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeyRequest.ProtoReflect.Descriptor instead.
 func (*RotateKeyRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{12}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RotateKeyRequest) GetId() string {
@@ -763,7 +1022,7 @@ type RotateKeyResponse struct {
 
 func (x *RotateKeyResponse) Reset() {
 	*x = RotateKeyResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[13]
+	mi := &file_storage_v1_storage_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -775,7 +1034,7 @@ func (x *RotateKeyResponse) String() string {
 func (*RotateKeyResponse) ProtoMessage() {}
 
 func (x *RotateKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[13]
+	mi := &file_storage_v1_storage_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -788,7 +1047,7 @@ func (x *RotateKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeyResponse.ProtoReflect.Descriptor instead.
 func (*RotateKeyResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{13}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RotateKeyResponse) GetKey() *Key {
@@ -813,7 +1072,7 @@ type GetRecoveryKeyRequest struct {
 
 func (x *GetRecoveryKeyRequest) Reset() {
 	*x = GetRecoveryKeyRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[14]
+	mi := &file_storage_v1_storage_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -825,7 +1084,7 @@ func (x *GetRecoveryKeyRequest) String() string {
 func (*GetRecoveryKeyRequest) ProtoMessage() {}
 
 func (x *GetRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[14]
+	mi := &file_storage_v1_storage_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -838,7 +1097,7 @@ func (x *GetRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRecoveryKeyRequest.ProtoReflect.Descriptor instead.
 func (*GetRecoveryKeyRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{14}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{18}
 }
 
 type GetRecoveryKeyResponse struct {
@@ -851,7 +1110,7 @@ type GetRecoveryKeyResponse struct {
 
 func (x *GetRecoveryKeyResponse) Reset() {
 	*x = GetRecoveryKeyResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[15]
+	mi := &file_storage_v1_storage_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +1122,7 @@ func (x *GetRecoveryKeyResponse) String() string {
 func (*GetRecoveryKeyResponse) ProtoMessage() {}
 
 func (x *GetRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[15]
+	mi := &file_storage_v1_storage_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -876,7 +1135,7 @@ func (x *GetRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRecoveryKeyResponse.ProtoReflect.Descriptor instead.
 func (*GetRecoveryKeyResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{15}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *GetRecoveryKeyResponse) GetRecoveryKey() string {
@@ -894,7 +1153,7 @@ type AcknowledgeRecoveryKeyRequest struct {
 
 func (x *AcknowledgeRecoveryKeyRequest) Reset() {
 	*x = AcknowledgeRecoveryKeyRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[16]
+	mi := &file_storage_v1_storage_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -906,7 +1165,7 @@ func (x *AcknowledgeRecoveryKeyRequest) String() string {
 func (*AcknowledgeRecoveryKeyRequest) ProtoMessage() {}
 
 func (x *AcknowledgeRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[16]
+	mi := &file_storage_v1_storage_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -919,7 +1178,7 @@ func (x *AcknowledgeRecoveryKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcknowledgeRecoveryKeyRequest.ProtoReflect.Descriptor instead.
 func (*AcknowledgeRecoveryKeyRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{16}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{20}
 }
 
 type AcknowledgeRecoveryKeyResponse struct {
@@ -930,7 +1189,7 @@ type AcknowledgeRecoveryKeyResponse struct {
 
 func (x *AcknowledgeRecoveryKeyResponse) Reset() {
 	*x = AcknowledgeRecoveryKeyResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[17]
+	mi := &file_storage_v1_storage_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1201,7 @@ func (x *AcknowledgeRecoveryKeyResponse) String() string {
 func (*AcknowledgeRecoveryKeyResponse) ProtoMessage() {}
 
 func (x *AcknowledgeRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[17]
+	mi := &file_storage_v1_storage_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1214,7 @@ func (x *AcknowledgeRecoveryKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcknowledgeRecoveryKeyResponse.ProtoReflect.Descriptor instead.
 func (*AcknowledgeRecoveryKeyResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{17}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{21}
 }
 
 type GetStatusRequest struct {
@@ -966,7 +1225,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[18]
+	mi := &file_storage_v1_storage_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -978,7 +1237,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[18]
+	mi := &file_storage_v1_storage_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -991,7 +1250,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{18}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{22}
 }
 
 type WatchStatusRequest struct {
@@ -1002,7 +1261,7 @@ type WatchStatusRequest struct {
 
 func (x *WatchStatusRequest) Reset() {
 	*x = WatchStatusRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[19]
+	mi := &file_storage_v1_storage_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1014,7 +1273,7 @@ func (x *WatchStatusRequest) String() string {
 func (*WatchStatusRequest) ProtoMessage() {}
 
 func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[19]
+	mi := &file_storage_v1_storage_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1027,7 +1286,7 @@ func (x *WatchStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchStatusRequest.ProtoReflect.Descriptor instead.
 func (*WatchStatusRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{19}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{23}
 }
 
 // Status is the storage of the node. Lists are sorted.
@@ -1050,7 +1309,7 @@ type Status struct {
 
 func (x *Status) Reset() {
 	*x = Status{}
-	mi := &file_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_storage_v1_storage_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1062,7 +1321,7 @@ func (x *Status) String() string {
 func (*Status) ProtoMessage() {}
 
 func (x *Status) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[20]
+	mi := &file_storage_v1_storage_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1075,7 +1334,7 @@ func (x *Status) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Status.ProtoReflect.Descriptor instead.
 func (*Status) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{20}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Status) GetGeneration() uint64 {
@@ -1169,7 +1428,7 @@ type Install struct {
 
 func (x *Install) Reset() {
 	*x = Install{}
-	mi := &file_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_storage_v1_storage_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1181,7 +1440,7 @@ func (x *Install) String() string {
 func (*Install) ProtoMessage() {}
 
 func (x *Install) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[21]
+	mi := &file_storage_v1_storage_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1194,7 +1453,7 @@ func (x *Install) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Install.ProtoReflect.Descriptor instead.
 func (*Install) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{21}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Install) GetDisk() string {
@@ -1264,7 +1523,7 @@ type Tpm struct {
 
 func (x *Tpm) Reset() {
 	*x = Tpm{}
-	mi := &file_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_storage_v1_storage_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1276,7 +1535,7 @@ func (x *Tpm) String() string {
 func (*Tpm) ProtoMessage() {}
 
 func (x *Tpm) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[22]
+	mi := &file_storage_v1_storage_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1289,7 +1548,7 @@ func (x *Tpm) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tpm.ProtoReflect.Descriptor instead.
 func (*Tpm) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{22}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Tpm) GetPresent() bool {
@@ -1359,7 +1618,7 @@ type Disk struct {
 
 func (x *Disk) Reset() {
 	*x = Disk{}
-	mi := &file_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_storage_v1_storage_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1371,7 +1630,7 @@ func (x *Disk) String() string {
 func (*Disk) ProtoMessage() {}
 
 func (x *Disk) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[23]
+	mi := &file_storage_v1_storage_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1384,7 +1643,7 @@ func (x *Disk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disk.ProtoReflect.Descriptor instead.
 func (*Disk) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{23}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Disk) GetDevice() string {
@@ -1481,7 +1740,7 @@ type Partition struct {
 
 func (x *Partition) Reset() {
 	*x = Partition{}
-	mi := &file_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_storage_v1_storage_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +1752,7 @@ func (x *Partition) String() string {
 func (*Partition) ProtoMessage() {}
 
 func (x *Partition) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[24]
+	mi := &file_storage_v1_storage_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +1765,7 @@ func (x *Partition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Partition.ProtoReflect.Descriptor instead.
 func (*Partition) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{24}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Partition) GetDevice() string {
@@ -1586,7 +1845,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_storage_v1_storage_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1598,7 +1857,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[25]
+	mi := &file_storage_v1_storage_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1611,7 +1870,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{25}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Volume) GetName() string {
@@ -1689,7 +1948,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_storage_v1_storage_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1701,7 +1960,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[26]
+	mi := &file_storage_v1_storage_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1714,7 +1973,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{26}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Mount) GetSource() string {
@@ -1757,7 +2016,7 @@ type DestroyRequest struct {
 
 func (x *DestroyRequest) Reset() {
 	*x = DestroyRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_storage_v1_storage_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1769,7 +2028,7 @@ func (x *DestroyRequest) String() string {
 func (*DestroyRequest) ProtoMessage() {}
 
 func (x *DestroyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[27]
+	mi := &file_storage_v1_storage_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1782,7 +2041,7 @@ func (x *DestroyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyRequest.ProtoReflect.Descriptor instead.
 func (*DestroyRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{27}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *DestroyRequest) GetRemoveOs() bool {
@@ -1811,7 +2070,7 @@ type DestroyProgress struct {
 
 func (x *DestroyProgress) Reset() {
 	*x = DestroyProgress{}
-	mi := &file_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_storage_v1_storage_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1823,7 +2082,7 @@ func (x *DestroyProgress) String() string {
 func (*DestroyProgress) ProtoMessage() {}
 
 func (x *DestroyProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[28]
+	mi := &file_storage_v1_storage_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1836,7 +2095,7 @@ func (x *DestroyProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DestroyProgress.ProtoReflect.Descriptor instead.
 func (*DestroyProgress) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{28}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DestroyProgress) GetStep() string {
@@ -1870,7 +2129,7 @@ type EnrollKeysRequest struct {
 
 func (x *EnrollKeysRequest) Reset() {
 	*x = EnrollKeysRequest{}
-	mi := &file_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_storage_v1_storage_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1882,7 +2141,7 @@ func (x *EnrollKeysRequest) String() string {
 func (*EnrollKeysRequest) ProtoMessage() {}
 
 func (x *EnrollKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[29]
+	mi := &file_storage_v1_storage_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1895,7 +2154,7 @@ func (x *EnrollKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EnrollKeysRequest.ProtoReflect.Descriptor instead.
 func (*EnrollKeysRequest) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{29}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *EnrollKeysRequest) GetAllowLocked() bool {
@@ -1915,7 +2174,7 @@ type EnrollKeysResponse struct {
 
 func (x *EnrollKeysResponse) Reset() {
 	*x = EnrollKeysResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_storage_v1_storage_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1927,7 +2186,7 @@ func (x *EnrollKeysResponse) String() string {
 func (*EnrollKeysResponse) ProtoMessage() {}
 
 func (x *EnrollKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[30]
+	mi := &file_storage_v1_storage_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1940,7 +2199,7 @@ func (x *EnrollKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EnrollKeysResponse.ProtoReflect.Descriptor instead.
 func (*EnrollKeysResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{30}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *EnrollKeysResponse) GetLocks() bool {
@@ -1955,7 +2214,28 @@ var File_storage_v1_storage_proto protoreflect.FileDescriptor
 const file_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"\x18storage/v1/storage.proto\x12\n" +
-	"storage.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\";\n" +
+	"storage.v1\x1a\x12auth/v1/auth.proto\x1a\x1cgoogle/api/annotations.proto\"\x11\n" +
+	"\x0fDescribeRequest\"\x9d\x01\n" +
+	"\x10DescribeResponse\x12'\n" +
+	"\x0fendorsement_key\x18\x01 \x01(\fR\x0eendorsementKey\x127\n" +
+	"\x17endorsement_certificate\x18\x02 \x01(\fR\x16endorsementCertificate\x12'\n" +
+	"\x0fattestation_key\x18\x03 \x01(\fR\x0eattestationKey\"w\n" +
+	"\fProveRequest\x12\x1e\n" +
+	"\n" +
+	"credential\x18\x01 \x01(\fR\n" +
+	"credential\x12)\n" +
+	"\x10encrypted_secret\x18\x02 \x01(\fR\x0fencryptedSecret\x12\x1c\n" +
+	"\tqualifier\x18\x03 \x01(\fR\tqualifier\"\xf9\x01\n" +
+	"\rProveResponse\x12\x16\n" +
+	"\x06secret\x18\x01 \x01(\fR\x06secret\x12\x14\n" +
+	"\x05quote\x18\x02 \x01(\fR\x05quote\x12\x1c\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\x12\x12\n" +
+	"\x04pcrs\x18\x04 \x03(\fR\x04pcrs\x12\x1b\n" +
+	"\timage_key\x18\x05 \x01(\fR\bimageKey\x12!\n" +
+	"\fimage_policy\x18\x06 \x01(\fR\vimagePolicy\x12'\n" +
+	"\x0fimage_signature\x18\a \x01(\fR\x0eimageSignature\x12\x1f\n" +
+	"\vimage_epoch\x18\b \x01(\rR\n" +
+	"imageEpoch\";\n" +
 	"\x10ChallengeRequest\x12'\n" +
 	"\x0fchannel_binding\x18\x01 \x01(\fR\x0echannelBinding\"d\n" +
 	"\x11ChallengeResponse\x125\n" +
@@ -2128,7 +2408,10 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"EnrollKeys\x12\x1d.storage.v1.EnrollKeysRequest\x1a\x1e.storage.v1.EnrollKeysResponse\"%\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x1a:\x01*\"\x15/v1/secureboot:enroll\x1a\f\xb2\xbb\x18\bstoraged2W\n" +
 	"\bDisposal\x12K\n" +
-	"\aDestroy\x12\x1a.storage.v1.DestroyRequest\x1a\x1b.storage.v1.DestroyProgress\"\x05\xaa\xbb\x18\x01\x010\x01B:Z8github.com/bulkhead-os/bulkhead/api/storage/v1;storagev1b\x06proto3"
+	"\aDestroy\x12\x1a.storage.v1.DestroyRequest\x1a\x1b.storage.v1.DestroyProgress\"\x05\xaa\xbb\x18\x01\x010\x012\xa6\x01\n" +
+	"\vAttestation\x12O\n" +
+	"\bDescribe\x12\x1b.storage.v1.DescribeRequest\x1a\x1c.storage.v1.DescribeResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x01\x12F\n" +
+	"\x05Prove\x12\x18.storage.v1.ProveRequest\x1a\x19.storage.v1.ProveResponse\"\b\xaa\xbb\x18\x01\x01\x90\x02\x01B:Z8github.com/bulkhead-os/bulkhead/api/storage/v1;storagev1b\x06proto3"
 
 var (
 	file_storage_v1_storage_proto_rawDescOnce sync.Once
@@ -2142,78 +2425,86 @@ func file_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_storage_v1_storage_proto_rawDescData
 }
 
-var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_storage_v1_storage_proto_goTypes = []any{
-	(*ChallengeRequest)(nil),               // 0: storage.v1.ChallengeRequest
-	(*ChallengeResponse)(nil),              // 1: storage.v1.ChallengeResponse
-	(*Challenge)(nil),                      // 2: storage.v1.Challenge
-	(*UnlockRequest)(nil),                  // 3: storage.v1.UnlockRequest
-	(*UnlockResponse)(nil),                 // 4: storage.v1.UnlockResponse
-	(*Key)(nil),                            // 5: storage.v1.Key
-	(*ListKeysRequest)(nil),                // 6: storage.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),               // 7: storage.v1.ListKeysResponse
-	(*AddKeyRequest)(nil),                  // 8: storage.v1.AddKeyRequest
-	(*AddKeyResponse)(nil),                 // 9: storage.v1.AddKeyResponse
-	(*RemoveKeyRequest)(nil),               // 10: storage.v1.RemoveKeyRequest
-	(*RemoveKeyResponse)(nil),              // 11: storage.v1.RemoveKeyResponse
-	(*RotateKeyRequest)(nil),               // 12: storage.v1.RotateKeyRequest
-	(*RotateKeyResponse)(nil),              // 13: storage.v1.RotateKeyResponse
-	(*GetRecoveryKeyRequest)(nil),          // 14: storage.v1.GetRecoveryKeyRequest
-	(*GetRecoveryKeyResponse)(nil),         // 15: storage.v1.GetRecoveryKeyResponse
-	(*AcknowledgeRecoveryKeyRequest)(nil),  // 16: storage.v1.AcknowledgeRecoveryKeyRequest
-	(*AcknowledgeRecoveryKeyResponse)(nil), // 17: storage.v1.AcknowledgeRecoveryKeyResponse
-	(*GetStatusRequest)(nil),               // 18: storage.v1.GetStatusRequest
-	(*WatchStatusRequest)(nil),             // 19: storage.v1.WatchStatusRequest
-	(*Status)(nil),                         // 20: storage.v1.Status
-	(*Install)(nil),                        // 21: storage.v1.Install
-	(*Tpm)(nil),                            // 22: storage.v1.Tpm
-	(*Disk)(nil),                           // 23: storage.v1.Disk
-	(*Partition)(nil),                      // 24: storage.v1.Partition
-	(*Volume)(nil),                         // 25: storage.v1.Volume
-	(*Mount)(nil),                          // 26: storage.v1.Mount
-	(*DestroyRequest)(nil),                 // 27: storage.v1.DestroyRequest
-	(*DestroyProgress)(nil),                // 28: storage.v1.DestroyProgress
-	(*EnrollKeysRequest)(nil),              // 29: storage.v1.EnrollKeysRequest
-	(*EnrollKeysResponse)(nil),             // 30: storage.v1.EnrollKeysResponse
+	(*DescribeRequest)(nil),                // 0: storage.v1.DescribeRequest
+	(*DescribeResponse)(nil),               // 1: storage.v1.DescribeResponse
+	(*ProveRequest)(nil),                   // 2: storage.v1.ProveRequest
+	(*ProveResponse)(nil),                  // 3: storage.v1.ProveResponse
+	(*ChallengeRequest)(nil),               // 4: storage.v1.ChallengeRequest
+	(*ChallengeResponse)(nil),              // 5: storage.v1.ChallengeResponse
+	(*Challenge)(nil),                      // 6: storage.v1.Challenge
+	(*UnlockRequest)(nil),                  // 7: storage.v1.UnlockRequest
+	(*UnlockResponse)(nil),                 // 8: storage.v1.UnlockResponse
+	(*Key)(nil),                            // 9: storage.v1.Key
+	(*ListKeysRequest)(nil),                // 10: storage.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),               // 11: storage.v1.ListKeysResponse
+	(*AddKeyRequest)(nil),                  // 12: storage.v1.AddKeyRequest
+	(*AddKeyResponse)(nil),                 // 13: storage.v1.AddKeyResponse
+	(*RemoveKeyRequest)(nil),               // 14: storage.v1.RemoveKeyRequest
+	(*RemoveKeyResponse)(nil),              // 15: storage.v1.RemoveKeyResponse
+	(*RotateKeyRequest)(nil),               // 16: storage.v1.RotateKeyRequest
+	(*RotateKeyResponse)(nil),              // 17: storage.v1.RotateKeyResponse
+	(*GetRecoveryKeyRequest)(nil),          // 18: storage.v1.GetRecoveryKeyRequest
+	(*GetRecoveryKeyResponse)(nil),         // 19: storage.v1.GetRecoveryKeyResponse
+	(*AcknowledgeRecoveryKeyRequest)(nil),  // 20: storage.v1.AcknowledgeRecoveryKeyRequest
+	(*AcknowledgeRecoveryKeyResponse)(nil), // 21: storage.v1.AcknowledgeRecoveryKeyResponse
+	(*GetStatusRequest)(nil),               // 22: storage.v1.GetStatusRequest
+	(*WatchStatusRequest)(nil),             // 23: storage.v1.WatchStatusRequest
+	(*Status)(nil),                         // 24: storage.v1.Status
+	(*Install)(nil),                        // 25: storage.v1.Install
+	(*Tpm)(nil),                            // 26: storage.v1.Tpm
+	(*Disk)(nil),                           // 27: storage.v1.Disk
+	(*Partition)(nil),                      // 28: storage.v1.Partition
+	(*Volume)(nil),                         // 29: storage.v1.Volume
+	(*Mount)(nil),                          // 30: storage.v1.Mount
+	(*DestroyRequest)(nil),                 // 31: storage.v1.DestroyRequest
+	(*DestroyProgress)(nil),                // 32: storage.v1.DestroyProgress
+	(*EnrollKeysRequest)(nil),              // 33: storage.v1.EnrollKeysRequest
+	(*EnrollKeysResponse)(nil),             // 34: storage.v1.EnrollKeysResponse
 }
 var file_storage_v1_storage_proto_depIdxs = []int32{
-	2,  // 0: storage.v1.ChallengeResponse.challenges:type_name -> storage.v1.Challenge
-	5,  // 1: storage.v1.ListKeysResponse.keys:type_name -> storage.v1.Key
-	5,  // 2: storage.v1.AddKeyResponse.key:type_name -> storage.v1.Key
-	5,  // 3: storage.v1.RotateKeyResponse.key:type_name -> storage.v1.Key
-	23, // 4: storage.v1.Status.disks:type_name -> storage.v1.Disk
-	24, // 5: storage.v1.Status.partitions:type_name -> storage.v1.Partition
-	25, // 6: storage.v1.Status.volumes:type_name -> storage.v1.Volume
-	26, // 7: storage.v1.Status.mounts:type_name -> storage.v1.Mount
-	22, // 8: storage.v1.Status.tpm:type_name -> storage.v1.Tpm
-	21, // 9: storage.v1.Status.install:type_name -> storage.v1.Install
-	5,  // 10: storage.v1.Volume.keys:type_name -> storage.v1.Key
-	18, // 11: storage.v1.Storage.GetStatus:input_type -> storage.v1.GetStatusRequest
-	19, // 12: storage.v1.Storage.WatchStatus:input_type -> storage.v1.WatchStatusRequest
-	0,  // 13: storage.v1.Unlock.Challenge:input_type -> storage.v1.ChallengeRequest
-	3,  // 14: storage.v1.Unlock.Unlock:input_type -> storage.v1.UnlockRequest
-	6,  // 15: storage.v1.Keys.ListKeys:input_type -> storage.v1.ListKeysRequest
-	8,  // 16: storage.v1.Keys.AddKey:input_type -> storage.v1.AddKeyRequest
-	10, // 17: storage.v1.Keys.RemoveKey:input_type -> storage.v1.RemoveKeyRequest
-	12, // 18: storage.v1.Keys.RotateKey:input_type -> storage.v1.RotateKeyRequest
-	14, // 19: storage.v1.Keys.GetRecoveryKey:input_type -> storage.v1.GetRecoveryKeyRequest
-	16, // 20: storage.v1.Keys.AcknowledgeRecoveryKey:input_type -> storage.v1.AcknowledgeRecoveryKeyRequest
-	29, // 21: storage.v1.SecureBoot.EnrollKeys:input_type -> storage.v1.EnrollKeysRequest
-	27, // 22: storage.v1.Disposal.Destroy:input_type -> storage.v1.DestroyRequest
-	20, // 23: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
-	20, // 24: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
-	1,  // 25: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
-	4,  // 26: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
-	7,  // 27: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
-	9,  // 28: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
-	11, // 29: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
-	13, // 30: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
-	15, // 31: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
-	17, // 32: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
-	30, // 33: storage.v1.SecureBoot.EnrollKeys:output_type -> storage.v1.EnrollKeysResponse
-	28, // 34: storage.v1.Disposal.Destroy:output_type -> storage.v1.DestroyProgress
-	23, // [23:35] is the sub-list for method output_type
-	11, // [11:23] is the sub-list for method input_type
+	6,  // 0: storage.v1.ChallengeResponse.challenges:type_name -> storage.v1.Challenge
+	9,  // 1: storage.v1.ListKeysResponse.keys:type_name -> storage.v1.Key
+	9,  // 2: storage.v1.AddKeyResponse.key:type_name -> storage.v1.Key
+	9,  // 3: storage.v1.RotateKeyResponse.key:type_name -> storage.v1.Key
+	27, // 4: storage.v1.Status.disks:type_name -> storage.v1.Disk
+	28, // 5: storage.v1.Status.partitions:type_name -> storage.v1.Partition
+	29, // 6: storage.v1.Status.volumes:type_name -> storage.v1.Volume
+	30, // 7: storage.v1.Status.mounts:type_name -> storage.v1.Mount
+	26, // 8: storage.v1.Status.tpm:type_name -> storage.v1.Tpm
+	25, // 9: storage.v1.Status.install:type_name -> storage.v1.Install
+	9,  // 10: storage.v1.Volume.keys:type_name -> storage.v1.Key
+	22, // 11: storage.v1.Storage.GetStatus:input_type -> storage.v1.GetStatusRequest
+	23, // 12: storage.v1.Storage.WatchStatus:input_type -> storage.v1.WatchStatusRequest
+	4,  // 13: storage.v1.Unlock.Challenge:input_type -> storage.v1.ChallengeRequest
+	7,  // 14: storage.v1.Unlock.Unlock:input_type -> storage.v1.UnlockRequest
+	10, // 15: storage.v1.Keys.ListKeys:input_type -> storage.v1.ListKeysRequest
+	12, // 16: storage.v1.Keys.AddKey:input_type -> storage.v1.AddKeyRequest
+	14, // 17: storage.v1.Keys.RemoveKey:input_type -> storage.v1.RemoveKeyRequest
+	16, // 18: storage.v1.Keys.RotateKey:input_type -> storage.v1.RotateKeyRequest
+	18, // 19: storage.v1.Keys.GetRecoveryKey:input_type -> storage.v1.GetRecoveryKeyRequest
+	20, // 20: storage.v1.Keys.AcknowledgeRecoveryKey:input_type -> storage.v1.AcknowledgeRecoveryKeyRequest
+	33, // 21: storage.v1.SecureBoot.EnrollKeys:input_type -> storage.v1.EnrollKeysRequest
+	31, // 22: storage.v1.Disposal.Destroy:input_type -> storage.v1.DestroyRequest
+	0,  // 23: storage.v1.Attestation.Describe:input_type -> storage.v1.DescribeRequest
+	2,  // 24: storage.v1.Attestation.Prove:input_type -> storage.v1.ProveRequest
+	24, // 25: storage.v1.Storage.GetStatus:output_type -> storage.v1.Status
+	24, // 26: storage.v1.Storage.WatchStatus:output_type -> storage.v1.Status
+	5,  // 27: storage.v1.Unlock.Challenge:output_type -> storage.v1.ChallengeResponse
+	8,  // 28: storage.v1.Unlock.Unlock:output_type -> storage.v1.UnlockResponse
+	11, // 29: storage.v1.Keys.ListKeys:output_type -> storage.v1.ListKeysResponse
+	13, // 30: storage.v1.Keys.AddKey:output_type -> storage.v1.AddKeyResponse
+	15, // 31: storage.v1.Keys.RemoveKey:output_type -> storage.v1.RemoveKeyResponse
+	17, // 32: storage.v1.Keys.RotateKey:output_type -> storage.v1.RotateKeyResponse
+	19, // 33: storage.v1.Keys.GetRecoveryKey:output_type -> storage.v1.GetRecoveryKeyResponse
+	21, // 34: storage.v1.Keys.AcknowledgeRecoveryKey:output_type -> storage.v1.AcknowledgeRecoveryKeyResponse
+	34, // 35: storage.v1.SecureBoot.EnrollKeys:output_type -> storage.v1.EnrollKeysResponse
+	32, // 36: storage.v1.Disposal.Destroy:output_type -> storage.v1.DestroyProgress
+	1,  // 37: storage.v1.Attestation.Describe:output_type -> storage.v1.DescribeResponse
+	3,  // 38: storage.v1.Attestation.Prove:output_type -> storage.v1.ProveResponse
+	25, // [25:39] is the sub-list for method output_type
+	11, // [11:25] is the sub-list for method input_type
 	11, // [11:11] is the sub-list for extension type_name
 	11, // [11:11] is the sub-list for extension extendee
 	0,  // [0:11] is the sub-list for field type_name
@@ -2230,9 +2521,9 @@ func file_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_storage_v1_storage_proto_rawDesc), len(file_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   35,
 			NumExtensions: 0,
-			NumServices:   5,
+			NumServices:   6,
 		},
 		GoTypes:           file_storage_v1_storage_proto_goTypes,
 		DependencyIndexes: file_storage_v1_storage_proto_depIdxs,

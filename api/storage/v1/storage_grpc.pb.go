@@ -874,3 +874,151 @@ var Disposal_ServiceDesc = grpc.ServiceDesc{
 	},
 	Metadata: "storage/v1/storage.proto",
 }
+
+const (
+	Attestation_Describe_FullMethodName = "/storage.v1.Attestation/Describe"
+	Attestation_Prove_FullMethodName    = "/storage.v1.Attestation/Prove"
+)
+
+// AttestationClient is the client API for Attestation service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Attestation has the machine's TPM show which machine it is. It is for trustd, when it joins a cluster (trust.v1.Join/Challenge). FAILED_PRECONDITION: there is no TPM 2.0, or it cannot.
+type AttestationClient interface {
+	// Describe returns the TPM's keys. It changes nothing that lasts.
+	Describe(ctx context.Context, in *DescribeRequest, opts ...grpc.CallOption) (*DescribeResponse, error)
+	// Prove has the TPM decrypt what was encrypted to both of its keys, and quote PCRs 7, 11 and 12 with 32 bytes of the caller's.
+	Prove(ctx context.Context, in *ProveRequest, opts ...grpc.CallOption) (*ProveResponse, error)
+}
+
+type attestationClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewAttestationClient(cc grpc.ClientConnInterface) AttestationClient {
+	return &attestationClient{cc}
+}
+
+func (c *attestationClient) Describe(ctx context.Context, in *DescribeRequest, opts ...grpc.CallOption) (*DescribeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DescribeResponse)
+	err := c.cc.Invoke(ctx, Attestation_Describe_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *attestationClient) Prove(ctx context.Context, in *ProveRequest, opts ...grpc.CallOption) (*ProveResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ProveResponse)
+	err := c.cc.Invoke(ctx, Attestation_Prove_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// AttestationServer is the server API for Attestation service.
+// All implementations must embed UnimplementedAttestationServer
+// for forward compatibility.
+//
+// Attestation has the machine's TPM show which machine it is. It is for trustd, when it joins a cluster (trust.v1.Join/Challenge). FAILED_PRECONDITION: there is no TPM 2.0, or it cannot.
+type AttestationServer interface {
+	// Describe returns the TPM's keys. It changes nothing that lasts.
+	Describe(context.Context, *DescribeRequest) (*DescribeResponse, error)
+	// Prove has the TPM decrypt what was encrypted to both of its keys, and quote PCRs 7, 11 and 12 with 32 bytes of the caller's.
+	Prove(context.Context, *ProveRequest) (*ProveResponse, error)
+	mustEmbedUnimplementedAttestationServer()
+}
+
+// UnimplementedAttestationServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedAttestationServer struct{}
+
+func (UnimplementedAttestationServer) Describe(context.Context, *DescribeRequest) (*DescribeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Describe not implemented")
+}
+func (UnimplementedAttestationServer) Prove(context.Context, *ProveRequest) (*ProveResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Prove not implemented")
+}
+func (UnimplementedAttestationServer) mustEmbedUnimplementedAttestationServer() {}
+func (UnimplementedAttestationServer) testEmbeddedByValue()                     {}
+
+// UnsafeAttestationServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to AttestationServer will
+// result in compilation errors.
+type UnsafeAttestationServer interface {
+	mustEmbedUnimplementedAttestationServer()
+}
+
+func RegisterAttestationServer(s grpc.ServiceRegistrar, srv AttestationServer) {
+	// If the following call panics, it indicates UnimplementedAttestationServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Attestation_ServiceDesc, srv)
+}
+
+func _Attestation_Describe_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DescribeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AttestationServer).Describe(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Attestation_Describe_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AttestationServer).Describe(ctx, req.(*DescribeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Attestation_Prove_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ProveRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AttestationServer).Prove(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Attestation_Prove_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AttestationServer).Prove(ctx, req.(*ProveRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Attestation_ServiceDesc is the grpc.ServiceDesc for Attestation service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Attestation_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "storage.v1.Attestation",
+	HandlerType: (*AttestationServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Describe",
+			Handler:    _Attestation_Describe_Handler,
+		},
+		{
+			MethodName: "Prove",
+			Handler:    _Attestation_Prove_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "storage/v1/storage.proto",
+}

@@ -213,6 +213,955 @@ func (x *JoinResponse) GetProof() []byte {
 	return nil
 }
 
+type AttestChallengeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in JoinRequest.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The TPM's endorsement key of ECC P-256 (TCG EK Credential Profile, template L-2): SubjectPublicKeyInfo, DER.
+	EndorsementKey []byte `protobuf:"bytes,2,opt,name=endorsement_key,json=endorsementKey,proto3" json:"endorsement_key,omitempty"`
+	// Its certificate, DER, as the TPM's maker has put it into the TPM (NV index 0x01c0000a); empty if there is none.
+	EndorsementCertificate []byte `protobuf:"bytes,3,opt,name=endorsement_certificate,json=endorsementCertificate,proto3" json:"endorsement_certificate,omitempty"`
+	// Its attestation key: TPMT_PUBLIC, ECC P-256, ECDSA with SHA-256, restricted, fixed to its TPM.
+	AttestationKey []byte `protobuf:"bytes,4,opt,name=attestation_key,json=attestationKey,proto3" json:"attestation_key,omitempty"`
+	// Put in by apid, as in JoinRequest.
+	RemoteAddress string `protobuf:"bytes,5,opt,name=remote_address,json=remoteAddress,proto3" json:"remote_address,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttestChallengeRequest) Reset() {
+	*x = AttestChallengeRequest{}
+	mi := &file_trust_v1_join_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttestChallengeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttestChallengeRequest) ProtoMessage() {}
+
+func (x *AttestChallengeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttestChallengeRequest.ProtoReflect.Descriptor instead.
+func (*AttestChallengeRequest) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *AttestChallengeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AttestChallengeRequest) GetEndorsementKey() []byte {
+	if x != nil {
+		return x.EndorsementKey
+	}
+	return nil
+}
+
+func (x *AttestChallengeRequest) GetEndorsementCertificate() []byte {
+	if x != nil {
+		return x.EndorsementCertificate
+	}
+	return nil
+}
+
+func (x *AttestChallengeRequest) GetAttestationKey() []byte {
+	if x != nil {
+		return x.AttestationKey
+	}
+	return nil
+}
+
+func (x *AttestChallengeRequest) GetRemoteAddress() string {
+	if x != nil {
+		return x.RemoteAddress
+	}
+	return ""
+}
+
+type AttestChallengeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the cluster has to remember, for JoinAttested; only the cluster can read it.
+	Ticket []byte `protobuf:"bytes,1,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	// 32 bytes.
+	Nonce []byte `protobuf:"bytes,2,opt,name=nonce,proto3" json:"nonce,omitempty"`
+	// TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET, without their lengths.
+	Credential      []byte `protobuf:"bytes,3,opt,name=credential,proto3" json:"credential,omitempty"`
+	EncryptedSecret []byte `protobuf:"bytes,4,opt,name=encrypted_secret,json=encryptedSecret,proto3" json:"encrypted_secret,omitempty"`
+	// Id of what allows it.
+	Id            string `protobuf:"bytes,5,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttestChallengeResponse) Reset() {
+	*x = AttestChallengeResponse{}
+	mi := &file_trust_v1_join_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttestChallengeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttestChallengeResponse) ProtoMessage() {}
+
+func (x *AttestChallengeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttestChallengeResponse.ProtoReflect.Descriptor instead.
+func (*AttestChallengeResponse) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *AttestChallengeResponse) GetTicket() []byte {
+	if x != nil {
+		return x.Ticket
+	}
+	return nil
+}
+
+func (x *AttestChallengeResponse) GetNonce() []byte {
+	if x != nil {
+		return x.Nonce
+	}
+	return nil
+}
+
+func (x *AttestChallengeResponse) GetCredential() []byte {
+	if x != nil {
+		return x.Credential
+	}
+	return nil
+}
+
+func (x *AttestChallengeResponse) GetEncryptedSecret() []byte {
+	if x != nil {
+		return x.EncryptedSecret
+	}
+	return nil
+}
+
+func (x *AttestChallengeResponse) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type JoinAttestedRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As for Join, without proof; token_id is the id in the challenge.
+	Join   *JoinRequest `protobuf:"bytes,1,opt,name=join,proto3" json:"join,omitempty"`
+	Ticket []byte       `protobuf:"bytes,2,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	// What the TPM has decrypted.
+	Secret []byte `protobuf:"bytes,3,opt,name=secret,proto3" json:"secret,omitempty"`
+	// TPMS_ATTEST and TPMT_SIGNATURE.
+	Quote     []byte `protobuf:"bytes,4,opt,name=quote,proto3" json:"quote,omitempty"`
+	Signature []byte `protobuf:"bytes,5,opt,name=signature,proto3" json:"signature,omitempty"`
+	// PCRs 7, 11 and 12 of SHA-256, in this order.
+	Pcrs          [][]byte     `protobuf:"bytes,6,rep,name=pcrs,proto3" json:"pcrs,omitempty"`
+	Image         *AttestImage `protobuf:"bytes,7,opt,name=image,proto3" json:"image,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinAttestedRequest) Reset() {
+	*x = JoinAttestedRequest{}
+	mi := &file_trust_v1_join_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinAttestedRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinAttestedRequest) ProtoMessage() {}
+
+func (x *JoinAttestedRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinAttestedRequest.ProtoReflect.Descriptor instead.
+func (*JoinAttestedRequest) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *JoinAttestedRequest) GetJoin() *JoinRequest {
+	if x != nil {
+		return x.Join
+	}
+	return nil
+}
+
+func (x *JoinAttestedRequest) GetTicket() []byte {
+	if x != nil {
+		return x.Ticket
+	}
+	return nil
+}
+
+func (x *JoinAttestedRequest) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
+func (x *JoinAttestedRequest) GetQuote() []byte {
+	if x != nil {
+		return x.Quote
+	}
+	return nil
+}
+
+func (x *JoinAttestedRequest) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+func (x *JoinAttestedRequest) GetPcrs() [][]byte {
+	if x != nil {
+		return x.Pcrs
+	}
+	return nil
+}
+
+func (x *JoinAttestedRequest) GetImage() *AttestImage {
+	if x != nil {
+		return x.Image
+	}
+	return nil
+}
+
+// AttestImage is the signed PCR policy that a machine's image has brought.
+type AttestImage struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// PEM; empty: it has none.
+	Key []byte `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// Digest of the policy, and the signature under it (RSA PKCS #1 v1.5 with SHA-256).
+	Policy        []byte `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`
+	Signature     []byte `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	Epoch         uint32 `protobuf:"varint,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AttestImage) Reset() {
+	*x = AttestImage{}
+	mi := &file_trust_v1_join_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AttestImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AttestImage) ProtoMessage() {}
+
+func (x *AttestImage) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AttestImage.ProtoReflect.Descriptor instead.
+func (*AttestImage) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *AttestImage) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *AttestImage) GetPolicy() []byte {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+func (x *AttestImage) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+func (x *AttestImage) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+type JoinAttestedResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A JoinResponse without proof.
+	Answer []byte `protobuf:"bytes,1,opt,name=answer,proto3" json:"answer,omitempty"`
+	// Of the cluster's authority for the Bulkhead API (ECDSA, ASN.1) over H("bulkhead attested join" || 0 || H(ekm) || H(answer)): the caller knows the authority's digest, and nobody else can say this to it.
+	Signature     []byte `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinAttestedResponse) Reset() {
+	*x = JoinAttestedResponse{}
+	mi := &file_trust_v1_join_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinAttestedResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinAttestedResponse) ProtoMessage() {}
+
+func (x *JoinAttestedResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinAttestedResponse.ProtoReflect.Descriptor instead.
+func (*JoinAttestedResponse) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *JoinAttestedResponse) GetAnswer() []byte {
+	if x != nil {
+		return x.Answer
+	}
+	return nil
+}
+
+func (x *JoinAttestedResponse) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+type AllowAttestationRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "controlplane" or "worker".
+	Role string `protobuf:"bytes,1,opt,name=role,proto3" json:"role,omitempty"`
+	// Only a node of this name may use it; "": any.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Fingerprint of the endorsement key: SHA-256 of its SubjectPublicKeyInfo, hexadecimal. It may come back, after it was reset, but only under the name it first joined with.
+	EndorsementKey string `protobuf:"bytes,3,opt,name=endorsement_key,json=endorsementKey,proto3" json:"endorsement_key,omitempty"`
+	// Instead of it: PEM certificates of makers of TPMs that sign endorsement certificates. Good for one machine, once; and a policy below is needed.
+	EndorsementAuthorities string `protobuf:"bytes,4,opt,name=endorsement_authorities,json=endorsementAuthorities,proto3" json:"endorsement_authorities,omitempty"`
+	// What the machine must have been started with; "" does not count. PCR 7 (Secure Boot) and 11 (the image), hexadecimal; and the fingerprint of the key that has signed the image's PCR policy.
+	Pcr7     string `protobuf:"bytes,5,opt,name=pcr7,proto3" json:"pcr7,omitempty"`
+	Pcr11    string `protobuf:"bytes,6,opt,name=pcr11,proto3" json:"pcr11,omitempty"`
+	ImageKey string `protobuf:"bytes,7,opt,name=image_key,json=imageKey,proto3" json:"image_key,omitempty"`
+	// 0 means one day; at most 366 days.
+	TtlSeconds    uint64 `protobuf:"varint,8,opt,name=ttl_seconds,json=ttlSeconds,proto3" json:"ttl_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AllowAttestationRequest) Reset() {
+	*x = AllowAttestationRequest{}
+	mi := &file_trust_v1_join_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AllowAttestationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AllowAttestationRequest) ProtoMessage() {}
+
+func (x *AllowAttestationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AllowAttestationRequest.ProtoReflect.Descriptor instead.
+func (*AllowAttestationRequest) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *AllowAttestationRequest) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *AllowAttestationRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AllowAttestationRequest) GetEndorsementKey() string {
+	if x != nil {
+		return x.EndorsementKey
+	}
+	return ""
+}
+
+func (x *AllowAttestationRequest) GetEndorsementAuthorities() string {
+	if x != nil {
+		return x.EndorsementAuthorities
+	}
+	return ""
+}
+
+func (x *AllowAttestationRequest) GetPcr7() string {
+	if x != nil {
+		return x.Pcr7
+	}
+	return ""
+}
+
+func (x *AllowAttestationRequest) GetPcr11() string {
+	if x != nil {
+		return x.Pcr11
+	}
+	return ""
+}
+
+func (x *AllowAttestationRequest) GetImageKey() string {
+	if x != nil {
+		return x.ImageKey
+	}
+	return ""
+}
+
+func (x *AllowAttestationRequest) GetTtlSeconds() uint64 {
+	if x != nil {
+		return x.TtlSeconds
+	}
+	return 0
+}
+
+type AllowAttestationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expires,proto3" json:"expires,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AllowAttestationResponse) Reset() {
+	*x = AllowAttestationResponse{}
+	mi := &file_trust_v1_join_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AllowAttestationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AllowAttestationResponse) ProtoMessage() {}
+
+func (x *AllowAttestationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AllowAttestationResponse.ProtoReflect.Descriptor instead.
+func (*AllowAttestationResponse) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *AllowAttestationResponse) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AllowAttestationResponse) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+// Attestation is what lets machines join by their TPM.
+type Attestation struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Id             string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Role           string                 `protobuf:"bytes,2,opt,name=role,proto3" json:"role,omitempty"`
+	Name           string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	EndorsementKey string                 `protobuf:"bytes,4,opt,name=endorsement_key,json=endorsementKey,proto3" json:"endorsement_key,omitempty"`
+	// Subjects of the authorities, if the endorsement key is not named.
+	EndorsementAuthorities []string               `protobuf:"bytes,5,rep,name=endorsement_authorities,json=endorsementAuthorities,proto3" json:"endorsement_authorities,omitempty"`
+	Pcr7                   string                 `protobuf:"bytes,6,opt,name=pcr7,proto3" json:"pcr7,omitempty"`
+	Pcr11                  string                 `protobuf:"bytes,7,opt,name=pcr11,proto3" json:"pcr11,omitempty"`
+	ImageKey               string                 `protobuf:"bytes,8,opt,name=image_key,json=imageKey,proto3" json:"image_key,omitempty"`
+	Expires                *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=expires,proto3" json:"expires,omitempty"`
+	// "unused", "used", "revoked".
+	State string `protobuf:"bytes,10,opt,name=state,proto3" json:"state,omitempty"`
+	// The node that used it.
+	UsedBy        string `protobuf:"bytes,11,opt,name=used_by,json=usedBy,proto3" json:"used_by,omitempty"`
+	MadeBy        string `protobuf:"bytes,12,opt,name=made_by,json=madeBy,proto3" json:"made_by,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Attestation) Reset() {
+	*x = Attestation{}
+	mi := &file_trust_v1_join_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Attestation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Attestation) ProtoMessage() {}
+
+func (x *Attestation) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Attestation.ProtoReflect.Descriptor instead.
+func (*Attestation) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Attestation) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Attestation) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *Attestation) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Attestation) GetEndorsementKey() string {
+	if x != nil {
+		return x.EndorsementKey
+	}
+	return ""
+}
+
+func (x *Attestation) GetEndorsementAuthorities() []string {
+	if x != nil {
+		return x.EndorsementAuthorities
+	}
+	return nil
+}
+
+func (x *Attestation) GetPcr7() string {
+	if x != nil {
+		return x.Pcr7
+	}
+	return ""
+}
+
+func (x *Attestation) GetPcr11() string {
+	if x != nil {
+		return x.Pcr11
+	}
+	return ""
+}
+
+func (x *Attestation) GetImageKey() string {
+	if x != nil {
+		return x.ImageKey
+	}
+	return ""
+}
+
+func (x *Attestation) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+func (x *Attestation) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Attestation) GetUsedBy() string {
+	if x != nil {
+		return x.UsedBy
+	}
+	return ""
+}
+
+func (x *Attestation) GetMadeBy() string {
+	if x != nil {
+		return x.MadeBy
+	}
+	return ""
+}
+
+// Attested is what a node's TPM has shown when it joined.
+type Attested struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of what allowed it.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Fingerprint of its endorsement key.
+	EndorsementKey string `protobuf:"bytes,2,opt,name=endorsement_key,json=endorsementKey,proto3" json:"endorsement_key,omitempty"`
+	Pcr7           string `protobuf:"bytes,3,opt,name=pcr7,proto3" json:"pcr7,omitempty"`
+	Pcr11          string `protobuf:"bytes,4,opt,name=pcr11,proto3" json:"pcr11,omitempty"`
+	Pcr12          string `protobuf:"bytes,5,opt,name=pcr12,proto3" json:"pcr12,omitempty"`
+	// Fingerprint of the key that has signed its image's PCR policy, and the image's epoch; "" if that was not asked for.
+	ImageKey      string                 `protobuf:"bytes,6,opt,name=image_key,json=imageKey,proto3" json:"image_key,omitempty"`
+	Epoch         uint32                 `protobuf:"varint,7,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	At            *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=at,proto3" json:"at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Attested) Reset() {
+	*x = Attested{}
+	mi := &file_trust_v1_join_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Attested) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Attested) ProtoMessage() {}
+
+func (x *Attested) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Attested.ProtoReflect.Descriptor instead.
+func (*Attested) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Attested) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Attested) GetEndorsementKey() string {
+	if x != nil {
+		return x.EndorsementKey
+	}
+	return ""
+}
+
+func (x *Attested) GetPcr7() string {
+	if x != nil {
+		return x.Pcr7
+	}
+	return ""
+}
+
+func (x *Attested) GetPcr11() string {
+	if x != nil {
+		return x.Pcr11
+	}
+	return ""
+}
+
+func (x *Attested) GetPcr12() string {
+	if x != nil {
+		return x.Pcr12
+	}
+	return ""
+}
+
+func (x *Attested) GetImageKey() string {
+	if x != nil {
+		return x.ImageKey
+	}
+	return ""
+}
+
+func (x *Attested) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Attested) GetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.At
+	}
+	return nil
+}
+
+type ListAttestationsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAttestationsRequest) Reset() {
+	*x = ListAttestationsRequest{}
+	mi := &file_trust_v1_join_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAttestationsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAttestationsRequest) ProtoMessage() {}
+
+func (x *ListAttestationsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAttestationsRequest.ProtoReflect.Descriptor instead.
+func (*ListAttestationsRequest) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{11}
+}
+
+type ListAttestationsResponse struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Attestations []*Attestation         `protobuf:"bytes,1,rep,name=attestations,proto3" json:"attestations,omitempty"`
+	// The nodes that joined so, by name.
+	Members       []*ClusterMember `protobuf:"bytes,2,rep,name=members,proto3" json:"members,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAttestationsResponse) Reset() {
+	*x = ListAttestationsResponse{}
+	mi := &file_trust_v1_join_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAttestationsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAttestationsResponse) ProtoMessage() {}
+
+func (x *ListAttestationsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAttestationsResponse.ProtoReflect.Descriptor instead.
+func (*ListAttestationsResponse) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ListAttestationsResponse) GetAttestations() []*Attestation {
+	if x != nil {
+		return x.Attestations
+	}
+	return nil
+}
+
+func (x *ListAttestationsResponse) GetMembers() []*ClusterMember {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+type RevokeAttestationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeAttestationRequest) Reset() {
+	*x = RevokeAttestationRequest{}
+	mi := &file_trust_v1_join_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeAttestationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeAttestationRequest) ProtoMessage() {}
+
+func (x *RevokeAttestationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeAttestationRequest.ProtoReflect.Descriptor instead.
+func (*RevokeAttestationRequest) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *RevokeAttestationRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RevokeAttestationResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeAttestationResponse) Reset() {
+	*x = RevokeAttestationResponse{}
+	mi := &file_trust_v1_join_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeAttestationResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeAttestationResponse) ProtoMessage() {}
+
+func (x *RevokeAttestationResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_trust_v1_join_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeAttestationResponse.ProtoReflect.Descriptor instead.
+func (*RevokeAttestationResponse) Descriptor() ([]byte, []int) {
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{14}
+}
+
 type SignForNodeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Proof *NodeProof             `protobuf:"bytes,1,opt,name=proof,proto3" json:"proof,omitempty"`
@@ -226,7 +1175,7 @@ type SignForNodeRequest struct {
 
 func (x *SignForNodeRequest) Reset() {
 	*x = SignForNodeRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[2]
+	mi := &file_trust_v1_join_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -238,7 +1187,7 @@ func (x *SignForNodeRequest) String() string {
 func (*SignForNodeRequest) ProtoMessage() {}
 
 func (x *SignForNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[2]
+	mi := &file_trust_v1_join_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -251,7 +1200,7 @@ func (x *SignForNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignForNodeRequest.ProtoReflect.Descriptor instead.
 func (*SignForNodeRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{2}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SignForNodeRequest) GetProof() *NodeProof {
@@ -291,7 +1240,7 @@ type WatchClusterRequest struct {
 
 func (x *WatchClusterRequest) Reset() {
 	*x = WatchClusterRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[3]
+	mi := &file_trust_v1_join_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -303,7 +1252,7 @@ func (x *WatchClusterRequest) String() string {
 func (*WatchClusterRequest) ProtoMessage() {}
 
 func (x *WatchClusterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[3]
+	mi := &file_trust_v1_join_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -316,7 +1265,7 @@ func (x *WatchClusterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchClusterRequest.ProtoReflect.Descriptor instead.
 func (*WatchClusterRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{3}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WatchClusterRequest) GetProof() *NodeProof {
@@ -336,7 +1285,7 @@ type ConfirmRotationRequest struct {
 
 func (x *ConfirmRotationRequest) Reset() {
 	*x = ConfirmRotationRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[4]
+	mi := &file_trust_v1_join_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -348,7 +1297,7 @@ func (x *ConfirmRotationRequest) String() string {
 func (*ConfirmRotationRequest) ProtoMessage() {}
 
 func (x *ConfirmRotationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[4]
+	mi := &file_trust_v1_join_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -361,7 +1310,7 @@ func (x *ConfirmRotationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmRotationRequest.ProtoReflect.Descriptor instead.
 func (*ConfirmRotationRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{4}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ConfirmRotationRequest) GetProof() *NodeProof {
@@ -386,7 +1335,7 @@ type ConfirmRotationResponse struct {
 
 func (x *ConfirmRotationResponse) Reset() {
 	*x = ConfirmRotationResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[5]
+	mi := &file_trust_v1_join_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +1347,7 @@ func (x *ConfirmRotationResponse) String() string {
 func (*ConfirmRotationResponse) ProtoMessage() {}
 
 func (x *ConfirmRotationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[5]
+	mi := &file_trust_v1_join_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +1360,7 @@ func (x *ConfirmRotationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfirmRotationResponse.ProtoReflect.Descriptor instead.
 func (*ConfirmRotationResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{5}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{18}
 }
 
 // NodeProof says which node calls. With ekm = TLS exporter of this connection, label "EXPORTER-bulkhead-node", signature is that of the node's
@@ -433,7 +1382,7 @@ type NodeProof struct {
 
 func (x *NodeProof) Reset() {
 	*x = NodeProof{}
-	mi := &file_trust_v1_join_proto_msgTypes[6]
+	mi := &file_trust_v1_join_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -445,7 +1394,7 @@ func (x *NodeProof) String() string {
 func (*NodeProof) ProtoMessage() {}
 
 func (x *NodeProof) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[6]
+	mi := &file_trust_v1_join_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -458,7 +1407,7 @@ func (x *NodeProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeProof.ProtoReflect.Descriptor instead.
 func (*NodeProof) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{6}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NodeProof) GetName() string {
@@ -504,7 +1453,7 @@ type LeaveRequest struct {
 
 func (x *LeaveRequest) Reset() {
 	*x = LeaveRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[7]
+	mi := &file_trust_v1_join_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -516,7 +1465,7 @@ func (x *LeaveRequest) String() string {
 func (*LeaveRequest) ProtoMessage() {}
 
 func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[7]
+	mi := &file_trust_v1_join_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -529,7 +1478,7 @@ func (x *LeaveRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveRequest.ProtoReflect.Descriptor instead.
 func (*LeaveRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{7}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{20}
 }
 
 type LeaveResponse struct {
@@ -540,7 +1489,7 @@ type LeaveResponse struct {
 
 func (x *LeaveResponse) Reset() {
 	*x = LeaveResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[8]
+	mi := &file_trust_v1_join_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -552,7 +1501,7 @@ func (x *LeaveResponse) String() string {
 func (*LeaveResponse) ProtoMessage() {}
 
 func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[8]
+	mi := &file_trust_v1_join_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -565,7 +1514,7 @@ func (x *LeaveResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeaveResponse.ProtoReflect.Descriptor instead.
 func (*LeaveResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{8}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{21}
 }
 
 type MakeJoinTokenRequest struct {
@@ -582,7 +1531,7 @@ type MakeJoinTokenRequest struct {
 
 func (x *MakeJoinTokenRequest) Reset() {
 	*x = MakeJoinTokenRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[9]
+	mi := &file_trust_v1_join_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -594,7 +1543,7 @@ func (x *MakeJoinTokenRequest) String() string {
 func (*MakeJoinTokenRequest) ProtoMessage() {}
 
 func (x *MakeJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[9]
+	mi := &file_trust_v1_join_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -607,7 +1556,7 @@ func (x *MakeJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*MakeJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{9}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *MakeJoinTokenRequest) GetRole() string {
@@ -643,7 +1592,7 @@ type MakeJoinTokenResponse struct {
 
 func (x *MakeJoinTokenResponse) Reset() {
 	*x = MakeJoinTokenResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[10]
+	mi := &file_trust_v1_join_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -655,7 +1604,7 @@ func (x *MakeJoinTokenResponse) String() string {
 func (*MakeJoinTokenResponse) ProtoMessage() {}
 
 func (x *MakeJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[10]
+	mi := &file_trust_v1_join_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -668,7 +1617,7 @@ func (x *MakeJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*MakeJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{10}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *MakeJoinTokenResponse) GetToken() string {
@@ -710,7 +1659,7 @@ type JoinToken struct {
 
 func (x *JoinToken) Reset() {
 	*x = JoinToken{}
-	mi := &file_trust_v1_join_proto_msgTypes[11]
+	mi := &file_trust_v1_join_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -722,7 +1671,7 @@ func (x *JoinToken) String() string {
 func (*JoinToken) ProtoMessage() {}
 
 func (x *JoinToken) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[11]
+	mi := &file_trust_v1_join_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -735,7 +1684,7 @@ func (x *JoinToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinToken.ProtoReflect.Descriptor instead.
 func (*JoinToken) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{11}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *JoinToken) GetId() string {
@@ -795,7 +1744,7 @@ type ListJoinTokensRequest struct {
 
 func (x *ListJoinTokensRequest) Reset() {
 	*x = ListJoinTokensRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[12]
+	mi := &file_trust_v1_join_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -807,7 +1756,7 @@ func (x *ListJoinTokensRequest) String() string {
 func (*ListJoinTokensRequest) ProtoMessage() {}
 
 func (x *ListJoinTokensRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[12]
+	mi := &file_trust_v1_join_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -820,7 +1769,7 @@ func (x *ListJoinTokensRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJoinTokensRequest.ProtoReflect.Descriptor instead.
 func (*ListJoinTokensRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{12}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{25}
 }
 
 type ListJoinTokensResponse struct {
@@ -832,7 +1781,7 @@ type ListJoinTokensResponse struct {
 
 func (x *ListJoinTokensResponse) Reset() {
 	*x = ListJoinTokensResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[13]
+	mi := &file_trust_v1_join_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -844,7 +1793,7 @@ func (x *ListJoinTokensResponse) String() string {
 func (*ListJoinTokensResponse) ProtoMessage() {}
 
 func (x *ListJoinTokensResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[13]
+	mi := &file_trust_v1_join_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -857,7 +1806,7 @@ func (x *ListJoinTokensResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJoinTokensResponse.ProtoReflect.Descriptor instead.
 func (*ListJoinTokensResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{13}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListJoinTokensResponse) GetTokens() []*JoinToken {
@@ -876,7 +1825,7 @@ type RevokeJoinTokenRequest struct {
 
 func (x *RevokeJoinTokenRequest) Reset() {
 	*x = RevokeJoinTokenRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[14]
+	mi := &file_trust_v1_join_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -888,7 +1837,7 @@ func (x *RevokeJoinTokenRequest) String() string {
 func (*RevokeJoinTokenRequest) ProtoMessage() {}
 
 func (x *RevokeJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[14]
+	mi := &file_trust_v1_join_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -901,7 +1850,7 @@ func (x *RevokeJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*RevokeJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{14}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *RevokeJoinTokenRequest) GetId() string {
@@ -919,7 +1868,7 @@ type RevokeJoinTokenResponse struct {
 
 func (x *RevokeJoinTokenResponse) Reset() {
 	*x = RevokeJoinTokenResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[15]
+	mi := &file_trust_v1_join_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -931,7 +1880,7 @@ func (x *RevokeJoinTokenResponse) String() string {
 func (*RevokeJoinTokenResponse) ProtoMessage() {}
 
 func (x *RevokeJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[15]
+	mi := &file_trust_v1_join_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -944,7 +1893,7 @@ func (x *RevokeJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*RevokeJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{15}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{28}
 }
 
 type ListMembersRequest struct {
@@ -955,7 +1904,7 @@ type ListMembersRequest struct {
 
 func (x *ListMembersRequest) Reset() {
 	*x = ListMembersRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[16]
+	mi := &file_trust_v1_join_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -967,7 +1916,7 @@ func (x *ListMembersRequest) String() string {
 func (*ListMembersRequest) ProtoMessage() {}
 
 func (x *ListMembersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[16]
+	mi := &file_trust_v1_join_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -980,7 +1929,7 @@ func (x *ListMembersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMembersRequest.ProtoReflect.Descriptor instead.
 func (*ListMembersRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{16}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{29}
 }
 
 type ListMembersResponse struct {
@@ -992,7 +1941,7 @@ type ListMembersResponse struct {
 
 func (x *ListMembersResponse) Reset() {
 	*x = ListMembersResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[17]
+	mi := &file_trust_v1_join_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1004,7 +1953,7 @@ func (x *ListMembersResponse) String() string {
 func (*ListMembersResponse) ProtoMessage() {}
 
 func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[17]
+	mi := &file_trust_v1_join_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1017,7 +1966,7 @@ func (x *ListMembersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListMembersResponse.ProtoReflect.Descriptor instead.
 func (*ListMembersResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{17}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListMembersResponse) GetMembers() []*ClusterMember {
@@ -1037,15 +1986,17 @@ type ClusterMember struct {
 	// Addresses that it has called from.
 	Addresses []string               `protobuf:"bytes,4,rep,name=addresses,proto3" json:"addresses,omitempty"`
 	Joined    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=joined,proto3" json:"joined,omitempty"`
-	// The join token's id; "" for the node on which the cluster was made.
-	TokenId       string `protobuf:"bytes,6,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"`
+	// The join token's id; "" for one that joined by its TPM, and for the node on which the cluster was made.
+	TokenId string `protobuf:"bytes,6,opt,name=token_id,json=tokenId,proto3" json:"token_id,omitempty"`
+	// What its TPM has shown, if it joined by that.
+	Attested      *Attested `protobuf:"bytes,7,opt,name=attested,proto3" json:"attested,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ClusterMember) Reset() {
 	*x = ClusterMember{}
-	mi := &file_trust_v1_join_proto_msgTypes[18]
+	mi := &file_trust_v1_join_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1057,7 +2008,7 @@ func (x *ClusterMember) String() string {
 func (*ClusterMember) ProtoMessage() {}
 
 func (x *ClusterMember) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[18]
+	mi := &file_trust_v1_join_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1070,7 +2021,7 @@ func (x *ClusterMember) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ClusterMember.ProtoReflect.Descriptor instead.
 func (*ClusterMember) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{18}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ClusterMember) GetName() string {
@@ -1115,6 +2066,13 @@ func (x *ClusterMember) GetTokenId() string {
 	return ""
 }
 
+func (x *ClusterMember) GetAttested() *Attested {
+	if x != nil {
+		return x.Attested
+	}
+	return nil
+}
+
 type RemoveMemberRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1124,7 +2082,7 @@ type RemoveMemberRequest struct {
 
 func (x *RemoveMemberRequest) Reset() {
 	*x = RemoveMemberRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[19]
+	mi := &file_trust_v1_join_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +2094,7 @@ func (x *RemoveMemberRequest) String() string {
 func (*RemoveMemberRequest) ProtoMessage() {}
 
 func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[19]
+	mi := &file_trust_v1_join_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +2107,7 @@ func (x *RemoveMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberRequest.ProtoReflect.Descriptor instead.
 func (*RemoveMemberRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{19}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RemoveMemberRequest) GetName() string {
@@ -1167,7 +2125,7 @@ type RemoveMemberResponse struct {
 
 func (x *RemoveMemberResponse) Reset() {
 	*x = RemoveMemberResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[20]
+	mi := &file_trust_v1_join_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1179,7 +2137,7 @@ func (x *RemoveMemberResponse) String() string {
 func (*RemoveMemberResponse) ProtoMessage() {}
 
 func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[20]
+	mi := &file_trust_v1_join_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1192,7 +2150,7 @@ func (x *RemoveMemberResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveMemberResponse.ProtoReflect.Descriptor instead.
 func (*RemoveMemberResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{20}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{33}
 }
 
 type RevokeRequest struct {
@@ -1205,7 +2163,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_trust_v1_join_proto_msgTypes[21]
+	mi := &file_trust_v1_join_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1217,7 +2175,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[21]
+	mi := &file_trust_v1_join_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1230,7 +2188,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{21}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RevokeRequest) GetId() string {
@@ -1248,7 +2206,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_trust_v1_join_proto_msgTypes[22]
+	mi := &file_trust_v1_join_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1260,7 +2218,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_trust_v1_join_proto_msgTypes[22]
+	mi := &file_trust_v1_join_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1273,7 +2231,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_trust_v1_join_proto_rawDescGZIP(), []int{22}
+	return file_trust_v1_join_proto_rawDescGZIP(), []int{35}
 }
 
 var File_trust_v1_join_proto protoreflect.FileDescriptor
@@ -1295,7 +2253,80 @@ const file_trust_v1_join_proto_rawDesc = "" +
 	"\x04role\x18\x03 \x01(\tR\x04role\x12\x16\n" +
 	"\x06sealed\x18\x04 \x01(\fR\x06sealed\x12*\n" +
 	"\x05state\x18\x05 \x01(\v2\x14.trust.v1.TrustStateR\x05state\x12\x14\n" +
-	"\x05proof\x18\x06 \x01(\fR\x05proof\"\x8c\x01\n" +
+	"\x05proof\x18\x06 \x01(\fR\x05proof\"\xde\x01\n" +
+	"\x16AttestChallengeRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12'\n" +
+	"\x0fendorsement_key\x18\x02 \x01(\fR\x0eendorsementKey\x127\n" +
+	"\x17endorsement_certificate\x18\x03 \x01(\fR\x16endorsementCertificate\x12'\n" +
+	"\x0fattestation_key\x18\x04 \x01(\fR\x0eattestationKey\x12%\n" +
+	"\x0eremote_address\x18\x05 \x01(\tR\rremoteAddress\"\xa2\x01\n" +
+	"\x17AttestChallengeResponse\x12\x16\n" +
+	"\x06ticket\x18\x01 \x01(\fR\x06ticket\x12\x14\n" +
+	"\x05nonce\x18\x02 \x01(\fR\x05nonce\x12\x1e\n" +
+	"\n" +
+	"credential\x18\x03 \x01(\fR\n" +
+	"credential\x12)\n" +
+	"\x10encrypted_secret\x18\x04 \x01(\fR\x0fencryptedSecret\x12\x0e\n" +
+	"\x02id\x18\x05 \x01(\tR\x02id\"\xe5\x01\n" +
+	"\x13JoinAttestedRequest\x12)\n" +
+	"\x04join\x18\x01 \x01(\v2\x15.trust.v1.JoinRequestR\x04join\x12\x16\n" +
+	"\x06ticket\x18\x02 \x01(\fR\x06ticket\x12\x16\n" +
+	"\x06secret\x18\x03 \x01(\fR\x06secret\x12\x14\n" +
+	"\x05quote\x18\x04 \x01(\fR\x05quote\x12\x1c\n" +
+	"\tsignature\x18\x05 \x01(\fR\tsignature\x12\x12\n" +
+	"\x04pcrs\x18\x06 \x03(\fR\x04pcrs\x12+\n" +
+	"\x05image\x18\a \x01(\v2\x15.trust.v1.AttestImageR\x05image\"k\n" +
+	"\vAttestImage\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\fR\x03key\x12\x16\n" +
+	"\x06policy\x18\x02 \x01(\fR\x06policy\x12\x1c\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\rR\x05epoch\"L\n" +
+	"\x14JoinAttestedResponse\x12\x16\n" +
+	"\x06answer\x18\x01 \x01(\fR\x06answer\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"\x8b\x02\n" +
+	"\x17AllowAttestationRequest\x12\x12\n" +
+	"\x04role\x18\x01 \x01(\tR\x04role\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12'\n" +
+	"\x0fendorsement_key\x18\x03 \x01(\tR\x0eendorsementKey\x127\n" +
+	"\x17endorsement_authorities\x18\x04 \x01(\tR\x16endorsementAuthorities\x12\x12\n" +
+	"\x04pcr7\x18\x05 \x01(\tR\x04pcr7\x12\x14\n" +
+	"\x05pcr11\x18\x06 \x01(\tR\x05pcr11\x12\x1b\n" +
+	"\timage_key\x18\a \x01(\tR\bimageKey\x12\x1f\n" +
+	"\vttl_seconds\x18\b \x01(\x04R\n" +
+	"ttlSeconds\"`\n" +
+	"\x18AllowAttestationResponse\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x124\n" +
+	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\xec\x02\n" +
+	"\vAttestation\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04role\x18\x02 \x01(\tR\x04role\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12'\n" +
+	"\x0fendorsement_key\x18\x04 \x01(\tR\x0eendorsementKey\x127\n" +
+	"\x17endorsement_authorities\x18\x05 \x03(\tR\x16endorsementAuthorities\x12\x12\n" +
+	"\x04pcr7\x18\x06 \x01(\tR\x04pcr7\x12\x14\n" +
+	"\x05pcr11\x18\a \x01(\tR\x05pcr11\x12\x1b\n" +
+	"\timage_key\x18\b \x01(\tR\bimageKey\x124\n" +
+	"\aexpires\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x14\n" +
+	"\x05state\x18\n" +
+	" \x01(\tR\x05state\x12\x17\n" +
+	"\aused_by\x18\v \x01(\tR\x06usedBy\x12\x17\n" +
+	"\amade_by\x18\f \x01(\tR\x06madeBy\"\xe2\x01\n" +
+	"\bAttested\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12'\n" +
+	"\x0fendorsement_key\x18\x02 \x01(\tR\x0eendorsementKey\x12\x12\n" +
+	"\x04pcr7\x18\x03 \x01(\tR\x04pcr7\x12\x14\n" +
+	"\x05pcr11\x18\x04 \x01(\tR\x05pcr11\x12\x14\n" +
+	"\x05pcr12\x18\x05 \x01(\tR\x05pcr12\x12\x1b\n" +
+	"\timage_key\x18\x06 \x01(\tR\bimageKey\x12\x14\n" +
+	"\x05epoch\x18\a \x01(\rR\x05epoch\x12*\n" +
+	"\x02at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x02at\"\x19\n" +
+	"\x17ListAttestationsRequest\"\x88\x01\n" +
+	"\x18ListAttestationsResponse\x129\n" +
+	"\fattestations\x18\x01 \x03(\v2\x15.trust.v1.AttestationR\fattestations\x121\n" +
+	"\amembers\x18\x02 \x03(\v2\x17.trust.v1.ClusterMemberR\amembers\"*\n" +
+	"\x18RevokeAttestationRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x1b\n" +
+	"\x19RevokeAttestationResponse\"\x8c\x01\n" +
 	"\x12SignForNodeRequest\x12)\n" +
 	"\x05proof\x18\x01 \x01(\v2\x13.trust.v1.NodeProofR\x05proof\x12\x18\n" +
 	"\aprofile\x18\x02 \x01(\tR\aprofile\x12\x10\n" +
@@ -1341,22 +2372,25 @@ const file_trust_v1_join_proto_rawDesc = "" +
 	"\x17RevokeJoinTokenResponse\"\x14\n" +
 	"\x12ListMembersRequest\"H\n" +
 	"\x13ListMembersResponse\x121\n" +
-	"\amembers\x18\x01 \x03(\v2\x17.trust.v1.ClusterMemberR\amembers\"\xb6\x01\n" +
+	"\amembers\x18\x01 \x03(\v2\x17.trust.v1.ClusterMemberR\amembers\"\xe6\x01\n" +
 	"\rClusterMember\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04role\x18\x02 \x01(\tR\x04role\x12\x10\n" +
 	"\x03key\x18\x03 \x01(\tR\x03key\x12\x1c\n" +
 	"\taddresses\x18\x04 \x03(\tR\taddresses\x122\n" +
 	"\x06joined\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x06joined\x12\x19\n" +
-	"\btoken_id\x18\x06 \x01(\tR\atokenId\")\n" +
+	"\btoken_id\x18\x06 \x01(\tR\atokenId\x12.\n" +
+	"\battested\x18\a \x01(\v2\x12.trust.v1.AttestedR\battested\")\n" +
 	"\x13RemoveMemberRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x16\n" +
 	"\x14RemoveMemberResponse\"\x1f\n" +
 	"\rRevokeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x10\n" +
-	"\x0eRevokeResponse2P\n" +
+	"\x0eRevokeResponse2\xff\x01\n" +
 	"\x04Join\x12<\n" +
-	"\x04Join\x12\x15.trust.v1.JoinRequest\x1a\x16.trust.v1.JoinResponse\"\x05\xaa\xbb\x18\x01\t\x1a\n" +
+	"\x04Join\x12\x15.trust.v1.JoinRequest\x1a\x16.trust.v1.JoinResponse\"\x05\xaa\xbb\x18\x01\t\x12W\n" +
+	"\tChallenge\x12 .trust.v1.AttestChallengeRequest\x1a!.trust.v1.AttestChallengeResponse\"\x05\xaa\xbb\x18\x01\t\x12T\n" +
+	"\fJoinAttested\x12\x1d.trust.v1.JoinAttestedRequest\x1a\x1e.trust.v1.JoinAttestedResponse\"\x05\xaa\xbb\x18\x01\t\x1a\n" +
 	"\xb2\xbb\x18\x06trustd2\xa0\x02\n" +
 	"\x05Nodes\x12X\n" +
 	"\vSignForNode\x12\x1c.trust.v1.SignForNodeRequest\x1a!.trust.v1.SignCertificateResponse\"\b\xaa\xbb\x18\x01\t\x90\x02\x02\x12O\n" +
@@ -1365,12 +2399,15 @@ const file_trust_v1_join_proto_rawDesc = "" +
 	"\xb2\xbb\x18\x06trustd2[\n" +
 	"\tDeparture\x12B\n" +
 	"\x05Leave\x12\x16.trust.v1.LeaveRequest\x1a\x17.trust.v1.LeaveResponse\"\b\xaa\xbb\x18\x01\b\x90\x02\x02\x1a\n" +
-	"\xb2\xbb\x18\x06trustd2\xb9\x05\n" +
+	"\xb2\xbb\x18\x06trustd2\xb9\b\n" +
 	"\n" +
 	"Membership\x12p\n" +
 	"\rMakeJoinToken\x12\x1e.trust.v1.MakeJoinTokenRequest\x1a\x1f.trust.v1.MakeJoinTokenResponse\"\x1e\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x13:\x01*\"\x0e/v1/jointokens\x12s\n" +
 	"\x0eListJoinTokens\x12\x1f.trust.v1.ListJoinTokensRequest\x1a .trust.v1.ListJoinTokensResponse\"\x1e\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/jointokens\x90\x02\x01\x12{\n" +
-	"\x0fRevokeJoinToken\x12 .trust.v1.RevokeJoinTokenRequest\x1a!.trust.v1.RevokeJoinTokenResponse\"#\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x15*\x13/v1/jointokens/{id}\x90\x02\x02\x12g\n" +
+	"\x0fRevokeJoinToken\x12 .trust.v1.RevokeJoinTokenRequest\x1a!.trust.v1.RevokeJoinTokenResponse\"#\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x15*\x13/v1/jointokens/{id}\x90\x02\x02\x12{\n" +
+	"\x10AllowAttestation\x12!.trust.v1.AllowAttestationRequest\x1a\".trust.v1.AllowAttestationResponse\" \xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x15:\x01*\"\x10/v1/attestations\x12{\n" +
+	"\x10ListAttestations\x12!.trust.v1.ListAttestationsRequest\x1a\".trust.v1.ListAttestationsResponse\" \xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\x12\x12\x10/v1/attestations\x90\x02\x01\x12\x83\x01\n" +
+	"\x11RevokeAttestation\x12\".trust.v1.RevokeAttestationRequest\x1a#.trust.v1.RevokeAttestationResponse\"%\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x17*\x15/v1/attestations/{id}\x90\x02\x02\x12g\n" +
 	"\vListMembers\x12\x1c.trust.v1.ListMembersRequest\x1a\x1d.trust.v1.ListMembersResponse\"\x1b\xaa\xbb\x18\x01\x03\x82\xd3\xe4\x93\x02\r\x12\v/v1/members\x90\x02\x01\x12q\n" +
 	"\fRemoveMember\x12\x1d.trust.v1.RemoveMemberRequest\x1a\x1e.trust.v1.RemoveMemberResponse\"\"\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x14*\x12/v1/members/{name}\x90\x02\x02\x12_\n" +
 	"\x06Revoke\x12\x17.trust.v1.RevokeRequest\x1a\x18.trust.v1.RevokeResponse\"\"\xaa\xbb\x18\x01\x06\x82\xd3\xe4\x93\x02\x14:\x01*\"\x0f/v1/revocations\x90\x02\x02\x1a\n" +
@@ -1388,74 +2425,105 @@ func file_trust_v1_join_proto_rawDescGZIP() []byte {
 	return file_trust_v1_join_proto_rawDescData
 }
 
-var file_trust_v1_join_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_trust_v1_join_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_trust_v1_join_proto_goTypes = []any{
-	(*JoinRequest)(nil),             // 0: trust.v1.JoinRequest
-	(*JoinResponse)(nil),            // 1: trust.v1.JoinResponse
-	(*SignForNodeRequest)(nil),      // 2: trust.v1.SignForNodeRequest
-	(*WatchClusterRequest)(nil),     // 3: trust.v1.WatchClusterRequest
-	(*ConfirmRotationRequest)(nil),  // 4: trust.v1.ConfirmRotationRequest
-	(*ConfirmRotationResponse)(nil), // 5: trust.v1.ConfirmRotationResponse
-	(*NodeProof)(nil),               // 6: trust.v1.NodeProof
-	(*LeaveRequest)(nil),            // 7: trust.v1.LeaveRequest
-	(*LeaveResponse)(nil),           // 8: trust.v1.LeaveResponse
-	(*MakeJoinTokenRequest)(nil),    // 9: trust.v1.MakeJoinTokenRequest
-	(*MakeJoinTokenResponse)(nil),   // 10: trust.v1.MakeJoinTokenResponse
-	(*JoinToken)(nil),               // 11: trust.v1.JoinToken
-	(*ListJoinTokensRequest)(nil),   // 12: trust.v1.ListJoinTokensRequest
-	(*ListJoinTokensResponse)(nil),  // 13: trust.v1.ListJoinTokensResponse
-	(*RevokeJoinTokenRequest)(nil),  // 14: trust.v1.RevokeJoinTokenRequest
-	(*RevokeJoinTokenResponse)(nil), // 15: trust.v1.RevokeJoinTokenResponse
-	(*ListMembersRequest)(nil),      // 16: trust.v1.ListMembersRequest
-	(*ListMembersResponse)(nil),     // 17: trust.v1.ListMembersResponse
-	(*ClusterMember)(nil),           // 18: trust.v1.ClusterMember
-	(*RemoveMemberRequest)(nil),     // 19: trust.v1.RemoveMemberRequest
-	(*RemoveMemberResponse)(nil),    // 20: trust.v1.RemoveMemberResponse
-	(*RevokeRequest)(nil),           // 21: trust.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 22: trust.v1.RevokeResponse
-	(*TrustState)(nil),              // 23: trust.v1.TrustState
-	(*RotationStage)(nil),           // 24: trust.v1.RotationStage
-	(*timestamppb.Timestamp)(nil),   // 25: google.protobuf.Timestamp
-	(*SignCertificateResponse)(nil), // 26: trust.v1.SignCertificateResponse
+	(*JoinRequest)(nil),               // 0: trust.v1.JoinRequest
+	(*JoinResponse)(nil),              // 1: trust.v1.JoinResponse
+	(*AttestChallengeRequest)(nil),    // 2: trust.v1.AttestChallengeRequest
+	(*AttestChallengeResponse)(nil),   // 3: trust.v1.AttestChallengeResponse
+	(*JoinAttestedRequest)(nil),       // 4: trust.v1.JoinAttestedRequest
+	(*AttestImage)(nil),               // 5: trust.v1.AttestImage
+	(*JoinAttestedResponse)(nil),      // 6: trust.v1.JoinAttestedResponse
+	(*AllowAttestationRequest)(nil),   // 7: trust.v1.AllowAttestationRequest
+	(*AllowAttestationResponse)(nil),  // 8: trust.v1.AllowAttestationResponse
+	(*Attestation)(nil),               // 9: trust.v1.Attestation
+	(*Attested)(nil),                  // 10: trust.v1.Attested
+	(*ListAttestationsRequest)(nil),   // 11: trust.v1.ListAttestationsRequest
+	(*ListAttestationsResponse)(nil),  // 12: trust.v1.ListAttestationsResponse
+	(*RevokeAttestationRequest)(nil),  // 13: trust.v1.RevokeAttestationRequest
+	(*RevokeAttestationResponse)(nil), // 14: trust.v1.RevokeAttestationResponse
+	(*SignForNodeRequest)(nil),        // 15: trust.v1.SignForNodeRequest
+	(*WatchClusterRequest)(nil),       // 16: trust.v1.WatchClusterRequest
+	(*ConfirmRotationRequest)(nil),    // 17: trust.v1.ConfirmRotationRequest
+	(*ConfirmRotationResponse)(nil),   // 18: trust.v1.ConfirmRotationResponse
+	(*NodeProof)(nil),                 // 19: trust.v1.NodeProof
+	(*LeaveRequest)(nil),              // 20: trust.v1.LeaveRequest
+	(*LeaveResponse)(nil),             // 21: trust.v1.LeaveResponse
+	(*MakeJoinTokenRequest)(nil),      // 22: trust.v1.MakeJoinTokenRequest
+	(*MakeJoinTokenResponse)(nil),     // 23: trust.v1.MakeJoinTokenResponse
+	(*JoinToken)(nil),                 // 24: trust.v1.JoinToken
+	(*ListJoinTokensRequest)(nil),     // 25: trust.v1.ListJoinTokensRequest
+	(*ListJoinTokensResponse)(nil),    // 26: trust.v1.ListJoinTokensResponse
+	(*RevokeJoinTokenRequest)(nil),    // 27: trust.v1.RevokeJoinTokenRequest
+	(*RevokeJoinTokenResponse)(nil),   // 28: trust.v1.RevokeJoinTokenResponse
+	(*ListMembersRequest)(nil),        // 29: trust.v1.ListMembersRequest
+	(*ListMembersResponse)(nil),       // 30: trust.v1.ListMembersResponse
+	(*ClusterMember)(nil),             // 31: trust.v1.ClusterMember
+	(*RemoveMemberRequest)(nil),       // 32: trust.v1.RemoveMemberRequest
+	(*RemoveMemberResponse)(nil),      // 33: trust.v1.RemoveMemberResponse
+	(*RevokeRequest)(nil),             // 34: trust.v1.RevokeRequest
+	(*RevokeResponse)(nil),            // 35: trust.v1.RevokeResponse
+	(*TrustState)(nil),                // 36: trust.v1.TrustState
+	(*timestamppb.Timestamp)(nil),     // 37: google.protobuf.Timestamp
+	(*RotationStage)(nil),             // 38: trust.v1.RotationStage
+	(*SignCertificateResponse)(nil),   // 39: trust.v1.SignCertificateResponse
 }
 var file_trust_v1_join_proto_depIdxs = []int32{
-	23, // 0: trust.v1.JoinResponse.state:type_name -> trust.v1.TrustState
-	6,  // 1: trust.v1.SignForNodeRequest.proof:type_name -> trust.v1.NodeProof
-	6,  // 2: trust.v1.WatchClusterRequest.proof:type_name -> trust.v1.NodeProof
-	6,  // 3: trust.v1.ConfirmRotationRequest.proof:type_name -> trust.v1.NodeProof
-	24, // 4: trust.v1.ConfirmRotationRequest.done:type_name -> trust.v1.RotationStage
-	25, // 5: trust.v1.MakeJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	25, // 6: trust.v1.JoinToken.expires:type_name -> google.protobuf.Timestamp
-	11, // 7: trust.v1.ListJoinTokensResponse.tokens:type_name -> trust.v1.JoinToken
-	18, // 8: trust.v1.ListMembersResponse.members:type_name -> trust.v1.ClusterMember
-	25, // 9: trust.v1.ClusterMember.joined:type_name -> google.protobuf.Timestamp
-	0,  // 10: trust.v1.Join.Join:input_type -> trust.v1.JoinRequest
-	2,  // 11: trust.v1.Nodes.SignForNode:input_type -> trust.v1.SignForNodeRequest
-	3,  // 12: trust.v1.Nodes.WatchCluster:input_type -> trust.v1.WatchClusterRequest
-	4,  // 13: trust.v1.Nodes.ConfirmRotation:input_type -> trust.v1.ConfirmRotationRequest
-	7,  // 14: trust.v1.Departure.Leave:input_type -> trust.v1.LeaveRequest
-	9,  // 15: trust.v1.Membership.MakeJoinToken:input_type -> trust.v1.MakeJoinTokenRequest
-	12, // 16: trust.v1.Membership.ListJoinTokens:input_type -> trust.v1.ListJoinTokensRequest
-	14, // 17: trust.v1.Membership.RevokeJoinToken:input_type -> trust.v1.RevokeJoinTokenRequest
-	16, // 18: trust.v1.Membership.ListMembers:input_type -> trust.v1.ListMembersRequest
-	19, // 19: trust.v1.Membership.RemoveMember:input_type -> trust.v1.RemoveMemberRequest
-	21, // 20: trust.v1.Membership.Revoke:input_type -> trust.v1.RevokeRequest
-	1,  // 21: trust.v1.Join.Join:output_type -> trust.v1.JoinResponse
-	26, // 22: trust.v1.Nodes.SignForNode:output_type -> trust.v1.SignCertificateResponse
-	23, // 23: trust.v1.Nodes.WatchCluster:output_type -> trust.v1.TrustState
-	5,  // 24: trust.v1.Nodes.ConfirmRotation:output_type -> trust.v1.ConfirmRotationResponse
-	8,  // 25: trust.v1.Departure.Leave:output_type -> trust.v1.LeaveResponse
-	10, // 26: trust.v1.Membership.MakeJoinToken:output_type -> trust.v1.MakeJoinTokenResponse
-	13, // 27: trust.v1.Membership.ListJoinTokens:output_type -> trust.v1.ListJoinTokensResponse
-	15, // 28: trust.v1.Membership.RevokeJoinToken:output_type -> trust.v1.RevokeJoinTokenResponse
-	17, // 29: trust.v1.Membership.ListMembers:output_type -> trust.v1.ListMembersResponse
-	20, // 30: trust.v1.Membership.RemoveMember:output_type -> trust.v1.RemoveMemberResponse
-	22, // 31: trust.v1.Membership.Revoke:output_type -> trust.v1.RevokeResponse
-	21, // [21:32] is the sub-list for method output_type
-	10, // [10:21] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	36, // 0: trust.v1.JoinResponse.state:type_name -> trust.v1.TrustState
+	0,  // 1: trust.v1.JoinAttestedRequest.join:type_name -> trust.v1.JoinRequest
+	5,  // 2: trust.v1.JoinAttestedRequest.image:type_name -> trust.v1.AttestImage
+	37, // 3: trust.v1.AllowAttestationResponse.expires:type_name -> google.protobuf.Timestamp
+	37, // 4: trust.v1.Attestation.expires:type_name -> google.protobuf.Timestamp
+	37, // 5: trust.v1.Attested.at:type_name -> google.protobuf.Timestamp
+	9,  // 6: trust.v1.ListAttestationsResponse.attestations:type_name -> trust.v1.Attestation
+	31, // 7: trust.v1.ListAttestationsResponse.members:type_name -> trust.v1.ClusterMember
+	19, // 8: trust.v1.SignForNodeRequest.proof:type_name -> trust.v1.NodeProof
+	19, // 9: trust.v1.WatchClusterRequest.proof:type_name -> trust.v1.NodeProof
+	19, // 10: trust.v1.ConfirmRotationRequest.proof:type_name -> trust.v1.NodeProof
+	38, // 11: trust.v1.ConfirmRotationRequest.done:type_name -> trust.v1.RotationStage
+	37, // 12: trust.v1.MakeJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	37, // 13: trust.v1.JoinToken.expires:type_name -> google.protobuf.Timestamp
+	24, // 14: trust.v1.ListJoinTokensResponse.tokens:type_name -> trust.v1.JoinToken
+	31, // 15: trust.v1.ListMembersResponse.members:type_name -> trust.v1.ClusterMember
+	37, // 16: trust.v1.ClusterMember.joined:type_name -> google.protobuf.Timestamp
+	10, // 17: trust.v1.ClusterMember.attested:type_name -> trust.v1.Attested
+	0,  // 18: trust.v1.Join.Join:input_type -> trust.v1.JoinRequest
+	2,  // 19: trust.v1.Join.Challenge:input_type -> trust.v1.AttestChallengeRequest
+	4,  // 20: trust.v1.Join.JoinAttested:input_type -> trust.v1.JoinAttestedRequest
+	15, // 21: trust.v1.Nodes.SignForNode:input_type -> trust.v1.SignForNodeRequest
+	16, // 22: trust.v1.Nodes.WatchCluster:input_type -> trust.v1.WatchClusterRequest
+	17, // 23: trust.v1.Nodes.ConfirmRotation:input_type -> trust.v1.ConfirmRotationRequest
+	20, // 24: trust.v1.Departure.Leave:input_type -> trust.v1.LeaveRequest
+	22, // 25: trust.v1.Membership.MakeJoinToken:input_type -> trust.v1.MakeJoinTokenRequest
+	25, // 26: trust.v1.Membership.ListJoinTokens:input_type -> trust.v1.ListJoinTokensRequest
+	27, // 27: trust.v1.Membership.RevokeJoinToken:input_type -> trust.v1.RevokeJoinTokenRequest
+	7,  // 28: trust.v1.Membership.AllowAttestation:input_type -> trust.v1.AllowAttestationRequest
+	11, // 29: trust.v1.Membership.ListAttestations:input_type -> trust.v1.ListAttestationsRequest
+	13, // 30: trust.v1.Membership.RevokeAttestation:input_type -> trust.v1.RevokeAttestationRequest
+	29, // 31: trust.v1.Membership.ListMembers:input_type -> trust.v1.ListMembersRequest
+	32, // 32: trust.v1.Membership.RemoveMember:input_type -> trust.v1.RemoveMemberRequest
+	34, // 33: trust.v1.Membership.Revoke:input_type -> trust.v1.RevokeRequest
+	1,  // 34: trust.v1.Join.Join:output_type -> trust.v1.JoinResponse
+	3,  // 35: trust.v1.Join.Challenge:output_type -> trust.v1.AttestChallengeResponse
+	6,  // 36: trust.v1.Join.JoinAttested:output_type -> trust.v1.JoinAttestedResponse
+	39, // 37: trust.v1.Nodes.SignForNode:output_type -> trust.v1.SignCertificateResponse
+	36, // 38: trust.v1.Nodes.WatchCluster:output_type -> trust.v1.TrustState
+	18, // 39: trust.v1.Nodes.ConfirmRotation:output_type -> trust.v1.ConfirmRotationResponse
+	21, // 40: trust.v1.Departure.Leave:output_type -> trust.v1.LeaveResponse
+	23, // 41: trust.v1.Membership.MakeJoinToken:output_type -> trust.v1.MakeJoinTokenResponse
+	26, // 42: trust.v1.Membership.ListJoinTokens:output_type -> trust.v1.ListJoinTokensResponse
+	28, // 43: trust.v1.Membership.RevokeJoinToken:output_type -> trust.v1.RevokeJoinTokenResponse
+	8,  // 44: trust.v1.Membership.AllowAttestation:output_type -> trust.v1.AllowAttestationResponse
+	12, // 45: trust.v1.Membership.ListAttestations:output_type -> trust.v1.ListAttestationsResponse
+	14, // 46: trust.v1.Membership.RevokeAttestation:output_type -> trust.v1.RevokeAttestationResponse
+	30, // 47: trust.v1.Membership.ListMembers:output_type -> trust.v1.ListMembersResponse
+	33, // 48: trust.v1.Membership.RemoveMember:output_type -> trust.v1.RemoveMemberResponse
+	35, // 49: trust.v1.Membership.Revoke:output_type -> trust.v1.RevokeResponse
+	34, // [34:50] is the sub-list for method output_type
+	18, // [18:34] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_trust_v1_join_proto_init() }
@@ -1470,7 +2538,7 @@ func file_trust_v1_join_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_trust_v1_join_proto_rawDesc), len(file_trust_v1_join_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   4,
 		},

@@ -21,7 +21,9 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Join_Join_FullMethodName = "/trust.v1.Join/Join"
+	Join_Join_FullMethodName         = "/trust.v1.Join/Join"
+	Join_Challenge_FullMethodName    = "/trust.v1.Join/Challenge"
+	Join_JoinAttested_FullMethodName = "/trust.v1.Join/JoinAttested"
 )
 
 // JoinClient is the client API for Join service.
@@ -38,6 +40,14 @@ type JoinClient interface {
 	// can pass either on. A wrong, used, revoked or expired token is UNAUTHENTICATED, after a delay; a name that is taken ALREADY_EXISTS.
 	// Repeating a join that succeeded, with the same key, succeeds again until the token expires: the answer may have been lost.
 	Join(ctx context.Context, in *JoinRequest, opts ...grpc.CallOption) (*JoinResponse, error)
+	// Challenge is the first half of a join without a token, by the machine's TPM 2.0: it is for a machine whose endorsement key, or the maker of whose TPM, an administrator has allowed
+	// (Membership/AllowAttestation). The answer has a secret that only the TPM with that endorsement key, and in it that attestation key, can decrypt (TPM2_ActivateCredential). It is good for two
+	// minutes, at every control plane. Who is not allowed hears so, with the fingerprint of his endorsement key: PERMISSION_DENIED.
+	Challenge(ctx context.Context, in *AttestChallengeRequest, opts ...grpc.CallOption) (*AttestChallengeResponse, error)
+	// JoinAttested is the second half: it makes the caller a node of the cluster, as Join does. With ekm = TLS exporter of this connection, label "EXPORTER-bulkhead-attest", the quote's extra data is
+	// H("bulkhead attest" || 0 || H(nonce) || H(ekm) || H(name) || H(csr) || H(seal_key)), H being SHA-256; so it is good for this connection, this key and this name, once. A wrong
+	// proof, a machine that was started with something else than is allowed, or whose permission was revoked, has expired or was used, is PERMISSION_DENIED, after a delay; a name that is taken ALREADY_EXISTS.
+	JoinAttested(ctx context.Context, in *JoinAttestedRequest, opts ...grpc.CallOption) (*JoinAttestedResponse, error)
 }
 
 type joinClient struct {
@@ -58,6 +68,26 @@ func (c *joinClient) Join(ctx context.Context, in *JoinRequest, opts ...grpc.Cal
 	return out, nil
 }
 
+func (c *joinClient) Challenge(ctx context.Context, in *AttestChallengeRequest, opts ...grpc.CallOption) (*AttestChallengeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AttestChallengeResponse)
+	err := c.cc.Invoke(ctx, Join_Challenge_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *joinClient) JoinAttested(ctx context.Context, in *JoinAttestedRequest, opts ...grpc.CallOption) (*JoinAttestedResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(JoinAttestedResponse)
+	err := c.cc.Invoke(ctx, Join_JoinAttested_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // JoinServer is the server API for Join service.
 // All implementations must embed UnimplementedJoinServer
 // for forward compatibility.
@@ -72,6 +102,14 @@ type JoinServer interface {
 	// can pass either on. A wrong, used, revoked or expired token is UNAUTHENTICATED, after a delay; a name that is taken ALREADY_EXISTS.
 	// Repeating a join that succeeded, with the same key, succeeds again until the token expires: the answer may have been lost.
 	Join(context.Context, *JoinRequest) (*JoinResponse, error)
+	// Challenge is the first half of a join without a token, by the machine's TPM 2.0: it is for a machine whose endorsement key, or the maker of whose TPM, an administrator has allowed
+	// (Membership/AllowAttestation). The answer has a secret that only the TPM with that endorsement key, and in it that attestation key, can decrypt (TPM2_ActivateCredential). It is good for two
+	// minutes, at every control plane. Who is not allowed hears so, with the fingerprint of his endorsement key: PERMISSION_DENIED.
+	Challenge(context.Context, *AttestChallengeRequest) (*AttestChallengeResponse, error)
+	// JoinAttested is the second half: it makes the caller a node of the cluster, as Join does. With ekm = TLS exporter of this connection, label "EXPORTER-bulkhead-attest", the quote's extra data is
+	// H("bulkhead attest" || 0 || H(nonce) || H(ekm) || H(name) || H(csr) || H(seal_key)), H being SHA-256; so it is good for this connection, this key and this name, once. A wrong
+	// proof, a machine that was started with something else than is allowed, or whose permission was revoked, has expired or was used, is PERMISSION_DENIED, after a delay; a name that is taken ALREADY_EXISTS.
+	JoinAttested(context.Context, *JoinAttestedRequest) (*JoinAttestedResponse, error)
 	mustEmbedUnimplementedJoinServer()
 }
 
@@ -84,6 +122,12 @@ type UnimplementedJoinServer struct{}
 
 func (UnimplementedJoinServer) Join(context.Context, *JoinRequest) (*JoinResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Join not implemented")
+}
+func (UnimplementedJoinServer) Challenge(context.Context, *AttestChallengeRequest) (*AttestChallengeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Challenge not implemented")
+}
+func (UnimplementedJoinServer) JoinAttested(context.Context, *JoinAttestedRequest) (*JoinAttestedResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method JoinAttested not implemented")
 }
 func (UnimplementedJoinServer) mustEmbedUnimplementedJoinServer() {}
 func (UnimplementedJoinServer) testEmbeddedByValue()              {}
@@ -124,6 +168,42 @@ func _Join_Join_Handler(srv interface{}, ctx context.Context, dec func(interface
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Join_Challenge_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AttestChallengeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JoinServer).Challenge(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Join_Challenge_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JoinServer).Challenge(ctx, req.(*AttestChallengeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Join_JoinAttested_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(JoinAttestedRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JoinServer).JoinAttested(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Join_JoinAttested_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JoinServer).JoinAttested(ctx, req.(*JoinAttestedRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Join_ServiceDesc is the grpc.ServiceDesc for Join service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -134,6 +214,14 @@ var Join_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Join",
 			Handler:    _Join_Join_Handler,
+		},
+		{
+			MethodName: "Challenge",
+			Handler:    _Join_Challenge_Handler,
+		},
+		{
+			MethodName: "JoinAttested",
+			Handler:    _Join_JoinAttested_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
@@ -445,12 +533,15 @@ var Departure_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	Membership_MakeJoinToken_FullMethodName   = "/trust.v1.Membership/MakeJoinToken"
-	Membership_ListJoinTokens_FullMethodName  = "/trust.v1.Membership/ListJoinTokens"
-	Membership_RevokeJoinToken_FullMethodName = "/trust.v1.Membership/RevokeJoinToken"
-	Membership_ListMembers_FullMethodName     = "/trust.v1.Membership/ListMembers"
-	Membership_RemoveMember_FullMethodName    = "/trust.v1.Membership/RemoveMember"
-	Membership_Revoke_FullMethodName          = "/trust.v1.Membership/Revoke"
+	Membership_MakeJoinToken_FullMethodName     = "/trust.v1.Membership/MakeJoinToken"
+	Membership_ListJoinTokens_FullMethodName    = "/trust.v1.Membership/ListJoinTokens"
+	Membership_RevokeJoinToken_FullMethodName   = "/trust.v1.Membership/RevokeJoinToken"
+	Membership_AllowAttestation_FullMethodName  = "/trust.v1.Membership/AllowAttestation"
+	Membership_ListAttestations_FullMethodName  = "/trust.v1.Membership/ListAttestations"
+	Membership_RevokeAttestation_FullMethodName = "/trust.v1.Membership/RevokeAttestation"
+	Membership_ListMembers_FullMethodName       = "/trust.v1.Membership/ListMembers"
+	Membership_RemoveMember_FullMethodName      = "/trust.v1.Membership/RemoveMember"
+	Membership_Revoke_FullMethodName            = "/trust.v1.Membership/Revoke"
 )
 
 // MembershipClient is the client API for Membership service.
@@ -465,6 +556,13 @@ type MembershipClient interface {
 	ListJoinTokens(ctx context.Context, in *ListJoinTokensRequest, opts ...grpc.CallOption) (*ListJoinTokensResponse, error)
 	// RevokeJoinToken makes a token void. One that is void already, or used, is no error; one that never was is NOT_FOUND.
 	RevokeJoinToken(ctx context.Context, in *RevokeJoinTokenRequest, opts ...grpc.CallOption) (*RevokeJoinTokenResponse, error)
+	// AllowAttestation lets a machine join by its TPM, without a token.
+	AllowAttestation(ctx context.Context, in *AllowAttestationRequest, opts ...grpc.CallOption) (*AllowAttestationResponse, error)
+	// ListAttestations returns what is allowed so, used and revoked ones too, until a day after they expire; and the nodes that joined so, with what they have shown.
+	ListAttestations(ctx context.Context, in *ListAttestationsRequest, opts ...grpc.CallOption) (*ListAttestationsResponse, error)
+	// RevokeAttestation makes one void: nobody joins by it any more, and an endorsement key that it names by no other one that names none. Nodes that have joined stay. One
+	// that is void already is no error; one that never was is NOT_FOUND.
+	RevokeAttestation(ctx context.Context, in *RevokeAttestationRequest, opts ...grpc.CallOption) (*RevokeAttestationResponse, error)
 	// ListMembers returns the nodes that have joined, and the first one.
 	ListMembers(ctx context.Context, in *ListMembersRequest, opts ...grpc.CallOption) (*ListMembersResponse, error)
 	// RemoveMember ends a node's membership: nothing is signed for it any more, and its certificates are void on all nodes within seconds. Its name can be used again.
@@ -506,6 +604,36 @@ func (c *membershipClient) RevokeJoinToken(ctx context.Context, in *RevokeJoinTo
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RevokeJoinTokenResponse)
 	err := c.cc.Invoke(ctx, Membership_RevokeJoinToken_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *membershipClient) AllowAttestation(ctx context.Context, in *AllowAttestationRequest, opts ...grpc.CallOption) (*AllowAttestationResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AllowAttestationResponse)
+	err := c.cc.Invoke(ctx, Membership_AllowAttestation_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *membershipClient) ListAttestations(ctx context.Context, in *ListAttestationsRequest, opts ...grpc.CallOption) (*ListAttestationsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAttestationsResponse)
+	err := c.cc.Invoke(ctx, Membership_ListAttestations_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *membershipClient) RevokeAttestation(ctx context.Context, in *RevokeAttestationRequest, opts ...grpc.CallOption) (*RevokeAttestationResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeAttestationResponse)
+	err := c.cc.Invoke(ctx, Membership_RevokeAttestation_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -554,6 +682,13 @@ type MembershipServer interface {
 	ListJoinTokens(context.Context, *ListJoinTokensRequest) (*ListJoinTokensResponse, error)
 	// RevokeJoinToken makes a token void. One that is void already, or used, is no error; one that never was is NOT_FOUND.
 	RevokeJoinToken(context.Context, *RevokeJoinTokenRequest) (*RevokeJoinTokenResponse, error)
+	// AllowAttestation lets a machine join by its TPM, without a token.
+	AllowAttestation(context.Context, *AllowAttestationRequest) (*AllowAttestationResponse, error)
+	// ListAttestations returns what is allowed so, used and revoked ones too, until a day after they expire; and the nodes that joined so, with what they have shown.
+	ListAttestations(context.Context, *ListAttestationsRequest) (*ListAttestationsResponse, error)
+	// RevokeAttestation makes one void: nobody joins by it any more, and an endorsement key that it names by no other one that names none. Nodes that have joined stay. One
+	// that is void already is no error; one that never was is NOT_FOUND.
+	RevokeAttestation(context.Context, *RevokeAttestationRequest) (*RevokeAttestationResponse, error)
 	// ListMembers returns the nodes that have joined, and the first one.
 	ListMembers(context.Context, *ListMembersRequest) (*ListMembersResponse, error)
 	// RemoveMember ends a node's membership: nothing is signed for it any more, and its certificates are void on all nodes within seconds. Its name can be used again.
@@ -579,6 +714,15 @@ func (UnimplementedMembershipServer) ListJoinTokens(context.Context, *ListJoinTo
 }
 func (UnimplementedMembershipServer) RevokeJoinToken(context.Context, *RevokeJoinTokenRequest) (*RevokeJoinTokenResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RevokeJoinToken not implemented")
+}
+func (UnimplementedMembershipServer) AllowAttestation(context.Context, *AllowAttestationRequest) (*AllowAttestationResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AllowAttestation not implemented")
+}
+func (UnimplementedMembershipServer) ListAttestations(context.Context, *ListAttestationsRequest) (*ListAttestationsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAttestations not implemented")
+}
+func (UnimplementedMembershipServer) RevokeAttestation(context.Context, *RevokeAttestationRequest) (*RevokeAttestationResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeAttestation not implemented")
 }
 func (UnimplementedMembershipServer) ListMembers(context.Context, *ListMembersRequest) (*ListMembersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListMembers not implemented")
@@ -664,6 +808,60 @@ func _Membership_RevokeJoinToken_Handler(srv interface{}, ctx context.Context, d
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Membership_AllowAttestation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AllowAttestationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MembershipServer).AllowAttestation(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Membership_AllowAttestation_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MembershipServer).AllowAttestation(ctx, req.(*AllowAttestationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Membership_ListAttestations_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAttestationsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MembershipServer).ListAttestations(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Membership_ListAttestations_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MembershipServer).ListAttestations(ctx, req.(*ListAttestationsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Membership_RevokeAttestation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeAttestationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MembershipServer).RevokeAttestation(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Membership_RevokeAttestation_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MembershipServer).RevokeAttestation(ctx, req.(*RevokeAttestationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Membership_ListMembers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListMembersRequest)
 	if err := dec(in); err != nil {
@@ -736,6 +934,18 @@ var Membership_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "RevokeJoinToken",
 			Handler:    _Membership_RevokeJoinToken_Handler,
+		},
+		{
+			MethodName: "AllowAttestation",
+			Handler:    _Membership_AllowAttestation_Handler,
+		},
+		{
+			MethodName: "ListAttestations",
+			Handler:    _Membership_ListAttestations_Handler,
+		},
+		{
+			MethodName: "RevokeAttestation",
+			Handler:    _Membership_RevokeAttestation_Handler,
 		},
 		{
 			MethodName: "ListMembers",

@@ -161,7 +161,8 @@ func (x *ClaimResponse) GetProof() []byte {
 
 type JoinClusterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// From MakeJoinToken, sealed.
+	// From MakeJoinToken, sealed. In the token's place may stand "tpm:" and the SHA-256 (hexadecimal) of the certificate of the cluster's authority for the Bulkhead API, several with commas while it is being replaced: then the node joins by its
+	// TPM (Join/Challenge), and believes nobody but who has that authority's key.
 	SealedToken []byte `protobuf:"bytes,1,opt,name=sealed_token,json=sealedToken,proto3" json:"sealed_token,omitempty"`
 	// Host and port of control planes' apid; at least one, at most 16.
 	Endpoints []string `protobuf:"bytes,2,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
