@@ -3,6 +3,7 @@ package trustd
 import (
 	"context"
 	"crypto/ecdsa"
+	"fmt"
 	"io"
 	"maps"
 	"slices"
@@ -13,6 +14,7 @@ import (
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/attest"
+	"github.com/bulkhead-os/bulkhead/internal/daemon"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/join"
 	"github.com/bulkhead-os/bulkhead/internal/pcrpolicy"
@@ -31,6 +33,7 @@ const (
 func (d *Daemon) refusedAttestation(ctx context.Context, step, id, name, address string, device []byte, err error) error {
 	d.count.refusedJoins.Add(1)
 	d.log.Warn("node not let in by its TPM", "step", step, "attestation", printable(id), "name", printable(name), "address", printable(address), "tpm", attest.Fingerprint(device), "err", errs.Text(err))
+	daemon.Tell(d.log, daemon.EventCluster, "not let in by its TPM: "+step, fmt.Sprintf("a machine at %.60s, TPM %s, was not let in as %.80q: %s", address, attest.Fingerprint(device), name, errs.Text(err)))
 	if errs.Is(err, errs.Denied) {
 		if err := d.delay(ctx); err != nil {
 			return err
@@ -134,6 +137,7 @@ func (d *Daemon) admitAttested(ctx context.Context, r *trustv1.JoinAttestedReque
 		return nil, t, err
 	}
 	d.log.Info("node let in by its TPM", "name", n.Name, "role", n.Role, "address", a.Address, "attestation", t.Record, "shown", seen.Describe())
+	daemon.Tell(d.log, daemon.EventCluster, "let in: "+n.Name+" "+t.Record, fmt.Sprintf("node %q joined as %s from %s, by its TPM: %s", n.Name, n.Role, a.Address, seen.Describe()))
 	resp, err := d.signed(k, r.GetJoin(), n, after)
 	return resp, t, err
 }
