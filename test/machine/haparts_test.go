@@ -9,7 +9,7 @@ import (
 
 // rolls restarts all nodes in turn while clients ask the Service: none may be told more than its policy bears.
 func (h *ha) rolls(t *testing.T) {
-	before := h.c.boots(t)
+	before := h.c.mustBoots(t)
 	start := time.Now()
 	missed := h.visited(t, func() {
 		if out, err := h.n.try(t.Context(), 2*time.Minute, "bhctl", "reboot", "--cluster", "--detach", "--drain-timeout", "10m", "--node-timeout", "40m"); err != nil {
@@ -46,7 +46,7 @@ func (h *ha) rolls(t *testing.T) {
 		t.Errorf("requests failed at every node that they tried: %q", missed)
 	}
 	h.c.states(t, 5*time.Minute, h.c.ready())
-	after := h.c.boots(t)
+	after := h.c.mustBoots(t)
 	for _, name := range h.c.nodes {
 		if after[name] == before[name] || after[name] == "" {
 			t.Errorf("%s: boot %q before, %q after", name, before[name], after[name])
