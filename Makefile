@@ -22,7 +22,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-rollback test-powercut bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-rollback test-powercut test-pid1 bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -97,6 +97,9 @@ test-powercut: IMAGE = out/image-none
 test-powercut: image ## power cuts, the long run: 10,000 rebuilt disks and 60 that are booted; see docs/powercuts.md
 	@BULKHEAD_CUTS=60 go test -json -count=1 -run 'Cut' ./storaged/slots ./storaged/luks ./internal/fat ./internal/powercut ./services/machined/store | go run ./test/report
 	@BULKHEAD_VM=1 BULKHEAD_CUT_STATES=10000 BULKHEAD_CUT_BOOTS=60 go test -json -count=1 -timeout 120m -run 'TestCutDisk$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
+
+test-pid1: ## PID 1, the long run, in a namespace of its own: 100,000 orphans, 10,000 kills, units that misbehave; see docs/init.md
+	@BULKHEAD_PID1=1 go test -count=1 -timeout 60m -v -run 'TestPID1$$' ./init/supervise | grep -E '»|FAIL|ok|_test.go'
 
 bench: image ## the figures of the design with their budgets, measured in one run
 	@BULKHEAD_VM=1 BULKHEAD_BENCH=1 go test -count=1 -timeout 60m -v -run TestBench ./test/machine | grep -E '»|FAIL|_test.go'
