@@ -97,7 +97,7 @@ func (c Call) Do(ctx context.Context, conn *grpc.ClientConn, quiet time.Duration
 	streams := c.Method.IsStreamingServer() || c.Method.IsStreamingClient()
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	s, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: c.Method.IsStreamingClient()}, c.Name(), grpc.ForceCodec(wire{}))
+	s, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: c.Method.IsStreamingClient()}, c.Name(), grpc.ForceCodec(wire{}), grpc.WaitForReady(false))
 	if err != nil {
 		return err
 	}
