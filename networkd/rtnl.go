@@ -2,6 +2,7 @@ package networkd
 
 import (
 	"bytes"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -57,6 +58,9 @@ func readLinks() ([]Link, error) {
 }
 
 func parseLink(m []byte) (Link, error) {
+	if len(m) < unix.SizeofIfInfomsg {
+		return Link{}, fmt.Errorf("a link's message has %d bytes, %d at least are needed", len(m), unix.SizeofIfInfomsg)
+	}
 	msg := nl.DeserializeIfInfomsg(m)
 	attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
 	if err != nil {
