@@ -13,6 +13,7 @@ import (
 // FuzzCalls sends random messages to every method of a machined, over a model of the node, as every caller.
 func FuzzCalls(f *testing.F) {
 	s, n := testrpc.Listen(f), newNode(f)
+	n.host.mounted = true
 	d, stop := n.start()
 	f.Cleanup(stop)
 	env := daemon.Env{Name: "machined", Log: slog.New(slog.DiscardHandler), Listen: s, Ready: func() {}, Metrics: metrics.New("machined"), Who: s.Who}

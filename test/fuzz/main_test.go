@@ -37,3 +37,16 @@ func TestRead(t *testing.T) {
 		t.Errorf("%+v", r)
 	}
 }
+
+// The end of the time is no failure, and a failure is one whatever else is said.
+func TestCutOff(t *testing.T) {
+	late := []string{"--- FAIL: FuzzX (7.02s)", "    context deadline exceeded", "FAIL", "exit status 1"}
+	if r := (result{output: late}); !r.cutOff() {
+		t.Error("the end of the time counts as a failure")
+	}
+	for _, r := range []result{{output: late, seed: "x"}, {output: []string{"--- FAIL: FuzzX", "    --- FAIL: FuzzX", "        panic"}}, {output: []string{"no such package"}}} {
+		if r.cutOff() {
+			t.Errorf("%+v does not count as a failure", r)
+		}
+	}
+}
