@@ -137,6 +137,9 @@ func readAddresses(byIndex map[int]config.LinkName) ([]Address, error) {
 	}
 	var out []Address
 	for _, m := range messages {
+		if len(m) < unix.SizeofIfAddrmsg {
+			return nil, fmt.Errorf("an address's message has %d bytes, %d at least are needed", len(m), unix.SizeofIfAddrmsg)
+		}
 		msg := nl.DeserializeIfAddrmsg(m)
 		attrs, err := attributes(m[unix.SizeofIfAddrmsg:])
 		if err != nil {

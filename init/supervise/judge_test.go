@@ -56,25 +56,29 @@ func (e *endurance) asJudge() {
 	watchers.Go(func() { every(ctx, 20*time.Millisecond, j.ask) })
 
 	j.settle()
-	j.kills(e.Workers) // warm
-	j.settle()
+	j.round() // Go's heap has its usual size after it
 	before := j.figures()
-	var work sync.WaitGroup
-	work.Go(func() { j.kills(e.Kills - e.Workers) })
-	work.Go(j.orphans)
-	work.Go(j.hostile)
-	work.Wait()
-	j.settle()
+	j.round()
 	j.compare(before)
 	cancel()
 	watchers.Wait()
 	if j.old > 0 {
 		j.wrong("%d looks at a zombie that is older than a second", j.old)
 	}
-	if limit := 2 * time.Second; j.slowest > limit {
+	if limit := 4 * time.Second; j.slowest > limit {
 		j.wrong("PID 1 took %v for an answer, want %v at most", j.slowest, limit)
 	}
 	e.note("slowest answer of PID 1 %.1f ms", j.slowest.Seconds()*1000)
+}
+
+// round is half of all that PID 1 is put through. The second one must leave no trace.
+func (j *judge) round() {
+	var work sync.WaitGroup
+	work.Go(func() { j.kills(j.Kills / 2) })
+	work.Go(j.orphans)
+	work.Go(j.hostile)
+	work.Wait()
+	j.settle()
 }
 
 // settle waits until every worker is up.
@@ -185,13 +189,14 @@ func (j *judge) killOne(name string, n int, random *rand.Rand) {
 
 // orphans has them made. PID 1 counts them.
 func (j *judge) orphans() {
+	started := time.Now()
 	for i := range orphaners {
 		j.order("start", j.client.Start(orphaner(i)))
 	}
 	for i := range orphaners {
 		for { // it may take longer than anything else
-			s, done := j.units1(orphaner(i)), false
-			if done = s.State == "down" && s.LastExit != ""; done {
+			s := j.units1(orphaner(i))
+			if s.State == "down" && s.LastExit != "" && s.Since.After(started) {
 				if s.LastExit != "exit 0" {
 					j.wrong("%s: %s", s.Name, s.LastExit)
 				}
@@ -211,7 +216,9 @@ func (j *judge) units1(name string) initctl.Status {
 // hostile starts the units that misbehave, lets them, looks at what PID 1 makes of it, and stops them.
 func (j *judge) hostile() {
 	names := []string{"forker", "stubborn", "loud", "never", "closer", "babbler", "flapper", "missing"}
+	restarts := map[string]uint32{}
 	for _, n := range names {
+		restarts[n] = j.units1(n).Restarts
 		j.order("start", j.client.Start(n))
 	}
 	is := func(state string) func(initctl.Status) bool {
@@ -220,17 +227,17 @@ func (j *judge) hostile() {
 	loud, _ := j.await("loud", "start", is("up"))
 	j.await("stubborn", "start", is("up"))
 	started := time.Now()
-	<-time.After(j.Hostile)
+	<-time.After(j.Hostile / 2)
 	// Never held up by a log that nobody reads: a pipe is at most 1 MiB.
 	if written := number(fmt.Sprintf("/proc/%d/io", loud.PID), "wchar:"); written < 5<<19 {
 		j.wrong("loud has written %d bytes only: it was held up", written)
 	}
 	// Killed for being late, or ended by itself: again and again, with pauses that double up to ten seconds.
 	for _, n := range []string{"never", "closer", "babbler", "flapper", "missing"} {
-		s, ok := j.await(n, "third restart", func(s initctl.Status) bool { return s.Restarts >= 3 })
+		s, ok := j.await(n, "third restart", func(s initctl.Status) bool { return s.Restarts >= restarts[n]+3 })
 		most := uint32(8 + time.Since(started)/(10*time.Second))
-		if ok && s.Restarts > most {
-			j.wrong("%s was started %d times in %v, want %d at most", n, s.Restarts, time.Since(started), most)
+		if again := s.Restarts - restarts[n]; ok && again > most {
+			j.wrong("%s was started again %d times in %v, want %d at most", n, again, time.Since(started), most)
 		}
 	}
 	for n, want := range map[string]string{"never": "killed by SIGKILL", "closer": "killed by SIGKILL", "flapper": "exit 1", "missing": "not started: no such file or directory"} {
@@ -269,7 +276,7 @@ func (j *judge) compare(before figures) {
 		<-time.After(50 * time.Millisecond) // a watcher's request may be under way
 	}
 	if after.descriptors != before.descriptors {
-		j.wrong("PID 1 had %d descriptors and has %d", before.descriptors, after.descriptors)
+		j.wrong("PID 1 had %d descriptors and has %d: %v", before.descriptors, after.descriptors, descriptors())
 	}
 	growth := 1024 // KiB
 	if j.Short {
@@ -280,6 +287,15 @@ func (j *judge) compare(before figures) {
 	}
 	j.note("PID 1: descriptors %d and %d, memory %d and %d KiB, threads %d and %d", before.descriptors, after.descriptors,
 		before.anonymous, after.anonymous, before.threads, after.threads)
+}
+
+func descriptors() (all []string) {
+	entries, _ := os.ReadDir("/proc/1/fd")
+	for _, e := range entries {
+		to, _ := os.Readlink("/proc/1/fd/" + e.Name())
+		all = append(all, e.Name()+"="+to)
+	}
+	return all
 }
 
 func number(path, field string) int {

@@ -81,7 +81,7 @@ func (e *endurance) leave(role string) {
 // BULKHEAD_PID1=1 is the long run ("make test-pid1").
 func TestPID1(t *testing.T) {
 	testns.Root(t)
-	e := endurance{Dir: t.TempDir(), Workers: 24, Kills: 240, Orphans: 2000, Hostile: 1500 * time.Millisecond, Short: true}
+	e := endurance{Dir: t.TempDir(), Workers: 24, Kills: 240, Orphans: 2000, Hostile: 3 * time.Second, Short: true}
 	limit := 90 * time.Second
 	if os.Getenv("BULKHEAD_PID1") != "" {
 		e = endurance{Dir: e.Dir, Workers: 48, Kills: 10000, Orphans: 100000, Hostile: 30 * time.Second}
@@ -190,6 +190,7 @@ func (e *endurance) asInit() {
 		os.Exit(3)
 	}()
 	os.Setenv(roleVariable, "judge") // what children get to see
+	<-time.After(time.Millisecond)   // Go's own two descriptors for timers are there from now on
 	k := &namespaced{group: map[*service]int{}}
 	k.null, _ = unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	units := e.units()
@@ -246,7 +247,7 @@ func (e *endurance) units() []unit.Unit {
 		all = append(all, u)
 	}
 	for i := range orphaners {
-		u := shell(orphaner(i), fmt.Sprintf("i=0; while [ $i -lt %d ]; do (:&); i=$((i+1)); done", e.Orphans/orphaners))
+		u := shell(orphaner(i), fmt.Sprintf("i=0; while [ $i -lt %d ]; do (:&); i=$((i+1)); done", e.Orphans/orphaners/2))
 		u.Restart = "never"
 		all = append(all, u)
 	}
