@@ -177,7 +177,7 @@ func (s *source) message(d protoreflect.MessageDescriptor, depth int) *dynamicpb
 		case f.IsMap():
 			for range how % 5 {
 				key := s.value(m, f.MapKey(), depth).MapKey()
-				v := m.Mutable(f).Map().NewValue()
+				var v protoreflect.Value
 				if f.MapValue().Message() != nil {
 					v = protoreflect.ValueOfMessage(s.message(f.MapValue().Message(), depth+1))
 				} else {
