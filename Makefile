@@ -22,7 +22,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-ha test-rollback test-powercut bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -101,14 +101,14 @@ test-powercut: image ## power cuts, the long run: 10,000 rebuilt disks and 60 th
 	@BULKHEAD_CUTS=60 go test -json -count=1 -run 'Cut' ./storaged/slots ./storaged/luks ./internal/fat ./internal/powercut ./services/machined/store | go run ./test/report
 	@BULKHEAD_VM=1 BULKHEAD_CUT_STATES=10000 BULKHEAD_CUT_BOOTS=60 go test -json -count=1 -timeout 120m -run 'TestCutDisk$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
 
+test-pid1: ## PID 1, the long run, in a namespace of its own: 100,000 orphans, 10,000 kills, units that misbehave; see docs/init.md
+	@BULKHEAD_PID1=1 go test -count=1 -timeout 60m -v -run 'TestPID1$$' ./init/supervise | grep -E '»|FAIL|ok|_test.go'
+
 bench: image ## the figures of the design with their budgets, measured in one run
 	@BULKHEAD_VM=1 BULKHEAD_BENCH=1 go test -count=1 -timeout 60m -v -run TestBench ./test/machine | grep -E '»|FAIL|_test.go'
 
-fuzz: ## every fuzz target for FUZZTIME
-	@go list -f '{{.ImportPath}} {{.Dir}}' ./... | while read -r pkg dir; do \
-	  grep -hoE '^func Fuzz[A-Za-z0-9_]+' "$$dir"/*_test.go 2>/dev/null | sed 's/^func //' | while read -r f; do \
-	    echo "== $$pkg $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) "$$pkg" || exit 1; \
-	  done || exit 1; done
+fuzz: ## every fuzz target for FUZZTIME (20s, 5m), or those that ONLY matches; see docs/fuzzing.md
+	@go run ./test/fuzz -time $(FUZZTIME) -only '$(ONLY)'
 
 lint: ## gofmt, vet, staticcheck; generated code is what gen makes
 	@test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"

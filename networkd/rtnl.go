@@ -2,6 +2,7 @@ package networkd
 
 import (
 	"bytes"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -57,8 +58,11 @@ func readLinks() ([]Link, error) {
 }
 
 func parseLink(m []byte) (Link, error) {
+	if len(m) < unix.SizeofIfInfomsg {
+		return Link{}, fmt.Errorf("a link's message has %d bytes, %d at least are needed", len(m), unix.SizeofIfInfomsg)
+	}
 	msg := nl.DeserializeIfInfomsg(m)
-	attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfInfomsg:])
+	attrs, err := attributes(m[unix.SizeofIfInfomsg:])
 	if err != nil {
 		return Link{}, err
 	}
@@ -133,8 +137,11 @@ func readAddresses(byIndex map[int]config.LinkName) ([]Address, error) {
 	}
 	var out []Address
 	for _, m := range messages {
+		if len(m) < unix.SizeofIfAddrmsg {
+			return nil, fmt.Errorf("an address's message has %d bytes, %d at least are needed", len(m), unix.SizeofIfAddrmsg)
+		}
 		msg := nl.DeserializeIfAddrmsg(m)
-		attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfAddrmsg:])
+		attrs, err := attributes(m[unix.SizeofIfAddrmsg:])
 		if err != nil {
 			return nil, err
 		}
@@ -245,7 +252,7 @@ func prolonged(event []byte) bool {
 		if m.Header.Type != unix.RTM_NEWADDR || len(m.Data) < unix.SizeofIfAddrmsg {
 			return false
 		}
-		attrs, err := nl.ParseRouteAttr(m.Data[unix.SizeofIfAddrmsg:])
+		attrs, err := attributes(m.Data[unix.SizeofIfAddrmsg:])
 		if err != nil || !slices.ContainsFunc(attrs, func(a syscall.NetlinkRouteAttr) bool {
 			return a.Attr.Type == ifaProto && originOf(a.Value) == OriginVirtual
 		}) {
@@ -255,9 +262,22 @@ func prolonged(event []byte) bool {
 	return true
 }
 
+// attributes takes a message's attributes apart (netlink(7)). The library's own function panics if the last one ends before its padding.
+func attributes(b []byte) (all []syscall.NetlinkRouteAttr, err error) {
+	for len(b) >= unix.SizeofRtAttr {
+		size := int(nl.NativeEndian().Uint16(b))
+		if size < unix.SizeofRtAttr || size > len(b) {
+			return nil, fmt.Errorf("an attribute of %d bytes in the %d that are left of a message", size, len(b))
+		}
+		all = append(all, syscall.NetlinkRouteAttr{Attr: syscall.RtAttr{Len: uint16(size), Type: nl.NativeEndian().Uint16(b[2:])}, Value: b[unix.SizeofRtAttr:size]})
+		b = b[min(len(b), (size+unix.RTA_ALIGNTO-1)&^(unix.RTA_ALIGNTO-1)):]
+	}
+	return all, nil
+}
+
 // nested returns the attributes within one; none if they are malformed, which the kernel does not do.
 func nested(v []byte) []syscall.NetlinkRouteAttr {
-	attrs, err := nl.ParseRouteAttr(v)
+	attrs, err := attributes(v)
 	if err != nil {
 		return nil
 	}

@@ -60,8 +60,13 @@ func New(units []unit.Unit, feed, report func()) (*Supervisor, error) {
 		return nil, err
 	}
 	s.feed, s.report = feed, report
-	// Go ends a process on most signals that it is not told to hand over, and PID 1 must not end.
-	// To ignore them would be no help: that is inherited.
+	s.hearSignals()
+	return s, nil
+}
+
+// hearSignals wakes the loop at the end of a process. Go ends a process on most signals that it is not told to hand over, and PID 1
+// must not end. To ignore them would be no help: that is inherited.
+func (s *Supervisor) hearSignals() {
 	c := make(chan os.Signal, 1)
 	signal.Notify(c, unix.SIGCHLD, unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2, unix.SIGPIPE, unix.SIGPWR)
 	go func() {
@@ -69,7 +74,6 @@ func New(units []unit.Unit, feed, report func()) (*Supervisor, error) {
 			s.nudge()
 		}
 	}()
-	return s, nil
 }
 
 // delegate hands the controllers that there are down to the units' control groups, and to those of pods.

@@ -24,6 +24,7 @@ const (
 	lookOften   = 100 * time.Millisecond
 	lookSeldom  = time.Second
 	reportPause = time.Minute
+	reapAtOnce  = 256              // processes
 	startLimit  = 10 * time.Second // late units wait no longer for early ones to be up
 )
 
@@ -300,7 +301,7 @@ func (s *Supervisor) hear(v *service) {
 func (s *Supervisor) reap() {
 	var b [8]byte
 	unix.Read(s.wake, b[:])
-	for {
+	for range reapAtOnce {
 		pid, status := s.kernel.wait()
 		if pid <= 0 {
 			return
@@ -313,6 +314,7 @@ func (s *Supervisor) reap() {
 			}
 		}
 	}
+	s.nudge() // there may be more: after the others' turn, for who forks without end must not have PID 1 to himself
 }
 
 func (s *Supervisor) ended(v *service, how, value uint8) {

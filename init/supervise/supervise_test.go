@@ -26,6 +26,7 @@ type model struct {
 	swept int            // guarded by mu
 	wake  int
 	gate  chan bool // late units wait for it
+	flood bool      // guarded by mu: there is always one more orphan that has ended
 }
 
 type ending struct {
@@ -61,6 +62,9 @@ func (m *model) wait() (int, unix.WaitStatus) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.ended) == 0 {
+		if m.flood {
+			return 1000000, 0
+		}
 		return 0, 0
 	}
 	e := m.ended[0]
@@ -239,6 +243,27 @@ func TestLate(t *testing.T) {
 	}
 	m.gate <- true
 	wait("a", "up")
+}
+
+// Orphans without end, faster than they can be reaped, do not keep PID 1 from its other work.
+func TestFlood(t *testing.T) {
+	m, c := start(t, unit.Unit{Name: "a", Restart: "always"})
+	set := func(flood bool) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.flood = flood
+		unix.Write(m.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	}
+	set(true)
+	for range 20 {
+		if err := c.Restart("a"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(false)
+	if s := status(t, c, "a"); s.Name != "a" {
+		t.Errorf("%+v", s)
+	}
 }
 
 // Who follows and does not read is not waited for, and hears of the last state when it does read.

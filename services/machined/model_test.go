@@ -32,7 +32,7 @@ import (
 
 // node is everything around machined, in memory.
 type node struct {
-	t       *testing.T
+	t       testing.TB
 	links   map[string]*modelLink
 	init    *modelInit
 	host    *modelHost
@@ -43,7 +43,7 @@ type node struct {
 	cluster *modelCluster
 }
 
-func newNode(t *testing.T) *node {
+func newNode(t testing.TB) *node {
 	n := &node{t: t, links: map[string]*modelLink{}, init: &modelInit{watch: make(chan initctl.Status, 64)}, host: &modelHost{files: map[string][]byte{}}, runtime: t.TempDir(),
 		past: &modelPast{id: "boot-a", folder: t.TempDir()}, facts: hardened(), others: &modelOthers{}, cluster: newModelCluster()}
 	for _, r := range recipients {
