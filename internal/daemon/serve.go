@@ -47,7 +47,8 @@ func Serve(ctx context.Context, env Env, extra peer.List, register func(*grpc.Se
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, h grpc.UnaryHandler) (resp any, err error) {
 			defer survive(env, &err)
-			return h(ctx, req)
+			resp, err = h(ctx, req)
+			return resp, errs.Sent(err)
 		}),
 		grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, h grpc.StreamHandler) (err error) {
 			defer survive(env, &err)
@@ -58,7 +59,7 @@ func Serve(ctx context.Context, env Env, extra peer.List, register func(*grpc.Se
 			if err = h(srv, &stream{ss, sctx}); ctx.Err() != nil && errors.Is(err, context.Canceled) {
 				err = errs.New(errs.Unavailable, "%s is stopping; try again", env.Name)
 			}
-			return err
+			return errs.Sent(err)
 		}),
 	)...)
 	register(s)

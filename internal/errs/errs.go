@@ -43,7 +43,7 @@ func (e *kinded) Error() string { return e.err.Error() }
 func (e *kinded) Unwrap() error { return e.err }
 
 // GRPCStatus makes grpc send kind and text; wrapped or not.
-func (e *kinded) GRPCStatus() *status.Status { return status.New(code[e.kind], e.err.Error()) }
+func (e *kinded) GRPCStatus() *status.Status { return status.New(code[e.kind], Text(e.err)) }
 
 // New returns an error of a kind. The format may wrap with %w.
 func New(kind Kind, format string, args ...any) error {
@@ -67,6 +67,17 @@ func Of(err error) Kind {
 		}
 	}
 	return Internal
+}
+
+// Sent returns err as a server is to send it: grpc would put its own "rpc error: code = … desc = " into the middle of an error that wraps another server's.
+func Sent(err error) error {
+	var far interface{ GRPCStatus() *status.Status }
+	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok || !errors.As(err, &far) {
+		return err
+	}
+	p := far.GRPCStatus().Proto()
+	p.Message = Text(err)
+	return status.FromProto(p).Err()
 }
 
 // Text returns what to show a person: the whole chain without grpc's "rpc error: code = … desc = ".

@@ -25,6 +25,9 @@ func TestKindsSurvive(t *testing.T) {
 	if Text(far) != "up: no (see the console)" {
 		t.Errorf("wrapped after the socket: %q", Text(far))
 	}
+	if sent := status.Convert(Sent(fmt.Errorf("n1: %w", far))); sent.Message() != "n1: up: no (see the console)" || !Is(sent.Err(), Invalid) {
+		t.Errorf("a server passes on: %v", sent)
+	}
 	if Of(io.EOF) != Internal || Is(nil, Internal) || Text(nil) != "" {
 		t.Error("plain errors are Internal, nil is none")
 	}

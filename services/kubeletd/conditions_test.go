@@ -30,7 +30,7 @@ func TestConditions(t *testing.T) {
 	}{
 		{"no volume", "containerd", want, State{}, "containerd is not started yet: it waits for volume VAR", "storaged/VAR.mounted storaged/VAR.room"},
 		{"a full volume", "containerd", want, State{Volume: true, Units: map[string]Unit{"containerd": {State: "waiting", LastExit: "exit 1"}}}, "containerd: unit is waiting (exit 1)", "storaged/VAR.room"},
-		{"no address", "kube-apiserver", want, State{Volume: true}, "it waits for bootstrap, address, etcd", "etcdd/member kubeletd/certificate kubeletd/certificates networkd/address"},
+		{"no address", "kube-apiserver", want, State{Volume: true, Hostname: "n1"}, "it waits for bootstrap, address, etcd", "etcdd/member kubeletd/certificate kubeletd/certificates networkd/address"},
 		{"etcd went away", "kube-apiserver", want, State{Volume: true, Units: up("kube-apiserver"), Health: map[string]string{"kube-apiserver": "etcd failed"}}, "kube-apiserver: unit is up: etcd failed", "etcdd/member"},
 		{"a worker whose control planes are away", apiCondition, worker, State{Volume: true, Units: up("kubelet"), Trouble: "connection refused"}, "no API server of the cluster answers: connection refused", "networkd/address"},
 		{"the same, its kubelet", "kubelet", worker, State{Volume: true, Units: map[string]Unit{}}, "it waits for", "kubeletd/api kubeletd/certificate"},
