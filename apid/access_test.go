@@ -253,7 +253,7 @@ func TestFromToken(t *testing.T) {
 
 // Every method of ours says who may call it; services for the inside say INTERNAL and nothing else, those for the outside never do.
 func TestEveryMethodNamesItsNeed(t *testing.T) {
-	routes := linkedRoutes()
+	routes := madeRoutes()
 	n := 0
 	protoregistry.GlobalFiles.RangeFiles(func(f protoreflect.FileDescriptor) bool {
 		if o := f.Options(); !strings.Contains(fmt.Sprint(o), "github.com/bulkhead-os/bulkhead") {

@@ -88,7 +88,7 @@ func New(cfg Config) (*Daemon, error) {
 		cfg.Dial = (&net.Dialer{}).DialContext
 	}
 	if cfg.Routes == nil {
-		cfg.Routes = linkedRoutes()
+		cfg.Routes = madeRoutes()
 	}
 	d := &Daemon{cfg: cfg, log: cfg.Env.Log, routes: cfg.Routes, conns: map[string]*backend{}, claims: make(chan struct{}, maxClaims), watch: make(chan struct{}, maxWatches), endTime: endTime}
 	d.count = newFigures(cfg.Env.Metrics)

@@ -308,7 +308,7 @@ func (n *node) start() (stop func()) {
 	tcp, err := net.FileListener(f)
 	n.must(errors.Join(err, f.Close()))
 	ready := make(chan struct{})
-	routes := linkedRoutes()
+	routes := madeRoutes()
 	echo := &route{service: "test.Echo", method: "Both", daemon: "machined", need: []authv1.Role{authv1.Role_READER}, stream: echoDesc.Streams[0]}
 	routes[echo.name()] = echo
 	n.daemon, err = New(Config{

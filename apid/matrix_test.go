@@ -294,3 +294,9 @@ func callOnce(who caller, m protoreflect.MethodDescriptor, name string) codes.Co
 	}
 	return status.Code(err)
 }
+
+// needOf returns the roles in a method's proto: the tests go by the proto itself, the daemon by the table made from it.
+func needOf(m protoreflect.MethodDescriptor) []authv1.Role {
+	need, _ := proto.GetExtension(m.Options(), authv1.E_Need).([]authv1.Role)
+	return need
+}

@@ -5,13 +5,9 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionv1alpha "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/reflect/protoreflect"
-	"google.golang.org/protobuf/reflect/protoregistry"
-	"google.golang.org/protobuf/types/descriptorpb"
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
-	// Linked for their descriptors: what is not linked has no route. A new package is added here.
+	// Linked for reflection, which answers with their descriptors. A new package is added here.
 	accessv1 "github.com/bulkhead-os/bulkhead/api/access/v1"
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/config/v1"
@@ -22,6 +18,7 @@ import (
 	_ "github.com/bulkhead-os/bulkhead/api/storage/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	_ "github.com/bulkhead-os/bulkhead/api/update/v1"
+	"github.com/bulkhead-os/bulkhead/internal/methods"
 )
 
 // route is what apid knows of one method.
@@ -50,51 +47,41 @@ func (r *route) audited() bool {
 // change, the register of nodes, shows who made the last one.
 func (r *route) routine() bool { return r.name() == clusterv1.Registry_Report_FullMethodName }
 
-// linkedRoutes makes the routes from the protos linked into this program: methods of services with a served_by option, whose need names
-// a role that somebody outside of the node can have. All others have no route.
-func linkedRoutes() map[string]*route {
+// madeRoutes makes the routes from what the protos say (internal/methods): methods of services with a served_by option, whose need names
+// a role that somebody outside of the node can have, and those that apid answers itself. All others have no route.
+func madeRoutes() map[string]*route {
 	routes := map[string]*route{}
-	add := func(s protoreflect.ServiceDescriptor, daemon string, need func(protoreflect.MethodDescriptor) []authv1.Role) {
-		for i := range s.Methods().Len() {
-			m := s.Methods().Get(i)
-			r := &route{
-				service: string(s.FullName()), method: string(m.Name()), daemon: daemon, need: need(m),
-				stream: grpc.StreamDesc{StreamName: string(m.Name()), ServerStreams: m.IsStreamingServer(), ClientStreams: m.IsStreamingClient()},
-			}
-			o, _ := m.Options().(*descriptorpb.MethodOptions)
-			r.reads = daemon == "" || o.GetIdempotencyLevel() == descriptorpb.MethodOptions_NO_SIDE_EFFECTS
-			if public(r.need) {
-				routes[r.name()] = r
-			}
+	add := func(r *route) {
+		if public(r.need) {
+			routes[r.name()] = r
 		}
 	}
-	protoregistry.GlobalFiles.RangeFiles(func(f protoreflect.FileDescriptor) bool {
-		for i := range f.Services().Len() {
-			s := f.Services().Get(i)
-			by, _ := proto.GetExtension(s.Options(), authv1.E_ServedBy).(string)
-			switch {
-			case string(s.FullName()) == accessv1.Access_ServiceDesc.ServiceName:
-				add(s, "", needOf) // apid's own
-			case by != "":
-				add(s, by, needOf)
-			}
+	all := methods.All()
+	for i := range all {
+		m := &all[i]
+		own := m.Service == accessv1.Access_ServiceDesc.ServiceName
+		if m.ServedBy == "" && !own {
+			continue
 		}
-		return true
-	})
-	reader := func(protoreflect.MethodDescriptor) []authv1.Role { return []authv1.Role{authv1.Role_READER} }
-	for _, f := range []protoreflect.FileDescriptor{
-		healthv1.File_grpc_health_v1_health_proto, reflectionv1.File_grpc_reflection_v1_reflection_proto,
-		reflectionv1alpha.File_grpc_reflection_v1alpha_reflection_proto,
-	} {
-		add(f.Services().Get(0), "", reader)
+		r := &route{
+			service: m.Service, method: m.Name, daemon: m.ServedBy, need: m.Need, reads: m.Reads || own,
+			stream: grpc.StreamDesc{StreamName: m.Name, ServerStreams: m.ServerStreams, ClientStreams: m.ClientStreams},
+		}
+		if own {
+			r.daemon = ""
+		}
+		add(r)
+	}
+	for _, s := range []*grpc.ServiceDesc{&healthv1.Health_ServiceDesc, &reflectionv1.ServerReflection_ServiceDesc, &reflectionv1alpha.ServerReflection_ServiceDesc} {
+		reader := []authv1.Role{authv1.Role_READER}
+		for _, m := range s.Methods {
+			add(&route{service: s.ServiceName, method: m.MethodName, need: reader, reads: true, stream: grpc.StreamDesc{StreamName: m.MethodName}})
+		}
+		for _, m := range s.Streams {
+			add(&route{service: s.ServiceName, method: m.StreamName, need: reader, reads: true, stream: grpc.StreamDesc{StreamName: m.StreamName, ServerStreams: m.ServerStreams, ClientStreams: m.ClientStreams}})
+		}
 	}
 	return routes
-}
-
-// needOf returns the roles in a method's proto.
-func needOf(m protoreflect.MethodDescriptor) []authv1.Role {
-	need, _ := proto.GetExtension(m.Options(), authv1.E_Need).([]authv1.Role)
-	return need
 }
 
 // public reports whether somebody outside of the node may call a method. One INTERNAL makes it internal.

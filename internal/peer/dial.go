@@ -2,8 +2,6 @@ package peer
 
 import (
 	"encoding/json"
-	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -13,6 +11,7 @@ import (
 	"google.golang.org/grpc/resolver"
 	"google.golang.org/grpc/serviceconfig"
 
+	"github.com/bulkhead-os/bulkhead/internal/methods"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
@@ -38,7 +37,7 @@ func Dial(path string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 
 // Patient are the options that make a client wait for a server that restarts, and repeat calls that may be repeated.
 func Patient() []grpc.DialOption {
-	return append(steady(20*time.Second, 50*time.Millisecond, 2*time.Second), grpc.WithDefaultServiceConfig(serviceConfig(true)), grpc.WithIdleTimeout(0))
+	return append(steady(20*time.Second, 50*time.Millisecond, 2*time.Second), grpc.WithDefaultServiceConfig(patient()), grpc.WithIdleTimeout(0))
 }
 
 // steady are the options of all clients; connect bounds a try to connect, the server's first word included; pauses between tries grow from first to most.
@@ -84,9 +83,12 @@ func (nothing) Close()                                {}
 
 // Repeatable reports whether the proto of a method, "/service/Method", says that doing it twice is as good as once.
 func Repeatable(method string) bool {
-	_, found := slices.BinarySearch(repeatable, strings.TrimPrefix(method, "/"))
-	return found
+	m := methods.Find(method)
+	return m != nil && m.Repeatable
 }
+
+// patient is the service config of all clients that wait: one text.
+var patient = sync.OnceValue(func() string { return serviceConfig(true) })
 
 // serviceConfig is grpc's JSON service config (grpc/service_config.proto): wait for the server if wait is set; repeat, on UNAVAILABLE, the
 // methods whose idempotency_level says that this is harmless.
@@ -108,9 +110,10 @@ func serviceConfig(wait bool) string {
 		RetryPolicy  *retry `json:"retryPolicy,omitempty"`
 	}
 	var again []name
-	for _, full := range repeatable {
-		service, method, _ := strings.Cut(full, "/")
-		again = append(again, name{service, method})
+	for _, m := range methods.All() {
+		if m.Repeatable {
+			again = append(again, name{m.Service, m.Name})
+		}
 	}
 	cfg := struct {
 		MethodConfig []method `json:"methodConfig"`

@@ -15,12 +15,10 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	grpcpeer "google.golang.org/grpc/peer"
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/reflect/protoreflect"
-	"google.golang.org/protobuf/reflect/protoregistry"
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/methods"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"golang.org/x/sys/unix"
 )
@@ -154,31 +152,25 @@ func From(ctx context.Context) (uid.ID, bool) {
 }
 
 // Public adds to a list, for every service registered on s that has a served_by option, that apid alone may call it;
-// methods whose need is INTERNAL are left out. Call it after all services are registered.
+// methods whose need is INTERNAL are left out: they stay with those who are on the list already. Call it after all services are registered.
 func Public(s *grpc.Server, list List) {
 	for name := range s.GetServiceInfo() {
-		d, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(name))
-		if err != nil {
-			continue
-		}
-		if by, _ := proto.GetExtension(d.Options(), authv1.E_ServedBy).(string); by != "" {
-			internal(d, list)
-			list[name] = append(list[name], uid.Apid)
-		}
+		list.public(methods.Of(name))
 	}
 }
 
-// internal keeps a service's INTERNAL methods for those who are on the list already.
-func internal(d protoreflect.Descriptor, list List) {
-	s, ok := d.(protoreflect.ServiceDescriptor)
-	for i := 0; ok && i < s.Methods().Len(); i++ {
-		m := s.Methods().Get(i)
-		full := "/" + string(s.FullName()) + "/" + string(m.Name())
-		need, _ := proto.GetExtension(m.Options(), authv1.E_Need).([]authv1.Role)
-		if _, listed := list[full]; !listed && slices.Contains(need, authv1.Role_INTERNAL) {
-			list[full] = slices.Clone(list[string(s.FullName())])
+// public is Public for one service.
+func (l List) public(service []methods.Method) {
+	if len(service) == 0 || service[0].ServedBy == "" {
+		return
+	}
+	name := service[0].Service
+	for _, m := range service {
+		if _, listed := l[m.Full()]; !listed && slices.Contains(m.Need, authv1.Role_INTERNAL) {
+			l[m.Full()] = slices.Clone(l[name])
 		}
 	}
+	l[name] = append(l[name], uid.Apid)
 }
 
 // Caller is who stands behind a call that apid forwarded.

@@ -6,21 +6,17 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
-	"google.golang.org/protobuf/proto"
-	"google.golang.org/protobuf/reflect/protodesc"
-	"google.golang.org/protobuf/reflect/protoregistry"
-	"google.golang.org/protobuf/types/descriptorpb"
 
 	authv1 "github.com/bulkhead-os/bulkhead/api/auth/v1"
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/methods"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
@@ -103,27 +99,11 @@ func TestList(t *testing.T) {
 
 // A public service may have methods for daemons only; apid is let in to the others.
 func TestInternalMethodOfPublicService(t *testing.T) {
-	method := func(name string, need authv1.Role) *descriptorpb.MethodDescriptorProto {
-		o := &descriptorpb.MethodOptions{}
-		proto.SetExtension(o, authv1.E_Need, []authv1.Role{need})
-		return &descriptorpb.MethodDescriptorProto{Name: &name, InputType: proto.String(".control.v1.ReadMetricsRequest"), OutputType: proto.String(".control.v1.ReadMetricsResponse"), Options: o}
-	}
-	service := &descriptorpb.ServiceOptions{}
-	proto.SetExtension(service, authv1.E_ServedBy, "timed")
-	f, err := protodesc.NewFile(&descriptorpb.FileDescriptorProto{
-		Name: proto.String("peertest.proto"), Package: proto.String("peertest"), Syntax: proto.String("proto3"), Dependency: []string{"control/v1/control.proto"},
-		Service: []*descriptorpb.ServiceDescriptorProto{{Name: proto.String("Mixed"), Options: service,
-			Method: []*descriptorpb.MethodDescriptorProto{method("Look", authv1.Role_READER), method("Inside", authv1.Role_INTERNAL)}}},
-	}, protoregistry.GlobalFiles)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := protoregistry.GlobalFiles.RegisterFile(f); err != nil {
-		t.Fatal(err)
-	}
-	s, list := grpc.NewServer(), List{"peertest.Mixed": {uid.Timed}}
-	s.RegisterService(&grpc.ServiceDesc{ServiceName: "peertest.Mixed", HandlerType: (*any)(nil)}, nil)
-	Public(s, list)
+	list := List{"peertest.Mixed": {uid.Timed}}
+	list.public([]methods.Method{
+		{Service: "peertest.Mixed", Name: "Look", ServedBy: "timed", Need: []authv1.Role{authv1.Role_READER}},
+		{Service: "peertest.Mixed", Name: "Inside", ServedBy: "timed", Need: []authv1.Role{authv1.Role_INTERNAL}},
+	})
 	for _, c := range []struct {
 		id           uid.ID
 		look, inside bool
@@ -166,9 +146,6 @@ func TestServiceConfig(t *testing.T) {
 			Name        []struct{ Service, Method string }
 			RetryPolicy *struct{ MaxAttempts int }
 		}
-	}
-	if !slices.IsSorted(repeatable) {
-		t.Error("repeatable is not sorted: Repeatable searches in it")
 	}
 	for method, want := range map[string]bool{"/cluster.v1.Registry/Report": true, "/machine.v1.Machine/Reboot": false, "": false} {
 		if Repeatable(method) != want {

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"net"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -163,13 +164,29 @@ func New(cfg Config) (*Daemon, error) {
 // Run serves until ctx is done. Units that run go on running.
 func (d *Daemon) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return d.loop.Run(ctx) })
-	g.Go(func() error { return d.kernel.Watch(ctx, d.loop.Wake) })
+	env, served := d.cfg.Env, make(chan struct{})
+	env.Ready = sync.OnceFunc(func() {
+		d.cfg.Env.Ready()
+		close(served)
+	})
+	// The first look at Kubernetes takes longer than anything else at a start: whoever calls is answered before.
+	then := func(f func(context.Context) error) {
+		g.Go(func() error {
+			select {
+			case <-served:
+				return f(ctx)
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		})
+	}
+	then(d.loop.Run)
+	then(func(ctx context.Context) error { return d.kernel.Watch(ctx, d.loop.Wake) })
 	if d.cfg.Store != nil && d.cfg.Virtual != nil {
-		g.Go(func() error { return d.keepVirtual(ctx) })
+		then(d.keepVirtual)
 	}
 	g.Go(func() error {
-		return daemon.Serve(ctx, d.cfg.Env, callers, func(s *grpc.Server) {
+		return daemon.Serve(ctx, env, callers, func(s *grpc.Server) {
 			kubernetesv1.RegisterKubernetesServer(s, &server{d: d})
 			kubernetesv1.RegisterDrainServer(s, newDrainServer(d))
 			controlv1.RegisterControlServer(s, &reconcile.Control[spec, State, Step]{Loop: d.loop, Metrics: d.cfg.Env.Metrics})
