@@ -13,7 +13,7 @@ import (
 // the program mapped than it has needed lately.
 const (
 	heapGrowth = 25 // percent; debug.SetGCPercent
-	unmapEvery = 2 * time.Second
+	unmapEvery = time.Second
 	freeEvery  = 30 * time.Second
 	// idleShare is the share of one processor up to which a daemon counts as idle, in percent. A busy one keeps what it has.
 	idleShare = 20

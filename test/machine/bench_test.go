@@ -69,7 +69,7 @@ func mib(n uint64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) }
 // benchMemory looks at every process several times, and takes medians: what a collection of garbage or an answer has just touched is
 // mapped for two more seconds, so one look can meet a daemon with or without it. Nobody calls the API meanwhile.
 func (n *node) benchMemory(t *testing.T, row row) {
-	const looks, apart = 7, 20 * time.Second
+	const looks, apart = 9, 17 * time.Second // no multiple of the ten seconds in which nodes report: each look would meet machined at the same point of its round
 	services := n.services(t)
 	var resident, together, heavy []uint64
 	each := map[string][]uint64{}
