@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -225,6 +226,7 @@ type fakeMachine struct {
 	mu     sync.Mutex
 	checks []*machinev1.Check // guarded by mu
 	events []string           // guarded by mu
+	heard  chan string        // the same, one by one; what nobody takes in time is dropped
 	boots  []*machinev1.Boot  // guarded by mu; nil: STATE is not open there yet
 	panic  []string           // guarded by mu; the lines of boot 6's
 
@@ -274,7 +276,27 @@ func (m *fakeMachine) TellEvent(_ context.Context, r *machinev1.TellEventRequest
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.events = append(m.events, r.GetText())
+	select {
+	case m.heard <- r.GetText():
+	default:
+	}
 	return &machinev1.TellEventResponse{}, nil
+}
+
+// waitFor returns when an event that begins so was told.
+func (m *fakeMachine) waitFor(t *testing.T, begin string) {
+	t.Helper()
+	late := time.After(20 * time.Second)
+	for {
+		select {
+		case text := <-m.heard:
+			if strings.HasPrefix(text, begin) {
+				return
+			}
+		case <-late:
+			t.Fatalf("no event %q", begin)
+		}
+	}
 }
 
 func (m *fakeMachine) StreamKernelLog(r *machinev1.StreamKernelLogRequest, out grpc.ServerStreamingServer[machinev1.LogLine]) error {
@@ -299,7 +321,7 @@ type bench struct {
 var hasty = limits{credit: 3, earn: 64 << 10, stall: 400 * time.Millisecond, least: 4 << 10, pause: time.Millisecond}
 
 func newBench(t *testing.T) *bench {
-	return &bench{t: t, storage: &fakeStorage{slots: slots("0.1.0", [2]string{"good", "empty"}, "0.1.0")}, machine: &fakeMachine{checks: healthy(), boots: []*machinev1.Boot{{Number: 7, End: machinev1.Boot_RUNNING}}},
+	return &bench{t: t, storage: &fakeStorage{slots: slots("0.1.0", [2]string{"good", "empty"}, "0.1.0")}, machine: &fakeMachine{heard: make(chan string, 64), checks: healthy(), boots: []*machinev1.Boot{{Number: 7, End: machinev1.Boot_RUNNING}}},
 		folder: t.TempDir(), restarts: make(chan struct{}, 100)}
 }
 

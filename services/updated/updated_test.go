@@ -232,6 +232,7 @@ func TestNeverGood(t *testing.T) {
 	if f := st.GetFailure(); f.GetReason() != why || f.GetTries() != 3 || len(f.GetLines()) != 2 || st.GetSlots()[1].GetDetail() != why {
 		t.Errorf("failure: %v", f)
 	}
+	b.machine.waitFor(t, "0.2.0 was left after 3 tries: ") // it is told after it is written down, and an end in between would be in its way
 	stop()
 	b.start() // once is enough
 	b.until("the same", func(s *updatev1.Status) bool { return s.GetFailure().GetReason() == why })
