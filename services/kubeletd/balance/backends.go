@@ -176,7 +176,7 @@ func (b *Balancer) good(k *backend) {
 // bad notes that a backend failed a probe, or a client's dial (which counts as all strikes). silent: it did not answer at all.
 func (b *Balancer) bad(k *backend, err error, silent bool, weight int) {
 	b.mu.Lock()
-	was := k.up
+	was, known := k.up, k.err != ""
 	k.strikes += weight
 	k.failed = time.Now()
 	if k.strikes >= strikes || !k.up {
@@ -184,9 +184,9 @@ func (b *Balancer) bad(k *backend, err error, silent bool, weight int) {
 	}
 	lost := b.lost()
 	b.publish()
-	dropped := was && !k.up
+	news := !k.up && (was || !known) // it was never up, and now it is known why
 	b.mu.Unlock()
-	if dropped {
+	if news {
 		b.cfg.Log.Warn("API server dropped", "backend", k.address.String(), "err", err.Error())
 		b.cfg.Changed()
 	}

@@ -444,8 +444,13 @@ func TestConnections(t *testing.T) {
 		t.Cleanup(func() { c.Close() })
 		return c.(*net.TCPConn)
 	}
+	take := func() *net.TCPConn { // and hold it: one that nobody knows any more is closed with the garbage
+		c := <-accepted
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
 	client := dial()
-	far := <-accepted
+	far := take()
 	if _, err := client.Write([]byte("question")); err != nil {
 		t.Fatal(err)
 	}
@@ -464,7 +469,7 @@ func TestConnections(t *testing.T) {
 	}
 
 	slow := dial()
-	<-accepted // and nobody reads
+	take() // and nobody reads
 	if err := slow.SetWriteDeadline(time.Now().Add(time.Second)); err != nil {
 		t.Fatal(err)
 	}
@@ -473,7 +478,7 @@ func TestConnections(t *testing.T) {
 		t.Errorf("%d bytes went to a backend that reads none: %v", n, err)
 	}
 	dial()
-	<-accepted
+	take()
 	third := dial()
 	if _, err := third.Read(make([]byte, 1)); err == nil || isTimeout(err) {
 		t.Errorf("a third connection of two: %v, want it closed", err)
