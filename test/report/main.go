@@ -9,7 +9,9 @@ import (
 	"bufio"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"time"
 )
@@ -105,9 +107,23 @@ func read() (c counts, err error) {
 		case "pass", "skip", "fail":
 			finish(&c, e, output[key])
 			delete(output, key)
+			if e.Test == "" {
+				unfinished(&c, e.Package, output)
+			}
 		}
 	}
 	return c, sc.Err()
+}
+
+// unfinished counts and prints the tests that had begun and not ended when their package did: it was killed, or took too long.
+func unfinished(c *counts, pkg string, output map[string][]string) {
+	for _, key := range slices.Sorted(maps.Keys(output)) {
+		if test, ok := strings.CutPrefix(key, pkg+" "); ok && test != "" {
+			c.Failed++
+			fmt.Printf("NOT ENDED %s %s\n%s", pkg, test, strings.Join(output[key], ""))
+			delete(output, key)
+		}
+	}
 }
 
 // finish counts a test, or prints a package's line. A test with subtests counts as one more.
