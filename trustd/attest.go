@@ -132,6 +132,9 @@ func (d *Daemon) admitAttested(ctx context.Context, r *trustv1.JoinAttestedReque
 	if err := d.checkPolicy(ctx, list, t, r, &seen); err != nil {
 		return nil, t, err
 	}
+	if err := d.placed(ctx); err != nil {
+		return nil, t, err
+	}
 	n, after, err := list.JoinAttested(ctx, a, seen, now, func(n roster.Node) error { return d.checkNoMember(ctx, n) })
 	if err != nil {
 		return nil, t, err

@@ -7,6 +7,7 @@ import (
 	"encoding/asn1"
 	"encoding/json"
 	"fmt"
+	"time"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
 	"github.com/bulkhead-os/bulkhead/internal/daemon"
@@ -65,6 +66,9 @@ func (d *Daemon) admit(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.Jo
 	if err != nil {
 		return nil, err
 	}
+	if err := d.placed(ctx); err != nil {
+		return nil, err
+	}
 	n, after, err := list.Join(ctx, a, d.cfg.Now())
 	if err != nil {
 		return nil, err
@@ -76,6 +80,33 @@ func (d *Daemon) admit(ctx context.Context, r *trustv1.JoinRequest) (*trustv1.Jo
 	resp.Proof = join.ClusterProof(secret, binding, resp.OsCa, resp.Certificate, resp.Sealed)
 	d.log.Info("node let in", "name", n.Name, "role", n.Role, "address", a.Address, "token", a.Token)
 	return resp, nil
+}
+
+// placeTime is how long a new node waits for the control plane that lets it in to be on the cluster's list itself.
+const placeTime = 5 * time.Second
+
+// placed returns when this node is on the cluster's list. A node that was let in before would get a list without the only one that it can ask,
+// would not know that one's certificate, and never hear of the cluster again.
+func (d *Daemon) placed(ctx context.Context) error {
+	late := time.NewTimer(placeTime)
+	defer late.Stop()
+	for {
+		list, listed := d.list.Get()
+		k, named := d.keys.Get()
+		if list != nil && k.node != nil {
+			if n, ok := list.Nodes[k.node.name]; ok && n.Key == k.node.digest() {
+				return nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-late.C:
+			return errs.New(errs.Unavailable, "this control plane is not on the cluster's list yet: it needs a document with Machine.hostname, and its etcd; try again")
+		case <-listed:
+		case <-named:
+		}
+	}
 }
 
 // vouch is what a node gets that was let in: the cluster's word for it, and its keys if it is a control plane.
