@@ -1,6 +1,7 @@
 package trustd
 
 import (
+	"context"
 	"crypto/x509"
 	"net"
 	"os"
@@ -8,10 +9,12 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	kmsv2 "k8s.io/kms/apis/v2"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
@@ -104,4 +107,26 @@ func TestJoin(t *testing.T) {
 func (b *box) key() string {
 	k, _ := b.d.keys.Get()
 	return k.node.digest()
+}
+
+// A cluster's first node that is not on the list yet lets nobody in before it is: who joined would not know it, and never hear of the cluster again.
+func TestJoinWaitsForTheFirst(t *testing.T) {
+	n1 := newLab(t).box("n1", "1")
+	waitSettled(t, n1.d)
+	n1.claim(n1.d)
+	configureAs(t, n1.d, "", 1, config.ControlPlane) // no name, and so no place
+	_, err := n1.d.bootstrap()
+	n1.must(err)
+	soon, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := n1.d.placed(soon); err == nil {
+		t.Error("it has its place without a name")
+	}
+	let := make(chan error, 1)
+	go func() { let <- n1.d.placed(t.Context()) }()
+	n1.configure(2, config.ControlPlane)
+	n1.must(<-let)
+	if list, _ := n1.d.list.Get(); list == nil || list.Nodes["n1"].Name != "n1" {
+		t.Errorf("others are let in, and the list is %+v", list)
+	}
 }

@@ -128,7 +128,10 @@ func configure(t testing.TB, d *Daemon, generation uint64, role config.Role) {
 
 func configureAs(t testing.TB, d *Daemon, name string, generation uint64, role config.Role) {
 	t.Helper()
-	docs := "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: " + name + "\nrole: " + string(role) + "\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://api.example:6443\n"
+	if name != "" {
+		name = "hostname: " + name + "\n"
+	}
+	docs := "apiVersion: bulkhead.dev/v1\nkind: Machine\n" + name + "role: " + string(role) + "\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://api.example:6443\n"
 	if _, err := (controlServer{d: d}).SetSpec(t.Context(), &controlv1.SetSpecRequest{Spec: &controlv1.Spec{Generation: generation, Documents: []byte(docs)}}); err != nil {
 		t.Fatal(err)
 	}
