@@ -126,6 +126,20 @@ func (n *node) serveStore(s storev1.StoreServer) {
 	n.t.Cleanup(g.Stop)
 }
 
+// found makes n the first node of a cluster, under a name, and returns its owner's connection, which ends with the test, and credentials.
+func (n *node) found(ctx context.Context, name string) (*grpc.ClientConn, client.Credentials) {
+	n.t.Helper()
+	creds, err := client.Claim(ctx, n.address, n.console.code(n.t), "ann")
+	n.must(err)
+	conn, err := client.Dial(n.address, creds)
+	n.must(err)
+	n.t.Cleanup(func() { conn.Close() })
+	n.specify(ctx, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: "+name+"\n")
+	_, err = trustv1.NewTrustClient(conn).Bootstrap(ctx, &trustv1.BootstrapRequest{})
+	n.must(err)
+	return conn, creds
+}
+
 // specify is machined handing trustd its sections.
 func (n *node) specify(ctx context.Context, documents string) {
 	n.t.Helper()
@@ -173,14 +187,7 @@ func TestJoinThroughDoors(t *testing.T) {
 		n.startTrustd()
 		n.startDoor(all)
 	}
-	creds, err := client.Claim(ctx, n1.address, n1.console.code(t), "ann")
-	n1.must(err)
-	conn, err := client.Dial(n1.address, creds)
-	n1.must(err)
-	defer conn.Close()
-	n1.specify(ctx, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n")
-	_, err = trustv1.NewTrustClient(conn).Bootstrap(ctx, &trustv1.BootstrapRequest{})
-	n1.must(err)
+	conn, creds := n1.found(ctx, "n1")
 	members := trustv1.NewMembershipClient(conn)
 	made, err := members.MakeJoinToken(ctx, &trustv1.MakeJoinTokenRequest{Role: "worker", Name: "n2"})
 	n1.must(err)

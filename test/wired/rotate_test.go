@@ -100,15 +100,8 @@ func newCluster(ctx context.Context, t *testing.T) *cluster {
 		c.stop[n] = n.startTrustd()
 		n.startDoor(all)
 	}
-	creds, err := client.Claim(ctx, c.n1.address, c.n1.console.code(t), "ann")
-	c.n1.must(err)
+	conn, creds := c.n1.found(ctx, "n1")
 	c.owner = &wallet{creds: creds}
-	conn, err := client.Dial(c.n1.address, creds)
-	c.n1.must(err)
-	defer conn.Close()
-	c.n1.specify(ctx, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n")
-	_, err = trustv1.NewTrustClient(conn).Bootstrap(ctx, &trustv1.BootstrapRequest{})
-	c.n1.must(err)
 	for _, j := range []struct {
 		n          *node
 		name, role string

@@ -11,7 +11,6 @@ import (
 
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
-	"github.com/bulkhead-os/bulkhead/internal/client"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/test/history"
 	"github.com/bulkhead-os/bulkhead/test/tokens"
@@ -106,14 +105,7 @@ func controlPlanes(t *testing.T, shared storev1.StoreServer) (*tokens.Doors, []s
 		n.startTrustd()
 		n.startDoor(all)
 	}
-	creds, err := client.Claim(ctx, n1.address, n1.console.code(t), "ann")
-	n1.must(err)
-	conn, err := client.Dial(n1.address, creds)
-	n1.must(err)
-	defer conn.Close()
-	n1.specify(ctx, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\n")
-	_, err = trustv1.NewTrustClient(conn).Bootstrap(ctx, &trustv1.BootstrapRequest{})
-	n1.must(err)
+	conn, creds := n1.found(ctx, "n1")
 	made, err := trustv1.NewMembershipClient(conn).MakeJoinToken(ctx, &trustv1.MakeJoinTokenRequest{Role: "controlplane"})
 	n1.must(err)
 	_, err = n2.join(ctx, "n2", made.GetToken(), n1.address)

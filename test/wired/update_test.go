@@ -101,7 +101,7 @@ func newUpdateNode(t *testing.T, d *disk, version string) *updateNode {
 // serve is a daemon that is not under test here, behind its socket, for updated.
 func (n *updateNode) serve(name string, register func(*grpc.Server)) (stop func()) {
 	l := n.bind(name)
-	s := grpc.NewServer() // who may call is tested beside the services
+	s := grpc.NewServer(grpc.WaitForHandlers(true)) // one machine at a time has the disk; who may call is tested beside the services
 	register(s)
 	go func() { _ = s.Serve(l) }()
 	n.t.Cleanup(s.Stop)
