@@ -8,9 +8,12 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode"
 
+	"google.golang.org/grpc/codes"
+	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
@@ -121,9 +124,9 @@ func (d *Daemon) snapshot(ctx context.Context, open string) (why.Snapshot, error
 	if now.Number == 0 {
 		out.Unconfigured = unconfigured
 	}
-	silent, figures := d.probe(ctx)
-	if ctx.Err() != nil {
-		return out, errs.New(errs.Unavailable, "there was not enough time to ask every daemon: it takes %s", probeTime)
+	silent, figures, err := d.probe(ctx)
+	if err != nil {
+		return out, err
 	}
 	needed := map[string]bool{}
 	for i, h := range d.hands {
@@ -167,10 +170,12 @@ func (d *Daemon) snapshot(ctx context.Context, open string) (why.Snapshot, error
 }
 
 // probe says of each daemon, in the order of hands, why it does not answer, "" if it does, and returns its figures. One that is frozen holds its connection open
-// and says nothing: so it is asked for something.
-func (d *Daemon) probe(ctx context.Context) ([]string, [][]*controlv1.Family) {
+// and says nothing: so it is asked for something. It fails if the caller did not leave it the time.
+func (d *Daemon) probe(ctx context.Context) ([]string, [][]*controlv1.Family, error) {
 	out, figures := make([]string, len(d.hands)), make([][]*controlv1.Family, len(d.hands))
 	var wait sync.WaitGroup
+	var hurried atomic.Bool
+	start := time.Now()
 	for i, h := range d.hands {
 		if s, _ := h.status.Get(); !s.here {
 			out[i] = "does not answer"
@@ -180,13 +185,13 @@ func (d *Daemon) probe(ctx context.Context) ([]string, [][]*controlv1.Family) {
 			err := timed(ctx, probeTime, func(ctx context.Context) error {
 				f, err := h.link.Metrics(ctx)
 				figures[i] = f
-				if err != nil && ctx.Err() != nil {
-					err = ctx.Err()
-				}
 				return err
 			})
+			over := errors.Is(err, context.DeadlineExceeded) || grpcstatus.Code(err) == codes.DeadlineExceeded // whoever sees it first, even the other end
 			switch {
-			case errors.Is(err, context.DeadlineExceeded):
+			case over && time.Since(start) < probeTime: // the caller's time, not ours
+				hurried.Store(true)
+			case over:
 				out[i] = fmt.Sprintf("its process runs, but has not answered for %s: it hangs", probeTime)
 			case errs.Is(err, errs.Unavailable):
 				out[i] = "does not answer: " + errs.Text(err)
@@ -194,7 +199,10 @@ func (d *Daemon) probe(ctx context.Context) ([]string, [][]*controlv1.Family) {
 		})
 	}
 	wait.Wait()
-	return out, figures
+	if ctx.Err() != nil || hurried.Load() {
+		return nil, nil, errs.New(errs.Unavailable, "there was not enough time to ask every daemon: it takes %s", probeTime)
+	}
+	return out, figures, nil
 }
 
 // signing is what a certificate needs to be renewed.
