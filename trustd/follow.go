@@ -22,6 +22,8 @@ import (
 const (
 	firstPause = 250 * time.Millisecond
 	maxPause   = 10 * time.Second
+	// localPause is the longest of a control plane, which asks its own etcd: as long as that does not run, this node knows no node that came meanwhile.
+	localPause = time.Second
 	// rewatch is how long a worker listens to one control plane before it asks anew: a connection that died unnoticed says nothing.
 	rewatch = 10 * time.Minute
 )
@@ -31,9 +33,10 @@ func (d *Daemon) followCluster(ctx context.Context) error {
 	pause, said := firstPause, ""
 	for {
 		k, changed := d.keys.Get()
-		heard, err := false, error(nil)
+		heard, err, most := false, error(nil), maxPause
 		switch {
 		case k.cluster != nil:
+			most = localPause
 			heard, err = d.until(ctx, changed, d.followStore)
 		case k.node != nil:
 			heard, err = d.until(ctx, changed, func(ctx context.Context) (bool, error) { return d.followFar(ctx, k) })
@@ -57,7 +60,7 @@ func (d *Daemon) followCluster(ctx context.Context) error {
 			}
 			d.refusedBy(k, err)
 		}
-		timer := time.NewTimer(pause)
+		timer := time.NewTimer(min(pause, most))
 		select {
 		case <-ctx.Done():
 		case <-timer.C:
@@ -124,8 +127,14 @@ func (d *Daemon) followStore(ctx context.Context) (heard bool, err error) {
 		strange = len(s.Strange)
 		word := k.heard(s)
 		d.word.Set(word)
+		before, _ := d.list.Get()
 		d.list.Set(s)
 		d.learn(word)
+		if before == nil { // learn reports nothing if all is as it was before this process
+			d.mu.Lock()
+			d.report()
+			d.mu.Unlock()
+		}
 	})
 	return heard, err
 }

@@ -114,7 +114,8 @@ func (d *Daemon) report() {
 		s.Pending = pending(k)
 	}
 	t, _ := d.trust.Get()
-	s.Conditions = conditions(k, t, s.Pending, clockTrouble(k, d.cfg.Now()))
+	list, _ := d.list.Get()
+	s.Conditions = conditions(k, t, s.Pending, clockTrouble(k, d.cfg.Now()), list != nil)
 	s.Converged = sp.generation > 0 && len(s.Pending) == 0 && s.Error == ""
 	d.state.Set(s)
 	d.count.desired.Set(float64(sp.generation))
@@ -122,8 +123,8 @@ func (d *Daemon) report() {
 	d.count.converged.Set(number(s.Converged))
 }
 
-// conditions are for the node's health, and to say what others wait for. It is pure.
-func conditions(k *keyring, t *trustv1.TrustState, pending []string, clock string) []*controlv1.Condition {
+// conditions are for the node's health, and to say what others wait for. heard: etcd has told the cluster's nodes. It is pure.
+func conditions(k *keyring, t *trustv1.TrustState, pending []string, clock string, heard bool) []*controlv1.Condition {
 	boot := &controlv1.Condition{Name: "bootstrap", Help: "bhctl bootstrap", Explains: true}
 	if !t.GetBootstrapped() {
 		boot.Trouble = "the cluster has no authorities yet: nobody has bootstrapped it"
@@ -134,7 +135,11 @@ func conditions(k *keyring, t *trustv1.TrustState, pending []string, clock strin
 	}
 	keys := &controlv1.Condition{Name: "keys", Trouble: strings.Join(pending, ", "), Help: "bhctl get volumes", Explains: true,
 		Needs: []string{"storaged/STATE.mounted", "storaged/STATE.unlocks", "storaged/STATE.unlocked", "storaged/answers"}}
-	return []*controlv1.Condition{boot, {Name: "clock", Trouble: clock}, keys}
+	nodes := &controlv1.Condition{Name: "nodes", Help: "bhctl etcd status", Needs: []string{"etcdd/member", "etcdd/answers"}}
+	if k.cluster != nil && !heard {
+		nodes.Trouble = "the cluster's etcd has not told yet which nodes there are; those of before count"
+	}
+	return []*controlv1.Condition{boot, {Name: "clock", Trouble: clock}, keys, nodes}
 }
 
 // clockTrouble says that the clock is wrong, if the authority of this node was made later than it says. It is pure.
