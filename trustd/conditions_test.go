@@ -36,10 +36,18 @@ func TestNodesAreHeard(t *testing.T) {
 		{&keyring{node: &member{}}, false, false}, // a worker asks a control plane
 		{&keyring{}, false, false},
 	} {
+		told := false
 		for _, cond := range conditions(c.k, nil, nil, "", c.heard) {
-			if cond.GetName() == "nodes" && (cond.GetTrouble() != "") != c.trouble {
+			if cond.GetName() != "nodes" {
+				continue
+			}
+			told = true
+			if (cond.GetTrouble() != "") != c.trouble {
 				t.Errorf("%+v: %q", c, cond.GetTrouble())
 			}
+		}
+		if !told {
+			t.Errorf("%+v: nothing is said of the nodes", c)
 		}
 	}
 }
