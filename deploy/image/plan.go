@@ -123,6 +123,8 @@ func etc(b *builder, in inputs) {
 	text := func(name, s string) { b.file(name, 0o644, []byte(s), "mkimage") }
 	text("/etc/os-release", osRelease(in.version))
 	text("/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files dns\n")
+	// nft prints a protocol's number where it finds no name, and kube-proxy, when it starts anew, takes what it does not recognise out of the maps of all Services.
+	text("/etc/protocols", "icmp 1 ICMP\ntcp 6 TCP\nudp 17 UDP\nipv6-icmp 58 IPv6-ICMP\nsctp 132 SCTP\n")
 	var passwd, group strings.Builder
 	for _, name := range uid.Names() {
 		id, _ := uid.Lookup(name)

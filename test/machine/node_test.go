@@ -422,6 +422,20 @@ func testKill(t *testing.T, n *node) {
 	<-done
 	t.Logf("» %d API calls, %d failed; %d requests to the pod, %d failed", calls.Load(), failedCalls.Load(), asks.Load(), failedAsks.Load())
 	n.run(t, "bhctl", "health", "--wait=3m")
+	testTakeOver(t, n)
+}
+
+// testTakeOver starts kube-proxy anew while nothing else changes: it finds the rules of its last life, takes them over some seconds later, and Services answer all the time.
+func testTakeOver(t *testing.T, n *node) {
+	n.run(t, "bhctl", "service", "restart", "kube-proxy")
+	asks := 0
+	for end := time.Now().Add(25 * time.Second); time.Now().Before(end); asks++ {
+		if err := n.ask(t.Context()); err != nil {
+			t.Fatalf("after kube-proxy was started anew, request %d to the pod: %v", asks, err)
+		}
+		wait(t.Context(), 250*time.Millisecond)
+	}
+	t.Logf("» kube-proxy was started anew; %d requests to the pod, 0 failed", asks)
 }
 
 // kill sends SIGKILL through the inspect pod. The kubelet carries that call itself, so its own end is the end of the call.
