@@ -60,6 +60,9 @@ type member struct {
 	turn    clientv3.LeaseID // guarded by mu; under which this one starts anew; 0: it does not
 	addr    netip.Addr       // guarded by mu; that the certificate for members must have; invalid: none
 
+	hold  hold  // for calls while the member restarts on purpose
+	slots slots // for writes
+
 	moved   chan struct{}    // gets something at each step of the member
 	swept   atomic.Bool      // the volume is there, without the rest of an interrupted restore
 	name    string           // guarded by mu; of the node, "" until it is known
@@ -72,7 +75,8 @@ type member struct {
 
 func newMember(cfg Config) *member {
 	m := &member{cfg: cfg, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log), leaves: map[string]*leaf.Leaf{},
-		started: make(chan *embed.Etcd, 1), changes: make(chan struct{}, 1), moved: make(chan struct{}, 1), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime, tick: tickMs}
+		started: make(chan *embed.Etcd, 1), changes: make(chan struct{}, 1), moved: make(chan struct{}, 1), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime, tick: tickMs,
+		slots: newSlots()}
 	expiry := leaf.NewExpiry(cfg.Env.Metrics, "etcdd")
 	for _, f := range files {
 		if f.profile != "" {
@@ -291,23 +295,23 @@ func (m *member) awaitAddress(ctx context.Context, wake func()) error {
 	}
 }
 
-// store returns the client of the store and the registry.
-func (m *member) store() (*clientv3.Client, error) {
+// store returns the member and the client of the store and the registry, or why nothing can be read there now. Who calls it waits for no restart: see use.
+func (m *member) store() (*embed.Etcd, *clientv3.Client, error) {
 	m.mu.Lock()
 	e, c := m.etcd, m.own
 	m.mu.Unlock()
 	if e == nil {
-		return nil, errs.New(errs.Unavailable, "store: this node has no etcd member that runs")
+		return nil, nil, errs.New(errs.Unavailable, "store: this node has no etcd member that runs")
 	}
 	select {
 	case <-e.Server.ReadyNotify():
 	default:
-		return nil, errs.New(errs.Unavailable, "store: the etcd member is starting")
+		return nil, nil, errs.New(errs.Unavailable, "store: the etcd member is starting")
 	}
 	if isLearner(e) {
-		return nil, errs.New(errs.Unavailable, "store: the etcd member of this node is only joining")
+		return nil, nil, errs.New(errs.Unavailable, "store: the etcd member of this node is only joining")
 	}
-	return c, nil
+	return e, c, nil
 }
 
 func isLearner(e *embed.Etcd) bool {

@@ -31,6 +31,12 @@ func (m *member) acts(roots *leaf.Roots) bool {
 
 // reload stops the member if it is its turn; then it is started again with the authorities of now.
 func (m *member) reload(ctx context.Context, name string) error {
+	select {
+	case m.changes <- struct{}{}: // who changes the members has a client of the one that is to stop
+		defer func() { <-m.changes }()
+	default:
+		return errs.New(errs.Unavailable, "the members are just being changed through this one; it starts anew after that")
+	}
 	m.mu.Lock()
 	client := m.own
 	m.mu.Unlock()
@@ -39,26 +45,40 @@ func (m *member) reload(ctx context.Context, name string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.wait)
 	defer cancel()
-	lease, err := client.Grant(ctx, reloadTTL)
+	lease, err := m.grant(ctx, reloadTTL)
 	if err != nil {
 		return err
 	}
-	resp, err := client.Txn(ctx).If(clientv3.Compare(clientv3.CreateRevision(reloadKey), "=", 0)).
-		Then(clientv3.OpPut(reloadKey, name, clientv3.WithLease(lease.ID))).Commit()
-	if err == nil && !resp.Succeeded {
+	resp, err := m.txn(ctx, []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(reloadKey), "=", 0)}, clientv3.OpPut(reloadKey, name, clientv3.WithLease(lease)))
+	if err == nil && !resp.done {
 		err = errs.New(errs.Unavailable, "another member starts anew with the authorities of now; this one is next")
 	}
 	if err != nil {
-		_, e := client.Revoke(ctx, lease.ID)
-		if e != nil {
-			m.cfg.Env.Log.Warn("lease not given back", "err", e.Error())
-		}
+		m.revoke(ctx, []clientv3.LeaseID{lease})
 		return err
 	}
 	m.mu.Lock()
-	m.turn = lease.ID
+	m.turn = lease
 	m.mu.Unlock()
+	m.handOver(ctx)
+	m.hold.begin(holdTime)
+	m.hold.drained(ctx, finishTime)
 	return m.halt()
+}
+
+// handOver has another member lead while this one can still answer for what it has taken. It need not succeed: one that stops while it leads tries once more.
+func (m *member) handOver(ctx context.Context) {
+	e, client := m.running()
+	if e == nil || e.Server.Leader() != e.Server.MemberID() {
+		return
+	}
+	all, err := m.voices(ctx)
+	if err == nil {
+		_, err = m.forfeit(ctx, client, all)
+	}
+	if err != nil {
+		m.cfg.Env.Log.Warn("leadership not handed over before the member starts anew", "err", errs.Text(err))
+	}
 }
 
 // reloaded lets the next one.
