@@ -237,7 +237,7 @@ func (m *member) accompany(ctx context.Context, e *embed.Etcd, wake func()) erro
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-ready:
-			m.hold.end() // it has found its leader
+			m.hold.ready(e) // it has found its leader
 			wake()
 			ready = nil
 		case <-t.C:

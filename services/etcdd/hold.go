@@ -5,6 +5,7 @@ import (
 	"sync"
 	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/types"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 
@@ -24,26 +25,34 @@ type hold struct {
 	idle  chan struct{} // guarded by mu; closed when the last of them ends; nil: nobody waits for that
 	over  chan struct{} // guarded by mu; closed when the restart is over; nil: there is none
 	limit *time.Timer   // guarded by mu; ends the hold if the member does not come back
+	gone  *embed.Etcd   // guarded by mu; the one that is stopped
 	count uint64        // guarded by mu; of restarts on purpose
 }
 
-// begin lets no more calls in, for a while at most.
-func (h *hold) begin(most time.Duration) {
+// begin lets no more calls in until another one is there than e, for a while at most.
+func (h *hold) begin(e *embed.Etcd, most time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.over != nil {
 		return
 	}
 	h.over = make(chan struct{})
-	h.limit = time.AfterFunc(most, h.end)
 	h.count++
+	h.gone = e
+	n := h.count
+	h.limit = time.AfterFunc(most, func() { h.end(func() bool { return h.count == n }) })
 }
 
-// end lets those in that wait. What they find is what there is.
-func (h *hold) end() {
+// ready is the end: a member answers. One that is told of late is no news.
+func (h *hold) ready(e *embed.Etcd) {
+	h.end(func() bool { return h.gone != e })
+}
+
+// end lets those in that wait, if this restart is meant. What they find is what there is.
+func (h *hold) end(meant func() bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.over == nil {
+	if h.over == nil || !meant() {
 		return
 	}
 	close(h.over)
@@ -138,6 +147,21 @@ func (m *member) pass(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, holdTime)
 	defer cancel()
 	return m.hold.pass(ctx)
+}
+
+// awaitLeader returns the leader. It waits a little for one, as when the last one restarts: to elect another one takes a moment, and is nothing to tell.
+func awaitLeader(ctx context.Context, e *embed.Etcd) types.ID {
+	elected := e.Server.LeaderChangedNotify()
+	if e.Server.Leader() != 0 {
+		return e.Server.Leader()
+	}
+	ctx, cancel := context.WithTimeout(ctx, leaderLook)
+	defer cancel()
+	select {
+	case <-elected:
+	case <-ctx.Done():
+	}
+	return e.Server.Leader()
 }
 
 // use lends the member to a call, which waits for it while it restarts on purpose. The caller calls done.

@@ -165,6 +165,8 @@ func plan(want spec, have State) ([]Step, error) {
 		steps = append(steps, Step{Op: "wait for", Name: "member"})
 	case have.Phase == leaving:
 		steps = append(steps, Step{Op: "member leave"})
+	case !waiting && have.Loaded != have.Want[caFile] && have.Turn: // it has others again: this turn is over, and another one begins
+		steps = append(steps, Step{Op: "member reloaded"})
 	case !waiting && have.Loaded != have.Want[caFile]:
 		steps = append(steps, Step{Op: "member reload", Name: want.Name})
 	default:

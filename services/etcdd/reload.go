@@ -61,7 +61,8 @@ func (m *member) reload(ctx context.Context, name string) error {
 	m.turn = lease
 	m.mu.Unlock()
 	m.handOver(ctx)
-	m.hold.begin(holdTime)
+	e, _ := m.running()
+	m.hold.begin(e, holdTime)
 	m.hold.drained(ctx, finishTime)
 	return m.halt()
 }

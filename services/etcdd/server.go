@@ -113,7 +113,7 @@ func (s *server) status(ctx context.Context) *etcdv1.Status {
 	switch {
 	case isLearner(e):
 		out.State = "joining"
-	case e.Server.Leader() == 0:
+	case awaitLeader(ctx, e) == 0:
 		out.State, out.Detail = "error", "no leader: more than half of the voters must answer each other, or an election is under way"
 	}
 	out.Version, out.MemberId, out.ClusterId, out.Leader = f.Version, f.ID, f.Cluster, f.Leader
