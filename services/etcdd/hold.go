@@ -29,8 +29,8 @@ type hold struct {
 	count uint64        // guarded by mu; of restarts on purpose
 }
 
-// begin lets no more calls in until another one is there than e, for a while at most.
-func (h *hold) begin(e *embed.Etcd, most time.Duration) {
+// begin lets no more calls in until another one is there than e, for a while at most: then it calls late.
+func (h *hold) begin(e *embed.Etcd, most time.Duration, late func()) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.over != nil {
@@ -40,7 +40,10 @@ func (h *hold) begin(e *embed.Etcd, most time.Duration) {
 	h.count++
 	h.gone = e
 	n := h.count
-	h.limit = time.AfterFunc(most, func() { h.end(func() bool { return h.count == n }) })
+	h.limit = time.AfterFunc(most, func() {
+		h.end(func() bool { return h.count == n })
+		late()
+	})
 }
 
 // ready is the end: a member answers. One that is told of late is no news.

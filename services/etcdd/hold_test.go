@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	clusterv1 "github.com/bulkhead-os/bulkhead/api/cluster/v1"
+	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	etcdv1 "github.com/bulkhead-os/bulkhead/api/etcd/v1"
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
@@ -26,6 +27,7 @@ func TestHold(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var h hold
+		late := 0
 		old, fresh := &embed.Etcd{}, &embed.Etcd{}
 		enter := func(patience time.Duration) (time.Duration, error) {
 			start := time.Now()
@@ -43,7 +45,7 @@ func TestHold(t *testing.T) {
 		if _, err := h.enter(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		h.begin(old, 10*time.Second)
+		h.begin(old, 10*time.Second, func() { late++ })
 		time.AfterFunc(500*time.Millisecond, h.leave)
 		start := time.Now()
 		h.drained(t.Context(), 2*time.Second)
@@ -61,20 +63,23 @@ func TestHold(t *testing.T) {
 		if h.held() {
 			t.Error("it is over")
 		}
-		h.begin(old, 10*time.Second) // and nobody ends it
+		h.begin(old, 10*time.Second, func() { late++ }) // and nobody ends it
 		if took, err := enter(time.Minute); took != 10*time.Second || err != nil {
 			t.Errorf("one of a member that does not come back: %s, %v, want ten seconds", took, err)
 		}
 		if _, err := h.enter(t.Context()); err != nil { // it hangs
 			t.Fatal(err)
 		}
-		h.begin(old, time.Minute)
+		h.begin(old, time.Minute, func() { late++ })
 		start = time.Now()
 		h.drained(t.Context(), 2*time.Second)
 		if took := time.Since(start); took != 2*time.Second {
 			t.Errorf("a call that hangs was waited for for %s", took)
 		}
 		h.ready(fresh)
+		if late != 1 {
+			t.Errorf("a member came late %d times, want once", late)
+		}
 		if n := h.restarts(); n != 3 {
 			t.Errorf("%d restarts, want 3", n)
 		}
@@ -189,7 +194,7 @@ func TestRestartsOnPurpose(t *testing.T) {
 	writing, stop := context.WithCancel(ctx)
 	defer stop()
 	var g sync.WaitGroup
-	writers, seen := make([]tally, len(nodes)), make([]map[string]int, len(nodes))
+	writers, seen := make([]tally, len(nodes)), make([]sighting, len(nodes))
 	watched := make([]error, len(nodes))
 	watching, unwatch := context.WithCancel(ctx)
 	defer unwatch()
@@ -198,8 +203,8 @@ func TestRestartsOnPurpose(t *testing.T) {
 		c := n.store(t)
 		g.Go(func() { writers[i].write(writing, n, c) })
 		g.Go(func() { asks(writing, t, n) })
-		seen[i] = map[string]int{}
-		watches.Go(func() { watched[i] = follows(watching, c, seen[i]) })
+		g.Go(func() { n.quiet(writing, t) })
+		watches.Go(func() { watched[i] = seen[i].follow(watching, c) })
 	}
 	other := testca.New(t).State().GetEtcdCa()
 	mine := nodes[0].ca.State().GetEtcdCa()
@@ -242,14 +247,19 @@ func TestRestartsOnPurpose(t *testing.T) {
 			t.Errorf("%s: %d writes prove nothing", n.name, len(w.keys))
 		}
 	}
+	for i, n := range nodes {
+		for patience := 10 * time.Second; seen[i].count() < len(versions); patience -= 20 * time.Millisecond {
+			if wait(ctx, 20*time.Millisecond) != nil || patience <= 0 {
+				t.Errorf("%s: the watch saw %d keys of %d", n.name, seen[i].count(), len(versions))
+				break
+			}
+		}
+	}
 	unwatch()
 	watches.Wait()
 	for i, n := range nodes {
 		if watched[i] != nil {
 			t.Errorf("%s: the watch ended: %v", n.name, watched[i])
-		}
-		if len(seen[i]) != len(versions) {
-			t.Errorf("%s: the watch saw %d keys of %d", n.name, len(seen[i]), len(versions))
 		}
 	}
 }
@@ -268,6 +278,25 @@ func (n *node) knows(ctx context.Context, t *testing.T) {
 		w, err = n.registry(t).WatchNodes(ctx, &clusterv1.WatchNodesRequest{})
 	}
 	t.Fatalf("%s does not tell of nodes: %v", n.name, err)
+}
+
+// quiet makes sure that nobody is told of trouble.
+func (n *node) quiet(ctx context.Context, t *testing.T) {
+	w, err := n.control.WatchState(ctx, &controlv1.WatchStateRequest{})
+	for err == nil {
+		var s *controlv1.State
+		if s, err = w.Recv(); err == nil && s.GetError() != "" {
+			t.Errorf("%s says %v", n.name, s)
+		}
+		for _, c := range s.GetConditions() {
+			if c.GetTrouble() != "" {
+				t.Errorf("%s says %v", n.name, c)
+			}
+		}
+	}
+	if ctx.Err() == nil {
+		t.Errorf("%s says nothing any more: %v", n.name, err)
+	}
 }
 
 // asks reports a node, and asks it for its status and the nodes; each must be answered.
@@ -290,8 +319,20 @@ func asks(ctx context.Context, t *testing.T, n *node) {
 	}
 }
 
-// follows counts the keys that a watch tells, until ctx is done.
-func follows(ctx context.Context, c storev1.StoreClient, seen map[string]int) error {
+// A sighting is the keys that a watch told.
+type sighting struct {
+	mu   sync.Mutex
+	keys map[string]bool // guarded by mu
+}
+
+func (s *sighting) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.keys)
+}
+
+// follow watches until ctx is done.
+func (s *sighting) follow(ctx context.Context, c storev1.StoreClient) error {
 	w, err := c.Watch(ctx, &storev1.WatchRequest{Prefix: own + "w/"})
 	if err != nil {
 		return err
@@ -304,8 +345,13 @@ func follows(ctx context.Context, c storev1.StoreClient, seen map[string]int) er
 		if err != nil {
 			return err
 		}
-		for _, e := range m.GetEntries() {
-			seen[e.GetKey()]++
+		s.mu.Lock()
+		if s.keys == nil {
+			s.keys = map[string]bool{}
 		}
+		for _, e := range m.GetEntries() {
+			s.keys[e.GetKey()] = true
+		}
+		s.mu.Unlock()
 	}
 }

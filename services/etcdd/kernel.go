@@ -208,7 +208,7 @@ func (m *member) readMember(ctx context.Context, s *State) error {
 		return nil
 	}
 	m.mu.Lock()
-	s.Loaded, s.Turn = m.loaded, m.turn != 0
+	s.Loaded, s.Turn, s.Held = m.loaded, m.turn != 0, m.hold.held()
 	m.mu.Unlock()
 	s.Running, s.ID = true, hexID(uint64(e.Server.MemberID()))
 	own := e.Server.Cluster().Member(e.Server.MemberID())
@@ -231,7 +231,7 @@ func (m *member) readMember(ctx context.Context, s *State) error {
 	// A member that does not answer is a finding and no failure to read: the cause may be a file that the plan repairs.
 	var err error
 	if !s.Learner {
-		s.Auth, err = readAuth(ctx, client)
+		err = m.repeat(ctx, func(ctx context.Context, _ lent) (err error) { s.Auth, err = readAuth(ctx, client); return err })
 		s.Ready = err == nil
 	}
 	if err == nil {
@@ -349,12 +349,17 @@ func (m *member) running() (*embed.Etcd, *clientv3.Client) {
 func (m *member) Do(ctx context.Context, s Step) error {
 	err := m.do(ctx, s)
 	if err == nil && strings.HasPrefix(s.Op, "member ") {
-		select {
-		case m.moved <- struct{}{}:
-		default:
-		}
+		m.move()
 	}
 	return err
+}
+
+// move has the loop look again.
+func (m *member) move() {
+	select {
+	case m.moved <- struct{}{}:
+	default:
+	}
 }
 
 func (m *member) do(ctx context.Context, s Step) error {
@@ -397,7 +402,7 @@ func (m *member) do(ctx context.Context, s Step) error {
 	ctx, cancel := context.WithTimeout(ctx, m.wait)
 	defer cancel()
 	if s.Op == "member reloaded" {
-		return m.reloaded(ctx, client)
+		return m.reloaded(ctx)
 	}
 	return doAuth(ctx, client, s)
 }
