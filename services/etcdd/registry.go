@@ -385,8 +385,10 @@ func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Nod
 		}
 		if err == nil && done.Succeeded {
 			if next.Clash.After(old.Clash) {
-				daemon.Tell(r.member.cfg.Env.Log, daemon.EventCluster, "two machines called "+n.GetName(),
-					fmt.Sprintf("two machines report under the name %q (boots %s and %s): one has a copy of the other's disk; switch one off and reset it", n.GetName(), next.Boot, next.Other))
+				text := fmt.Sprintf("two machines report under the name %q (boots %s and %s): one has a copy of the other's disk; switch one off and reset it", n.GetName(), next.Boot, next.Other)
+				daemon.Tell(r.member.cfg.Env.Log, daemon.EventCluster, "two machines called "+n.GetName(), text)
+				// It is taken, and is an error all the same: the machine says so itself, and the audit log has from where each of the two called. Neither is told to do anything.
+				return nil, errs.New(errs.Precondition, "%s", text)
 			}
 			for _, kv := range done.Responses[1].GetResponseRange().GetKvs() {
 				return kv.GetValue(), nil
