@@ -14,6 +14,7 @@ import (
 
 	controlv1 "github.com/bulkhead-os/bulkhead/api/control/v1"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
@@ -67,7 +68,7 @@ func (s *Socket) Fuzz(f *testing.F, run func(context.Context) error, extra peer.
 	}
 	methods := Methods(services...)
 	Seeds(f, methods, len(Callers))
-	f.Fuzz(func(t *testing.T, method uint16, caller uint8, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, method uint16, caller uint8, data []byte) {
 		m, id := methods[int(method)%len(methods)], Callers[int(caller)%len(Callers)]
 		c := Make(m, data)
 		err := c.Do(ctx, conns[id], 20*time.Millisecond)
