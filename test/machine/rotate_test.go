@@ -18,8 +18,8 @@ import (
 // Bounds under software emulation. For each of two stages each of three members starts anew, and every daemon gets new certificates twice.
 const (
 	rotateLimit  = 10 * time.Minute
-	rotateSettle = time.Minute // until every node says that it is well
-	rotatePause  = 200 * time.Millisecond
+	rotateSettle = time.Minute             // until every node says that it is well
+	rotatePause  = 1200 * time.Millisecond // of each client, as in TestFaults: three emulated machines on two cores are busy with a handful of calls a second
 )
 
 // TestNodesRotate replaces all authorities of three control planes at once while clients make, revoke and list join tokens at all of them: no call fails, no write is lost, and then
