@@ -10,8 +10,8 @@ import (
 )
 
 const (
-	// patience is how long one call to the store may take.
-	patience = 5 * time.Second
+	// patience is how long one call to the store may take. While the node's etcd member restarts on purpose its calls wait, for a second or two, and on a busy machine for several.
+	patience = 10 * time.Second
 	// tries bounds how often a change is decided anew because somebody else was first.
 	tries = 8
 	// keepToken is how long a token is remembered after it expired, so that who comes late hears why.
