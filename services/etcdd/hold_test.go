@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"google.golang.org/protobuf/proto"
@@ -139,6 +140,40 @@ func TestSlot(t *testing.T) {
 	r, err := c.Get(ctx, key)
 	if err != nil || len(r.Kvs) != 1 || r.Kvs[0].GetVersion() != 2 {
 		t.Errorf("%v, %v: want a key that was written twice", r, err)
+	}
+}
+
+// A database that is full takes deletes, as ever: they are what makes room.
+func TestFullTakesDeletes(t *testing.T) {
+	t.Parallel()
+	n := newNode(t, testca.New(t), "n1", "127.0.0.1")
+	n.volume(t)
+	n.start(t)
+	n.until(t, converged)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	c := n.store(t)
+	put := &storev1.WriteRequest{Changes: []*storev1.Change{{Key: own + "k", Value: []byte("x")}}}
+	r, err := c.Write(ctx, put)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := etcdserverpb.NewMaintenanceClient(n.as(t, "etcd-root").ActiveConnection())
+	if _, err := root.Alarm(ctx, &etcdserverpb.AlarmRequest{Action: etcdserverpb.AlarmRequest_ACTIVATE, Alarm: etcdserverpb.AlarmType_NOSPACE}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write(ctx, put); !errs.Is(err, errs.Exhausted) {
+		t.Errorf("a write into a full database: %v, want Exhausted", err)
+	}
+	remove := func(revision uint64) error {
+		_, err := c.Write(ctx, &storev1.WriteRequest{Conditions: []*storev1.Condition{{Key: own + "k", Revision: revision}}, Changes: []*storev1.Change{{Key: own + "k", Delete: true}}})
+		return err
+	}
+	if err := remove(r.GetRevision() - 1); !errs.Is(err, errs.Conflict) {
+		t.Errorf("a delete whose condition does not hold: %v, want Conflict", err)
+	}
+	if err := remove(r.GetRevision()); err != nil {
+		t.Errorf("a delete: %v", err)
 	}
 }
 

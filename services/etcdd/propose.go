@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"math/big"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,7 +22,7 @@ import (
 // While leadership moves, raft drops what is proposed: to the member that leads, or knows no leader, it says so; what a follower passes on is lost without a word, and its call would
 // end only with etcd's own time limit, not knowing whether it was done. So calls are made again as soon as there is another leader.
 const (
-	againPause = 20 * time.Millisecond // between two tries of one call
+	againPause = 50 * time.Millisecond // between two tries of one call
 
 	oncePrefix = "/bulkhead/etcdd/once/"
 	maxSlots   = 16 // writes of one member at a time
@@ -114,10 +115,29 @@ func (m *member) txn(ctx context.Context, conditions []clientv3.Cmp, ops ...clie
 			}
 		}
 	})
+	if errors.Is(err, rpctypes.ErrNoSpace) && onlyDeletes(ops) {
+		return m.free(ctx, conditions, ops)
+	}
 	if err != nil {
 		s.known = false
 	}
 	return w, err
+}
+
+// free is txn for a database that is full: it takes deletes, and nothing in a slot. One whose answer was lost is done again, and may find that it is done.
+func (m *member) free(ctx context.Context, conditions []clientv3.Cmp, ops []clientv3.Op) (w written, err error) {
+	err = m.repeat(ctx, func(ctx context.Context, l lent) error {
+		r, err := l.client.Txn(ctx).If(conditions...).Then(ops...).Commit()
+		if err == nil {
+			w = written{done: r.Succeeded, revision: r.Header.GetRevision(), responses: r.Responses}
+		}
+		return err
+	})
+	return w, err
+}
+
+func onlyDeletes(ops []clientv3.Op) bool {
+	return !slices.ContainsFunc(ops, func(op clientv3.Op) bool { return !op.IsDelete() })
 }
 
 // The end of what a slot holds says which way a transaction went.
