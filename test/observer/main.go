@@ -63,6 +63,7 @@ func routes(groups string) http.Handler {
 		}
 		return os.WriteFile(name, []byte(text), 0)
 	}))
+	m.Handle("POST /exhaust", handler(func(w io.Writer, q url.Values, _ string) error { return exhaust(w, groups, q) }))
 	m.Handle("POST /fill", handler(func(w io.Writer, q url.Values, _ string) error { return fill(w, q) }))
 	m.Handle("DELETE /fill", handler(func(_ io.Writer, q url.Values, _ string) error { return empty(q.Get("volume")) }))
 	m.Handle("POST /flood", handler(func(w io.Writer, q url.Values, _ string) error { return f.begin(w, q) }))
