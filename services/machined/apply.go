@@ -43,13 +43,14 @@ func (d *Daemon) lock(ctx context.Context) (func(), error) {
 // load waits for STATE and hands out what it holds. It returns ctx's error.
 func (d *Daemon) load(ctx context.Context) error {
 	if d.resetting.Load() {
+		close(d.looked)
 		if _, err := d.lock(ctx); err != nil {
 			return ctx.Err()
 		}
 		d.ending.Set(true)
 		return d.resumeReset(ctx)
 	}
-	said := ""
+	said, look := "", sync.OnceFunc(func() { close(d.looked) })
 	for {
 		unlock, err := d.lock(ctx)
 		if ctx.Err() != nil {
@@ -62,6 +63,7 @@ func (d *Daemon) load(ctx context.Context) error {
 			continue
 		}
 		ready, err := d.open()
+		look()
 		unlock()
 		if err != nil && err.Error() != said {
 			said = err.Error()
@@ -75,6 +77,16 @@ func (d *Daemon) load(ctx context.Context) error {
 		if err := pause(ctx, statePause); err != nil {
 			return err
 		}
+	}
+}
+
+// lookedUp waits until it is known whether there is a configuration: a machined that was just started knows of none yet, and must not say that there is none.
+func (d *Daemon) lookedUp(ctx context.Context) error {
+	select {
+	case <-d.looked:
+		return nil
+	case <-ctx.Done():
+		return errs.New(errs.Unavailable, "it is not known yet whether STATE has a configuration: %w", ctx.Err())
 	}
 }
 

@@ -85,6 +85,9 @@ type Daemon struct {
 	logs    map[string]*logs.Log // guarded by mu; by unit
 	state   map[string]string    // guarded by mu; each unit's last state, for events
 	falls   map[string]fall      // guarded by mu; when each unit's trouble began
+	ends    map[string]ending    // guarded by mu; how each unit ended last without anybody's wish
+
+	looked chan struct{} // closed when it is known whether there is a configuration on STATE, or that there is no STATE yet
 }
 
 // running is the configuration that is handed out. It is never changed, only replaced.
@@ -158,8 +161,9 @@ func New(cfg Config) (*Daemon, error) {
 		streams: make(chan struct{}, maxStreams),
 		apply:   make(chan struct{}, 1),
 		logs:    map[string]*logs.Log{}, state: map[string]string{}, falls: map[string]fall{},
-		audit: audit.New(cfg.past.ID()),
+		audit: audit.New(cfg.past.ID()), looked: make(chan struct{}),
 	}
+	d.loadEnds()
 	ev.log.Tap = func(at time.Time, text string) { d.journal.Add(at, "events", strings.ReplaceAll(text, "\t", " ")) }
 	d.resetting.Store(d.inReset())
 	for _, r := range recipients {
