@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -28,7 +29,7 @@ func TestHold(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var h hold
-		late := 0
+		var late atomic.Int32
 		old, fresh := &embed.Etcd{}, &embed.Etcd{}
 		enter := func(patience time.Duration) (time.Duration, error) {
 			start := time.Now()
@@ -46,7 +47,7 @@ func TestHold(t *testing.T) {
 		if _, err := h.enter(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		h.begin(old, 10*time.Second, func() { late++ })
+		h.begin(old, 10*time.Second, func() { late.Add(1) })
 		time.AfterFunc(500*time.Millisecond, h.leave)
 		start := time.Now()
 		h.drained(t.Context(), 2*time.Second)
@@ -64,22 +65,22 @@ func TestHold(t *testing.T) {
 		if h.held() {
 			t.Error("it is over")
 		}
-		h.begin(old, 10*time.Second, func() { late++ }) // and nobody ends it
+		h.begin(old, 10*time.Second, func() { late.Add(1) }) // and nobody ends it
 		if took, err := enter(time.Minute); took != 10*time.Second || err != nil {
 			t.Errorf("one of a member that does not come back: %s, %v, want ten seconds", took, err)
 		}
 		if _, err := h.enter(t.Context()); err != nil { // it hangs
 			t.Fatal(err)
 		}
-		h.begin(old, time.Minute, func() { late++ })
+		h.begin(old, time.Minute, func() { late.Add(1) })
 		start = time.Now()
 		h.drained(t.Context(), 2*time.Second)
 		if took := time.Since(start); took != 2*time.Second {
 			t.Errorf("a call that hangs was waited for for %s", took)
 		}
 		h.ready(fresh)
-		if late != 1 {
-			t.Errorf("a member came late %d times, want once", late)
+		if n := late.Load(); n != 1 {
+			t.Errorf("a member came late %d times, want once", n)
 		}
 		if n := h.restarts(); n != 3 {
 			t.Errorf("%d restarts, want 3", n)
