@@ -50,6 +50,7 @@ func FuzzRegistry(f *testing.F) {
 	f.Add(uint16(201), `Bearer realm="https://auth.example.org/token",service="s",scope="repository:a:pull"`, "bytes */0", []byte(`{"token":"t"}`), []byte(""))
 	f.Add(uint16(201), `Bearer realm="http://auth.example.org/token"`, "", []byte(`{"manifests":[{"digest":"sha256:0","platform":{"architecture":"amd64"}}]}`), []byte(""))
 	f.Add(uint16(201), `Basic realm="x"`, "bytes 9223372036854775807-1/x", []byte(`{"manifests":[`+layer("x")+`]}`), []byte(""))
+	f.Add(uint16(0), "", "bytes 0-99/-1200", []byte("{}"), []byte("{}"))
 	f.Add(uint16(107), "http://example.org/", "", []byte("null"), []byte("\x00"))
 	testfuzz.Run(f, func(t *testing.T, status uint16, challenge, ranges string, manifest, blob []byte) {
 		r, err := newRegistry("registry.example.org/bulkhead:1.2.3", "", "me", "secret", "amd64")
