@@ -188,6 +188,7 @@ func TestREST(t *testing.T) {
 		{"no such path", "GET", "/v1/nothing", good, 404, "application/problem+json", `/openapi.json`},
 		{"a path that is no text", "GET", "/v1/services/%ff/logs", good, 400, "application/problem+json", `the path is no UTF-8`},
 		{"a query that is no text", "GET", "/v1/events?daemon=%c3%28", good, 400, "application/problem+json", `the query is no UTF-8`},
+		{"a type of nothing", "GET", "/v1/version", map[string]string{"Authorization": "Bearer good", "Content-Type": "applica tion/json"}, 400, "application/problem+json", `is no media type`},
 		{"a token that cannot be one", "GET", "/v1/version", map[string]string{"Authorization": "Bearer g\u00f6\u00f6d"}, 401, "application/problem+json", `printable ASCII`},
 		{"outside", "GET", "/", nil, 404, "application/problem+json", `/openapi.json`},
 		{"wrong method", "DELETE", "/v1/version", good, 405, "application/problem+json", `DELETE is not allowed`},

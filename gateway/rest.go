@@ -5,6 +5,7 @@ import (
 	_ "embed"
 	"encoding/json"
 	"io"
+	"mime"
 	"net/http"
 	"net/url"
 	"strings"
@@ -85,6 +86,12 @@ func readable(next http.Handler) http.Handler {
 		case err == nil && !utf8.ValidString(query): // what cannot be read is refused where it is read
 			writeProblem(w, status.Newf(codes.InvalidArgument, "the query is no UTF-8: %.100q", query))
 			return
+		}
+		if kind := r.Header.Get("Content-Type"); kind != "" { // grpc-gateway would tell the log, whoever sends it
+			if _, _, err := mime.ParseMediaType(kind); err != nil {
+				writeProblem(w, status.Newf(codes.InvalidArgument, "Content-Type: %.100q is no media type; application/json is one", kind))
+				return
+			}
 		}
 		for _, token := range r.Header.Values("Authorization") {
 			if strings.ContainsFunc(token, func(c rune) bool { return c < ' ' || c > '~' }) {

@@ -251,7 +251,9 @@ func (e *endurance) units() []unit.Unit {
 		u.Restart = "never"
 		all = append(all, u)
 	}
-	forker := shell("forker", "while :; do (sleep 0.2 &); sh -c 'sleep 0.1 & (sleep 0.3 &) ' & done")
+	// On a node a unit's processes have one unit's share of the processor together, however many they are: that of its control group. There are none here.
+	forker := shell("forker", `exec nice -n 19 /bin/sh -c "$0"`)
+	forker.Exec = append(forker.Exec, "while :; do (sleep 0.2 &); sh -c 'sleep 0.1 & (sleep 0.3 &) ' & done")
 	stubborn := shell("stubborn", "trap '' TERM; echo >&3; while :; do sleep 1; done")
 	stubborn.NotifyReady, stubborn.StopTimeout = true, short
 	loud := shell("loud", "echo >&3; while :; do echo "+strings.Repeat("x", 2000)+"; echo y >&2; done")

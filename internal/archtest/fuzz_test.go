@@ -80,7 +80,7 @@ func TestFuzzTargetsTryMore(t *testing.T) {
 			t.Errorf("%s %s: it runs its seeds only; write testfuzz.Run(f, func(t *testing.T, …) {…}) for f.Fuzz(func…) (docs/fuzzing.md)", f.dir, f.name)
 		}
 	}
-	if targets < 60 {
+	if targets < 80 {
 		t.Errorf("%d targets: the look does not work", targets)
 	}
 }

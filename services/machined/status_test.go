@@ -125,7 +125,7 @@ func TestEvents(t *testing.T) {
 		for i := range maxEvents + 50 {
 			d.events.say("x", "service", fmt.Sprint(i, strings.Repeat("\x01\n\"", 1000)))
 		}
-		if got := eventTexts(t, d); len(got) != maxEvents || !strings.HasPrefix(got[0], "x service: 50\x01 \"") {
+		if got := eventTexts(t, d); len(got) != maxEvents || !strings.HasPrefix(got[0], "x service: 50  \"") {
 			t.Errorf("got %d, first %.40q", len(got), got[0])
 		}
 	})

@@ -136,7 +136,7 @@ func contentRange(s string) (from, total int64, ok bool) {
 	if !ok || !ok2 || !ok3 || err != nil || from < 0 {
 		return 0, 0, false
 	}
-	if total, err = strconv.ParseInt(all, 10, 64); err != nil {
+	if total, err = strconv.ParseInt(all, 10, 64); err != nil || total < 0 {
 		total = -1
 	}
 	return from, total, true

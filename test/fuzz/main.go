@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -40,15 +41,16 @@ type result struct {
 func main() {
 	each := flag.Duration("time", 20*time.Second, "for each target; a minute or more finds things, a second only shows that it works")
 	only := flag.String("only", "", "a regular expression for packages and names")
+	parallel := flag.Int("parallel", runtime.NumCPU(), "processes that try inputs at once")
 	list := flag.Bool("list", false, "only name the targets")
 	flag.Parse()
-	if err := run(*each, *only, *list); err != nil {
+	if err := run(*each, *parallel, *only, *list); err != nil {
 		fmt.Fprintln(os.Stderr, "fuzz:", err)
 		os.Exit(1)
 	}
 }
 
-func run(each time.Duration, only string, list bool) error {
+func run(each time.Duration, parallel int, only string, list bool) error {
 	filter, err := regexp.Compile(only)
 	if err != nil {
 		return fmt.Errorf("-only: %w", err)
@@ -71,7 +73,7 @@ func run(each time.Duration, only string, list bool) error {
 			fmt.Println(name)
 			continue
 		}
-		r := fuzz(t, each)
+		r := fuzz(t, each, parallel)
 		sum.elapsed, sum.executions, sum.fresh, sum.corpus = sum.elapsed+r.elapsed, sum.executions+r.executions, sum.fresh+r.fresh, sum.corpus+r.corpus
 		state := "ok"
 		switch {
@@ -166,8 +168,8 @@ func functions(path string) (names []string, err error) {
 	return names, nil
 }
 
-func fuzz(t target, each time.Duration) (r result) {
-	cmd := exec.Command("go", "test", "-run", "^$", "-fuzz", "^"+t.Name+"$", "-fuzztime", each.String(), t.Package)
+func fuzz(t target, each time.Duration, parallel int) (r result) {
+	cmd := exec.Command("go", "test", "-run", "^$", "-fuzz", "^"+t.Name+"$", "-fuzztime", each.String(), "-parallel", strconv.Itoa(parallel), t.Package)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return result{err: err}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
@@ -14,6 +15,7 @@ func FuzzKmsg(f *testing.F) {
 	f.Add("6,339,5140900,-;NET: Registered PF_INET6 protocol family\n SUBSYSTEM=net\n")
 	f.Add("30,1,9223372036854775807,c;\xff\x00;x")
 	f.Add("6,1,-1,-;before the start")
+	f.Add("6,1,1,-;usb 1-1: Product: \x1b]0;x\a\x1b[2J\u009b2J\tx")
 	testfuzz.Run(f, func(t *testing.T, record string) {
 		level, at, text, ok := kmsgRecord(record)
 		if !ok {
@@ -22,11 +24,14 @@ func FuzzKmsg(f *testing.F) {
 			}
 			return
 		}
-		if clean := Clean(text); level < 0 || level > 7 || at < 0 || strings.Contains(text, "\n") || !utf8.ValidString(clean) || len(clean) > MaxLine {
+		if clean := Clean(text); level < 0 || level > 7 || at < 0 || strings.Contains(text, "\n") || !utf8.ValidString(clean) || len(clean) > MaxLine || strings.ContainsFunc(clean, control) {
 			t.Errorf("%q is read as level %d at %v: %q", record, level, at, text)
 		}
 	})
 }
+
+// control reports whether a terminal would obey it.
+func control(r rune) bool { return unicode.IsControl(r) && r != '\t' }
 
 // FuzzLine: a line on the disk, which may have rotted, comes out as text; what is written is read again.
 func FuzzLine(f *testing.F) {

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -155,10 +156,14 @@ func (l *Log) Append(now time.Time, lines ...string) {
 	}
 }
 
-// Clean makes a text fit for one record: valid UTF-8, no newline, at most MaxLine bytes.
+// Clean makes a text fit for one record: valid UTF-8, at most MaxLine bytes, no newline, and nothing that the terminal of who reads it would obey.
 func Clean(text string) string {
-	text = strings.ToValidUTF8(Cut(text, MaxLine), "?") // never longer
-	return strings.ReplaceAll(text, "\n", " ")
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) && r != '\t' {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(Cut(text, MaxLine), "?")) // never longer
 }
 
 // Cut shortens a text to at most most bytes; one that was cut ends in "…".
