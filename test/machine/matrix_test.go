@@ -52,6 +52,9 @@ func TestNodeMatrix(t *testing.T) {
 	n.run(t, "bhctl", "kubeconfig", "--file", n.kubeconfig)
 	n.run(t, "kubectl", "apply", "-f", filepath.Join(n.root, "test/machine/testdata/matrix.yaml"))
 	eventually(t, 4*time.Minute, "pod answers on its NodePort", func() error { return n.ask(t.Context()) })
+	if n.observed(t)[1].Name == "" {
+		t.Fatal("the observer does not see PID 1")
+	}
 	before := n.stand(t)
 	for what, state := range before {
 		t.Logf("before, %s: %.300s", what, state)
