@@ -23,6 +23,7 @@ const stopTime = 30 * time.Second
 
 // blows are all rows, in the order in which they are done.
 func blows() (rows []blow) {
+	rows = append(rows, full("VAR")) // first, for the kubelet tells of it for five minutes more
 	for _, name := range slices.Concat(daemons, workers) {
 		rows = append(rows, killed(name))
 	}
@@ -38,7 +39,7 @@ func blows() (rows []blow) {
 	for _, name := range daemons {
 		rows = append(rows, flooded(name))
 	}
-	rows = append(rows, full("STATE"), full("VAR"))
+	rows = append(rows, full("STATE"))
 	for _, r := range [][2]string{
 		{"gateway", "apid"}, {"apid", "trustd"}, {"machined", "storaged"}, {"networkd", "machined"}, {"storaged", "trustd"}, {"trustd", "etcdd"},
 		{"etcdd", "trustd"}, {"kubeletd", "networkd"}, {"updated", "storaged"}, {"kubelet", "containerd"}, {"kube-apiserver", "etcdd"},
@@ -173,16 +174,15 @@ func full(volume string) blow {
 	return f
 }
 
-// alone: the unit is started anew while what it depends on stands still. Whoever needs neither is served; when that goes on, the unit is as before.
+// alone: the unit is ended in order and started anew while what it depends on stands still. Whoever needs neither is served; when that goes on, the unit is as before.
 func alone(unit, on string) blow {
 	group := func(t *testing.T, n *node, state string) {
 		n.act(t, "PUT", "group", state, "unit="+on, "file=cgroup.freeze")
 	}
 	f := blow{name: unit + " without " + on, excused: append(mute(on), mute(unit)...), lasts: 6 * time.Second, calm: max(settles(unit), settles(on)), why: silentWhy(on),
 		strike: func(t *testing.T, n *node) {
-			pid := n.services(t)[unit].GetPid()
 			group(t, n, "1")
-			n.act(t, "POST", "signal", "", fmt.Sprintf("pid=%d", pid), "signal=KILL")
+			n.act(t, "POST", "restart", "", "unit="+unit)
 		},
 		relieve: func(t *testing.T, n *node) { group(t, n, "0") },
 	}

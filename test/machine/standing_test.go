@@ -97,11 +97,12 @@ func (n *node) standing(ctx context.Context) (standing, error) {
 	mounts, err7 := n.observe(ctx, "GET", "mounts", "")
 	pods, err8 := n.try(ctx, 20*time.Second, "kubectl", "get", "pods", "-A", "--no-headers", "-o",
 		"custom-columns=N:.metadata.name,P:.status.phase,R:.status.containerStatuses[*].ready,C:.status.containerStatuses[*].containerID,I:.status.podIP")
-	nodes, err9 := n.try(ctx, 20*time.Second, "kubectl", "get", "nodes", "--no-headers", "-o", `custom-columns=N:.metadata.name,R:.status.conditions[?(@.type=="Ready")].status,D:.status.conditions[?(@.type=="DiskPressure")].status,T:.spec.taints[*].key`)
+	nodes, err9 := n.try(ctx, 20*time.Second, "kubectl", "get", "nodes", "--no-headers", "-o", `custom-columns=N:.metadata.name,R:.status.conditions[?(@.type=="Ready")].status,U:.spec.unschedulable`)
+	pressure, err10 := n.try(ctx, 20*time.Second, "kubectl", "get", "nodes", "--no-headers", "-o", `custom-columns=D:.status.conditions[?(@.type=="DiskPressure")].status,T:.spec.taints[*].key`)
 	return standing{
 		"services": lines(units), "health": lines(trouble), "specs": lines(specs), "network": lines(net), "volumes": lines(volumes), "mounts": mountLines(mounts),
-		"pods": lines(strings.Split(pods, "\n")), "nodes": nodes, "document": fmt.Sprintf("generation %d\n%s", document.GetGeneration(), document.GetDocuments()),
-	}, errors.Join(err, err2, err3, err4, err5, err6, err7, err8, err9)
+		"pods": lines(strings.Split(pods, "\n")), "nodes": nodes, "pressure": pressure, "document": fmt.Sprintf("generation %d\n%s", document.GetGeneration(), document.GetDocuments()),
+	}, errors.Join(err, err2, err3, err4, err5, err6, err7, err8, err9, err10)
 }
 
 func lines(l []string) string {
