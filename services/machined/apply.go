@@ -23,13 +23,20 @@ const firstGeneration = 1
 // lookPause is between two looks at what storaged says while STATE is waited for.
 const lookPause = 2 * time.Second
 
-// lock takes the right to change the configuration. The caller calls the function it gets.
+// lock takes the right to change the configuration. The caller calls the function it gets. While the node is being reset nobody gets it, and nobody waits for it.
 func (d *Daemon) lock(ctx context.Context) (func(), error) {
-	select {
-	case d.apply <- struct{}{}:
-		return func() { <-d.apply }, nil
-	case <-ctx.Done():
-		return nil, errs.New(errs.Unavailable, "another apply runs: %w", ctx.Err())
+	for {
+		ends, changed := d.ending.Get()
+		if ends { // nothing comes after it, unless it fails
+			return nil, errs.New(errs.Unavailable, "the node is being reset, and takes no configuration now")
+		}
+		select {
+		case d.apply <- struct{}{}:
+			return func() { <-d.apply }, nil
+		case <-changed:
+		case <-ctx.Done():
+			return nil, errs.New(errs.Unavailable, "another apply runs: %w", ctx.Err())
+		}
 	}
 }
 
@@ -40,13 +47,20 @@ func (d *Daemon) load(ctx context.Context) error {
 		if _, err := d.lock(ctx); err != nil {
 			return ctx.Err()
 		}
+		d.ending.Set(true)
 		return d.resumeReset(ctx)
 	}
 	said, look := "", sync.OnceFunc(func() { close(d.looked) })
 	for {
 		unlock, err := d.lock(ctx)
-		if err != nil {
+		if ctx.Err() != nil {
 			return ctx.Err()
+		}
+		if err != nil { // a reset, which may fail
+			if err := pause(ctx, statePause); err != nil {
+				return err
+			}
+			continue
 		}
 		ready, err := d.open()
 		look()

@@ -73,10 +73,11 @@ type Daemon struct {
 	audit   *audit.Log
 	since   atomic.Int64 // when the kernel's lines begin that the journal does not have yet, in nanoseconds as time.Time.UnixNano has them
 
-	resetting atomic.Bool  // STATE is not to be used any more
-	following atomic.Bool  // PID 1 was told to restart by an order of the cluster
-	skew      atomic.Int64 // how far the control plane's clock was ahead at the last report, in nanoseconds
-	answered  atomic.Bool  // a call with credentials has come through apid since the start of this process
+	ending    latest.Cell[bool] // a reset has the right to change the configuration
+	resetting atomic.Bool       // STATE is not to be used any more
+	following atomic.Bool       // PID 1 was told to restart by an order of the cluster
+	skew      atomic.Int64      // how far the control plane's clock was ahead at the last report, in nanoseconds
+	answered  atomic.Bool       // a call with credentials has come through apid since the start of this process
 
 	mu      sync.Mutex
 	store   *store.Store         // guarded by mu; nil until STATE is there
