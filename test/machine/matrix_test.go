@@ -2,6 +2,7 @@ package machine
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -140,15 +141,22 @@ func (n *node) suffer(t *testing.T, a *askers, f blow, before standing) {
 // settle waits until the node is as before, and stays so.
 func (n *node) settle(t *testing.T, before standing, calm time.Duration) {
 	t.Helper()
-	since := time.Time{}
+	since, last := time.Time{}, error(nil)
+	defer func() {
+		if last != nil {
+			t.Logf("what took longest: %.400s", last.Error())
+		}
+	}()
 	eventually(t, settleLimit, "as before", func() error {
 		now, err := n.standing(t.Context())
 		if err == nil {
 			now["pressure"] = before["pressure"] // the kubelet's own inertia: see below
-			err = before.same(now)
+			if err = before.same(now); now["health"] != "" {
+				err = errors.New(now["health"])
+			}
 		}
 		if err != nil {
-			since = time.Time{}
+			since, last = time.Time{}, err
 			return err
 		}
 		if since.IsZero() {

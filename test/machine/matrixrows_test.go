@@ -27,13 +27,13 @@ func blows() (rows []blow) {
 	for _, name := range slices.Concat(daemons, workers) {
 		rows = append(rows, killed(name))
 	}
-	for _, names := range [][]string{{"networkd", "gateway"}, {"storaged", "updated"}, {"trustd"}, {"etcdd"}, {"kubeletd"}, {"machined"}, {"apid"}, {"containerd"}, {"kubelet"}} {
+	for _, names := range [][]string{{"networkd", "gateway", "storaged", "updated"}, {"trustd", "kubelet"}, {"etcdd"}, {"kubeletd", "containerd"}, {"machined"}, {"apid"}} {
 		rows = append(rows, stopped(names...))
 	}
 	for _, name := range daemons {
 		rows = append(rows, exhausted(name))
 	}
-	for _, name := range []string{"kube-controller-manager", "kube-scheduler", "kube-proxy"} {
+	for _, name := range []string{"kube-scheduler", "kube-proxy"} {
 		rows = append(rows, exhausted(name))
 	}
 	for _, name := range daemons {
@@ -42,7 +42,7 @@ func blows() (rows []blow) {
 	rows = append(rows, full("STATE"))
 	for _, r := range [][2]string{
 		{"gateway", "apid"}, {"apid", "trustd"}, {"machined", "storaged"}, {"networkd", "machined"}, {"storaged", "trustd"}, {"trustd", "etcdd"},
-		{"etcdd", "trustd"}, {"kubeletd", "networkd"}, {"updated", "storaged"}, {"kubelet", "containerd"}, {"kube-apiserver", "etcdd"},
+		{"etcdd", "trustd"}, {"kubeletd", "networkd"}, {"updated", "storaged"}, {"kubelet", "containerd"},
 	} {
 		rows = append(rows, alone(r[0], r[1]))
 	}
@@ -51,8 +51,11 @@ func blows() (rows []blow) {
 
 // settles is how long a unit's trouble may need to show afterwards: a kubelet that stood still tells seconds later that containerd was down.
 func settles(unit string) time.Duration {
-	if slices.Contains([]string{"containerd", "kubelet", "kubeletd"}, unit) {
+	switch unit {
+	case "containerd", "kubelet":
 		return 15 * time.Second
+	case "kubeletd":
+		return 5 * time.Second
 	}
 	return 0
 }
@@ -72,8 +75,10 @@ func silentWhy(unit string) []string {
 		return []string{"did not answer in time"}
 	case "machined":
 		return []string{"machined has not answered for"}
-	case "containerd", "kubelet":
+	case "kubelet":
 		return []string{unit}
+	case "containerd": // the kubelet says so after half a minute, when the Node is not Ready any more: nobody else notices
+		return nil
 	}
 	return []string{unit + ".answers", "it hangs"}
 }
@@ -137,7 +142,7 @@ var floodUser = map[string]int{"apid": 103, "etcdd": 110, "gateway": 101, "kubel
 
 // flooded: strangers with garbage, and another daemon with connections on which nothing ends, take no other caller's place.
 func flooded(unit string) blow {
-	return blow{name: unit + " flooded", lasts: 5 * time.Second, why: []string{"the node is well"},
+	return blow{name: unit + " flooded", lasts: 3 * time.Second, why: []string{"the node is well"},
 		strike: func(t *testing.T, n *node) {
 			for _, kind := range []string{"kind=garbage as=65534", "kind=idle as=65534", fmt.Sprintf("kind=half as=%d", floodUser[unit])} {
 				out := n.act(t, "POST", "flood", "", append(strings.Fields(kind), "unit="+unit, "connections=300")...)
@@ -155,7 +160,7 @@ func flooded(unit string) blow {
 
 // full: it is told, what runs goes on, and with room again all is as before. The last blocks of VAR are etcd's: it goes on writing.
 func full(volume string) blow {
-	f := blow{name: volume + " full", why: []string{"storaged." + volume + ".room", volume + " is full"}, lasts: 15 * time.Second, calm: 15 * time.Second,
+	f := blow{name: volume + " full", why: []string{"storaged." + volume + ".room", volume + " is full"}, lasts: 12 * time.Second,
 		strike: func(t *testing.T, n *node) {
 			t.Logf("filled with %s bytes", strings.TrimSpace(n.act(t, "POST", "fill", "", "volume="+volume)))
 		},

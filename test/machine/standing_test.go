@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -53,7 +54,7 @@ func (n *node) stand(t *testing.T) (s standing) {
 
 // standing asks for everything.
 func (n *node) standing(ctx context.Context) (standing, error) {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	conn, err := client.Dial(fmt.Sprintf("127.0.0.1:%d", n.apiPort), n.login)
 	if err != nil {
@@ -70,6 +71,12 @@ func (n *node) standing(ctx context.Context) (standing, error) {
 		if !c.Ok {
 			trouble = append(trouble, c.Name+": "+c.Detail)
 		}
+	}
+	if err := errors.Join(err, err2); err != nil {
+		return nil, err
+	}
+	if len(trouble) > 0 { // the rest would only keep busy who is just starting
+		return standing{"health": lines(trouble)}, nil
 	}
 	document, err3 := configv1.NewConfigClient(conn).Get(ctx, &configv1.GetRequest{})
 	list, err4 := configv1.NewConfigClient(conn).ListSpecs(ctx, &configv1.ListSpecsRequest{})
@@ -95,19 +102,60 @@ func (n *node) standing(ctx context.Context) (standing, error) {
 		volumes = append(volumes, fmt.Sprintf("%s %s %s %s %s", v.Name, v.State, v.Device, v.Filesystem, v.Encryption))
 	}
 	mounts, err7 := n.observe(ctx, "GET", "mounts", "")
-	pods, err8 := n.try(ctx, 20*time.Second, "kubectl", "get", "pods", "-A", "--no-headers", "-o",
-		"custom-columns=N:.metadata.name,P:.status.phase,R:.status.containerStatuses[*].ready,C:.status.containerStatuses[*].containerID,I:.status.podIP")
-	nodes, err9 := n.try(ctx, 20*time.Second, "kubectl", "get", "nodes", "--no-headers", "-o", `custom-columns=N:.metadata.name,R:.status.conditions[?(@.type=="Ready")].status,U:.spec.unschedulable`)
-	pressure, err10 := n.try(ctx, 20*time.Second, "kubectl", "get", "nodes", "--no-headers", "-o", `custom-columns=D:.status.conditions[?(@.type=="DiskPressure")].status,T:.spec.taints[*].key`)
+	kubernetes, err8 := n.try(ctx, 20*time.Second, "kubectl", "get", "nodes,pods", "-A", "-o", "json")
+	pods, nodes, pressure, err9 := kubernetesLines(kubernetes)
 	return standing{
 		"services": lines(units), "health": lines(trouble), "specs": lines(specs), "network": lines(net), "volumes": lines(volumes), "mounts": mountLines(mounts),
-		"pods": lines(strings.Split(pods, "\n")), "nodes": nodes, "pressure": pressure, "document": fmt.Sprintf("generation %d\n%s", document.GetGeneration(), document.GetDocuments()),
-	}, errors.Join(err, err2, err3, err4, err5, err6, err7, err8, err9, err10)
+		"pods": pods, "nodes": nodes, "pressure": pressure, "document": fmt.Sprintf("generation %d\n%s", document.GetGeneration(), document.GetDocuments()),
+	}, errors.Join(err3, err4, err5, err6, err7, err8, err9)
 }
 
 func lines(l []string) string {
 	slices.Sort(l)
 	return strings.Join(l, "\n")
+}
+
+// kubernetesLines are what must stay of Kubernetes, read from a list of nodes and pods. That there is pressure on a disk stands apart.
+func kubernetesLines(list string) (pods, nodes, pressure string, err error) {
+	var l struct {
+		Items []struct {
+			Kind     string
+			Metadata struct{ Name string }
+			Spec     struct {
+				Unschedulable bool
+				Taints        []struct{ Key string }
+			}
+			Status struct {
+				Phase, PodIP      string
+				Conditions        []struct{ Type, Status string }
+				ContainerStatuses []struct {
+					ContainerID string
+					Ready       bool
+				}
+			}
+		}
+	}
+	if err := json.Unmarshal([]byte(list), &l); err != nil {
+		return "", "", "", fmt.Errorf("kubectl get nodes,pods: %w", err)
+	}
+	var p, n, d []string
+	for _, i := range l.Items {
+		name := i.Metadata.Name
+		if i.Kind == "Pod" {
+			p = append(p, fmt.Sprint(name, " ", i.Status.Phase, " ", i.Status.PodIP, " ", i.Status.ContainerStatuses))
+			continue
+		}
+		n = append(n, fmt.Sprint(name, " unschedulable ", i.Spec.Unschedulable))
+		d = append(d, fmt.Sprint(name, " taints ", i.Spec.Taints))
+		for _, c := range i.Status.Conditions {
+			if c.Type == "DiskPressure" {
+				d = append(d, name+" DiskPressure "+c.Status)
+			} else {
+				n = append(n, name+" "+c.Type+" "+c.Status)
+			}
+		}
+	}
+	return lines(p), lines(n), lines(d), nil
 }
 
 // mountLines are the mounts without their numbers, which begin anew with each mount.
@@ -150,6 +198,11 @@ func TestStandingDiffers(t *testing.T) {
 	}
 	if err := a.same(b); err == nil || err.Error() != `x: missing ["two"], new ["three"]` {
 		t.Errorf("got %v", err)
+	}
+	pods, nodes, pressure, err := kubernetesLines(`{"items": [{"kind": "Node", "metadata": {"name": "n"}, "spec": {"taints": [{"key": "k"}]}, "status": {"conditions": [{"type": "Ready", "status": "True"},
+		{"type": "DiskPressure", "status": "False"}]}}, {"kind": "Pod", "metadata": {"name": "p"}, "status": {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [{"containerID": "c", "ready": true}]}}]}`)
+	if err != nil || pods != "p Running 10.0.0.1 [{c true}]" || nodes != "n Ready True\nn unschedulable false" || pressure != "n DiskPressure False\nn taints [{k}]" {
+		t.Errorf("%q, %q, %q, %v", pods, nodes, pressure, err)
 	}
 	got := mountLines("36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue\n")
 	if got != "/dev/root on /mnt2 rw,noatime, ext3 rw,errors=continue" {
