@@ -18,6 +18,7 @@ import (
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
@@ -337,6 +338,17 @@ func (b *bench) checkMounts() {
 		if !ok || !strings.HasPrefix(m.Options, "rw,"+v.options) || m.Filesystem != "ext4" {
 			b.t.Errorf("%s: %+v", v.target, m)
 		}
+	}
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(b.root+"/var", &st); err != nil {
+		b.t.Fatal(err)
+	}
+	if own := fmt.Sprintf("resuid=%d", uid.Etcdd); !strings.Contains(string(text), own) || (st.Bfree-st.Bavail)*100 < st.Blocks {
+		b.t.Errorf("of %d blocks %d are reserved; want more than 1 %% for etcd, and %s among the mounts:\n%s", st.Blocks, st.Bfree-st.Bavail, own, text)
 	}
 }
 

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/client"
 )
 
 // node is one virtual machine and the user who drives it.
@@ -22,7 +24,8 @@ type node struct {
 	root                                     string // of the repository
 	kubeconfig                               string
 	apiPort, gatewayPort, kubePort, nodePort int
-	observerPort                             int // see observer_test.go
+	observerPort                             int                // see observer_test.go
+	login                                    client.Credentials // for what must not fail the test by itself: see standing_test.go
 }
 
 // newNode prepares a user with an empty home and free ports; nothing is started. Everything is gone after the test, also a failed one's machine.

@@ -45,6 +45,7 @@ func routes(groups string) http.Handler {
 	m := http.NewServeMux()
 	m.Handle("GET /ps", handler(func(w io.Writer, _ url.Values, _ string) error { return ps(w, "/proc", groups) }))
 	m.Handle("POST /signal", handler(func(_ io.Writer, q url.Values, _ string) error { return send(groups, q) }))
+	m.Handle("POST /restart", handler(func(_ io.Writer, q url.Values, _ string) error { return restart(q) }))
 	m.Handle("GET /group", handler(func(w io.Writer, q url.Values, _ string) error {
 		name, err := groupFile(groups, q)
 		if err != nil {
