@@ -138,7 +138,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.followTrust(ctx) })
 	g.Go(func() error { return d.followClock(ctx) })
 	g.Go(func() error { return d.followIssuer(ctx) })
-	g.Go(func() error { return serve(ctx, d.localServer(ctx), daemon.Limit(d.cfg.Env.Listen, maxLocal, maxOfOne, d.cfg.Env.Who)) })
+	g.Go(func() error {
+		return serve(ctx, d.localServer(ctx), daemon.Limit(d.cfg.Env.Listen, maxLocal, maxOfOne, d.cfg.Env.Who))
+	})
 	g.Go(func() error {
 		// Until it is known whose certificate to show, callers wait in the listener's backlog.
 		if err := d.tls.wait(ctx); err != nil {
