@@ -42,7 +42,7 @@ func become(u *unit.Unit, inside bool) (code int, err error) {
 	end := unit.FirstListener + len(fds)
 	switch {
 	case inside:
-		err = seal()
+		_, err = unix.Setsid()
 	case u.Inside != "":
 		return transient, enter(u, end, end+1) // PID 1 passes them behind all others
 	case u.Holds:

@@ -18,8 +18,8 @@ import (
 )
 
 // A holder is process 1 of namespaces for mounts, processes and control groups in which other units live: the workload side. What is not
-// for them is not covered there but taken off, for they are root with every capability, and could lift a cover. This file is all four
-// parts: furnish makes the namespaces ready, Hold keeps them, enter puts a unit's process in there, and seal closes the way back.
+// for them is not covered there but taken off, for they are root with every capability, and could lift a cover. furnish makes the namespaces
+// ready, Hold keeps them, and enter puts a unit's process in there.
 
 // Inside is argv[0] of the trampoline of a unit that lives in a holder's namespaces, once it is in there.
 const Inside = "confine-inside"
@@ -180,41 +180,4 @@ func fork(program string, argv, env []string) (int, error) {
 		return 0, errno
 	}
 	return int(pid), nil
-}
-
-// seal gives the process in the namespaces a session of its own, and keeps it and all that it ever starts from walking from one mount
-// namespace to the next (NS_MNT_GET_INFO, _NEXT and _PREV of linux/nsfs.h), which would lead root out to PID 1's: these ioctls are not there.
-// A filter that lets all other calls pass costs them nothing, the kernel remembers that.
-func seal() error {
-	var f console.First
-	_, err := unix.Setsid()
-	f.Try("setsid", err)
-	load := func(offset uint32) unix.SockFilter {
-		return unix.SockFilter{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: offset}
-	}
-	equal := func(k uint32, yes, no uint8) unix.SockFilter {
-		return unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, Jt: yes, Jf: no, K: k}
-	}
-	answer := func(k uint32) unix.SockFilter { return unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: k} }
-	const number, arch, cmd = 0, 4, 24 // of struct seccomp_data: the lower half of the second argument
-	filter := []unix.SockFilter{
-		0:  load(arch),
-		1:  equal(unix.AUDIT_ARCH_I386, 0, 2),
-		2:  load(number),
-		3:  equal(54, 3, 9), // ioctl
-		4:  load(number),
-		5:  equal(unix.SYS_IOCTL, 1, 0),
-		6:  equal(1<<30|514, 0, 6), // x32's
-		7:  load(cmd),
-		8:  {Code: unix.BPF_ALU | unix.BPF_AND | unix.BPF_K, K: 0xffff}, // without the size of what it points at
-		9:  equal(0xb70a, 2, 0),
-		10: equal(0xb70b, 1, 0),
-		11: equal(0xb70c, 0, 1),
-		12: answer(unix.SECCOMP_RET_ERRNO | uint32(unix.ENOTTY)),
-		13: answer(unix.SECCOMP_RET_ALLOW),
-	}
-	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
-	// It is the caller's to be locked to its thread; execve keeps the filter.
-	f.Try("filter", unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&prog)), 0, 0))
-	return f.Err
 }
