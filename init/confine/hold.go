@@ -4,7 +4,6 @@ import (
 	"errors"
 	"os"
 	"os/signal"
-	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -81,7 +80,7 @@ func furnish(u *unit.Unit) error {
 		}
 	}
 	for _, p := range u.Show {
-		f.Try("show "+p, makeFolders(p))
+		f.Try("show "+p, os.MkdirAll(p, 0o755))
 		f.Try("show "+p, unix.MoveMount(trees[p], "", unix.AT_FDCWD, p, unix.MOVE_MOUNT_F_EMPTY_PATH))
 	}
 	// Pods may ask for mounts to be seen by others: by all in here, and by nobody else.
@@ -91,20 +90,6 @@ func furnish(u *unit.Unit) error {
 	f.Try("control group", unix.Mkdir(leaf, 0o755))
 	f.Try("control group", os.WriteFile(leaf+"/cgroup.procs", []byte("0"), 0))
 	return f.Err
-}
-
-// makeFolders makes those of a path that are not there.
-func makeFolders(p string) error {
-	if err := unix.Mkdir(p, 0o755); err != unix.ENOENT {
-		if err == unix.EEXIST {
-			err = nil
-		}
-		return err
-	}
-	if err := makeFolders(path.Dir(p)); err != nil {
-		return err
-	}
-	return unix.Mkdir(p, 0o755)
 }
 
 // Held says whether this process is to hold the namespaces that it is in.
@@ -157,16 +142,10 @@ func enter(u *unit.Unit, holder, tell int) error {
 // fork makes a child with a copy of this process's memory, where package syscall would have it use the memory itself for its first steps.
 // The child does nothing but to become the program.
 func fork(program string, argv, env []string) (int, error) {
-	name, err := unix.BytePtrFromString(program)
-	if err != nil {
-		return 0, err
-	}
-	args, err := syscall.SlicePtrFromStrings(argv)
-	if err != nil {
-		return 0, err
-	}
-	vars, err := syscall.SlicePtrFromStrings(env)
-	if err != nil {
+	name, err := syscall.BytePtrFromString(program)
+	args, err2 := syscall.SlicePtrFromStrings(argv)
+	vars, err3 := syscall.SlicePtrFromStrings(env)
+	if err := errors.Join(err, err2, err3); err != nil {
 		return 0, err
 	}
 	pid, _, errno := unix.RawSyscall6(unix.SYS_CLONE, uintptr(unix.SIGCHLD), 0, 0, 0, 0, 0)

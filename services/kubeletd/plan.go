@@ -106,7 +106,7 @@ type rule struct {
 // again costs the others more than the wait.
 var rules = []rule{
 	{unit: "workload", worker: true, after: []string{"volume VAR"}}, // it shows the volume to the others: what is mounted later is not there
-	{unit: "containerd", worker: true, after: []string{"workload"}},
+	{unit: "containerd", worker: true, after: []string{"volume VAR", "workload"}},
 	{unit: "image-load", worker: true, once: true, after: []string{"containerd"}},
 	{unit: "kube-apiserver", after: []string{"volume VAR", "bootstrap", "address", "hostname", "etcd"}}, // its lease in the cluster is named after the kernel's host name
 	{unit: "kube-controller-manager", after: []string{"hostname", "kube-apiserver"}},
