@@ -22,7 +22,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison observer dist reproducible test test-vm test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,14 @@ poison: build kubernetes ## an image with a mistake in it, into out/poison: a no
 	@$(GOBUILD) -overlay out/poison/overlay.json -o out/poison/bin/ ./$(POISONED_SOURCE)
 	@out/bin/mkimage build --bin out/poison/bin --kubernetes $(KUBERNETES) --out out/poison/image $(IMAGEFLAGS)
 
+observer: build kubernetes ## the tests' image, into out/observer/image: one with a unit that shows processes and breaks daemons; see docs/faults.md
+	@test "$(KEYS)" != out/keys || test -d out/keys || out/bin/mkimage keys --out out/keys
+	@rm -rf out/observer/bin && mkdir -p out/observer && cp -al out/bin out/observer/bin && rm out/observer/bin/init
+	@go run ./internal/unit/gen -tree . -tree test/observer/testdata -out out/observer/units.go
+	@echo '{"Replace": {"init/units.go": "out/observer/units.go"}}' > out/observer/overlay.json
+	@$(GOBUILD) -overlay out/observer/overlay.json -o out/observer/bin/ ./init ./test/observer
+	@out/bin/mkimage build --bin out/observer/bin --program out/observer/bin/observer --kubernetes $(KUBERNETES) --out out/observer/image $(IMAGEFLAGS)
+
 dist: image ## other forms of the image, beside it: qcow2 for clouds, an ISO to install from
 	@out/bin/mkimage convert qcow2 $(IMAGE)
 	@out/bin/mkimage convert iso $(IMAGE)
@@ -78,7 +86,7 @@ test: export CGO_ENABLED = 1
 test: ## every test that needs no virtual machine
 	@{ go test -race -json ./...; cd test/issuer && go test -race -json ./...; } | go run ./test/report
 
-test-vm: image ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
+test-vm: image observer ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
 	@test/tools/install.sh
 	@out/bin/mkimage fetch && rm -rf out/test-kernel && dpkg-deb -x $(KERNEL_DEB) out/test-kernel && ln -s usr/lib out/test-kernel/lib
 	@BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 75m -p 1 \

@@ -156,7 +156,7 @@ func fromCertificate(chain []*x509.Certificate, roots *x509.CertPool, now time.T
 		// Only the holder of a certificate that was valid once is told that it expired.
 		late := chain[0].NotAfter.Add(-time.Second)
 		if _, e := chain[0].Verify(x509.VerifyOptions{Roots: roots, Intermediates: between, CurrentTime: late, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}); e == nil && now.After(late) {
-			return identity{}, errs.New(errs.Unauthenticated, "your certificate expired at %s", chain[0].NotAfter.UTC().Format(time.RFC3339))
+			return identity{}, errExpired(chain[0].NotAfter, now)
 		}
 		// And that it is not valid yet: then one of the two clocks is wrong, which nobody would guess.
 		early := chain[0].NotBefore.Add(time.Second)

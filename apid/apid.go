@@ -138,7 +138,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.followTrust(ctx) })
 	g.Go(func() error { return d.followClock(ctx) })
 	g.Go(func() error { return d.followIssuer(ctx) })
-	g.Go(func() error { return serve(ctx, d.localServer(ctx), daemon.Limit(d.cfg.Env.Listen, maxLocal)) })
+	g.Go(func() error { return serve(ctx, d.localServer(ctx), daemon.Limit(d.cfg.Env.Listen, maxLocal, maxOfOne, d.cfg.Env.Who)) })
 	g.Go(func() error {
 		// Until it is known whose certificate to show, callers wait in the listener's backlog.
 		if err := d.tls.wait(ctx); err != nil {
@@ -153,6 +153,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 const (
 	drain    = 3 * time.Second
 	maxLocal = 64 // connections to the Unix socket; gateway needs one, machined too
+	maxOfOne = 24 // of these, of one user: nobody takes all places
 )
 
 func serve(ctx context.Context, s *grpc.Server, l net.Listener) error {

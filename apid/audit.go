@@ -149,7 +149,7 @@ func (a *auditor) take() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	now := a.now()
-	a.tokens = min(refusedBurst, a.tokens+now.Sub(a.at).Seconds()*refusedRate)
+	a.tokens = min(refusedBurst, a.tokens+max(0, now.Sub(a.at).Seconds())*refusedRate) // a clock that is set back must not take what there is
 	a.at = now
 	if a.tokens < 1 {
 		return false

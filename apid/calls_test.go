@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/internal/testrpc"
 )
 
@@ -31,7 +32,7 @@ func FuzzCalls(f *testing.F) {
 	}
 	callers, methods := c.callers("cp1"), testrpc.Methods()
 	testrpc.Seeds(f, methods, len(callers))
-	f.Fuzz(func(t *testing.T, method uint16, caller uint8, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, method uint16, caller uint8, data []byte) {
 		m, who := methods[int(method)%len(methods)], callers[int(caller)%len(callers)]
 		call := testrpc.Make(m, data)
 		err := call.Do(who.ctx, who.conn, 100*time.Millisecond)

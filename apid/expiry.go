@@ -79,6 +79,15 @@ func (d *Daemon) expire(now time.Time) {
 	}
 }
 
+// errExpired is for the holder of one that was good, as this node's clock has it.
+func errExpired(end, now time.Time) error {
+	t := clock.Built(now, release.BuildTime())
+	if t == "" {
+		t = "this node's clock says " + now.UTC().Format(time.RFC3339)
+	}
+	return errs.New(errs.Unauthenticated, "your certificate expired at %s; %s", end.UTC().Format(time.RFC3339), t)
+}
+
 // errNotYet is for the holder of a certificate that will be good.
 func errNotYet(from, now time.Time) error {
 	if t := clock.Built(now, release.BuildTime()); t != "" {

@@ -1,6 +1,8 @@
 package apid
 
 import (
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -83,4 +85,16 @@ func TestNotYetValid(t *testing.T) {
 	n.ahead.Store(int64(-24 * time.Hour))
 	says(t, "a certificate of tomorrow", getVersion(n.ctx(), good), codes.Unauthenticated, "one of the two clocks is wrong")
 	says(t, "a foreign one", getVersion(n.ctx(), foreign), codes.Unauthenticated, "no valid credentials")
+	audited := func(text string) bool {
+		return slices.ContainsFunc(n.audits(), func(l string) bool {
+			return strings.Contains(l, "code=Unauthenticated") && strings.Contains(l, text)
+		})
+	}
+	for years, text := range map[time.Duration]string{-10: "one of the two clocks is wrong", 10: "this node's clock says "} {
+		n.ahead.Store(int64(years * 365 * 24 * time.Hour))
+		says(t, fmt.Sprint("ten years: ", years), getVersion(n.ctx(), good), codes.Unauthenticated, text)
+		if year := fmt.Sprint("this node's clock says ", time.Now().UTC().Add(years*365*24*time.Hour).Year()); !audited(year) {
+			t.Errorf("%d years: no line with %q in %q", years, year, n.audits())
+		}
+	}
 }

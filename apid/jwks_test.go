@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // The keys of RFC 7517 appendix A.1 and RFC 8037 appendix A.2, and one for encryption.
@@ -55,7 +56,7 @@ func TestParseKeys(t *testing.T) {
 func FuzzParseKeys(f *testing.F) {
 	f.Add([]byte(someKeys))
 	f.Add([]byte(`{"keys": [{"kty": "RSA", "n": "", "e": ""}, {"KTY": "EC", "crv": "P-521"}]}`))
-	f.Fuzz(func(t *testing.T, in []byte) {
+	testfuzz.Run(f, func(t *testing.T, in []byte) {
 		set, err := parseKeys(in)
 		if err != nil {
 			return
@@ -78,7 +79,7 @@ func FuzzIDToken(f *testing.F) {
 	f.Add(b64([]byte(`{"alg":"ES256","kid":"k"}`)), b64([]byte(`{"iss":"https://a","aud":"b","sub":"c","exp":9999999999}`)), b64(make([]byte, 64)))
 	f.Add(b64([]byte(`{"alg":["ES256"]}`)), b64([]byte(`{"iss":1,"exp":"x","alg":"ES256"}`)), "")
 	o := config.OIDC{Issuer: "https://a", ClientID: "b", Audience: "b", UsernameClaim: "sub", GroupsClaim: "groups"}
-	f.Fuzz(func(t *testing.T, header, payload, signature string) {
+	testfuzz.Run(f, func(t *testing.T, header, payload, signature string) {
 		text := fmt.Sprint(header, ".", payload, ".", signature)
 		s, ok := peek(text)
 		if !ok || plausible(s, o) != nil {

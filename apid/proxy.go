@@ -80,8 +80,16 @@ func (d *Daemon) forward(stop context.Context, in grpc.ServerStream) error {
 	}
 	if streams {
 		defer context.AfterFunc(stop, cancel)()
+	} else {
+		var cancel context.CancelFunc
+		ctx, cancel = early(ctx)
+		defer cancel()
 	}
+	start := time.Now()
 	err := d.pass(ctx, in, c, cancel)
+	if !streams && ctx.Err() != nil && in.Context().Err() == nil {
+		err = c.unanswered(err, time.Since(start))
+	}
 	if c.proved.node != "" { // here it was repeated if it may be: a node that repeated it once more, for a daemon that has nothing else to say, would make 25 of one
 		err = tried(ctx, err)
 	}
@@ -89,6 +97,26 @@ func (d *Daemon) forward(stop context.Context, in grpc.ServerStream) error {
 		return errs.New(errs.Unavailable, "apid is stopping; try again")
 	}
 	return err
+}
+
+// A call ends here a little before its time is up, a tenth of what is left but no more than ownWord: a client whose time is up hears nothing any more, least of all
+// who did not answer.
+const ownWord = 500 * time.Millisecond
+
+func early(ctx context.Context) (context.Context, context.CancelFunc) {
+	end, ok := ctx.Deadline()
+	if !ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithDeadline(ctx, end.Add(-min(ownWord, time.Until(end)/10)))
+}
+
+// unanswered is the error of a call whose time is up: it names who did not answer. If that is another node, its apid, or the way to it, has named it.
+func (c *call) unanswered(err error, took time.Duration) error {
+	if !c.aim.here() {
+		return err
+	}
+	return status.Errorf(codes.DeadlineExceeded, "%s has not answered for %s; bhctl why tells whether it hangs", c.route.daemon, took.Round(100*time.Millisecond))
 }
 
 // pass moves a call's messages between the client and whoever answers.

@@ -6,6 +6,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 func full(t testing.TB) []byte {
@@ -206,7 +208,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(doc("Network", "interfaces: [{name: '*'}, {name: '-'}, {name: '1e3'}]\nfirewall: {allow: [{port: 1}]}\nsearchDomains: [\"on\", \"0x1\", \"null\"]")))
 	f.Add([]byte("a: &a [*a]"))
 	f.Add([]byte(strings.Repeat("[", 30)))
-	f.Fuzz(func(t *testing.T, in []byte) {
+	testfuzz.Run(f, func(t *testing.T, in []byte) {
 		s, err := Parse("f", in)
 		if err != nil {
 			if err.Error() == "" {

@@ -1,6 +1,10 @@
 package config
 
-import "testing"
+import (
+	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
+)
 
 // FuzzSize: a size has a text that is read as the same size; a comparison is one of five.
 func FuzzSize(f *testing.F) {
@@ -8,7 +12,7 @@ func FuzzSize(f *testing.F) {
 	f.Add("8191TiB")
 	f.Add(">= 100GiB, < 2TiB")
 	f.Add("+1KiB")
-	f.Fuzz(func(t *testing.T, text string) {
+	testfuzz.Run(f, func(t *testing.T, text string) {
 		if s, err := ParseSize(text); err == nil {
 			if again, err := ParseSize(s.String()); s > 0 && (err != nil || again != s) {
 				t.Errorf("%q is %d, whose text %q is %d, %v", text, s, s.String(), again, err)

@@ -90,7 +90,7 @@ func New(cfg Config) (*Gateway, error) {
 		return nil, err
 	}
 	g.server = &http.Server{
-		Handler:           g.counted(g.guarded(handler)),
+		Handler:           g.counted(secured(readable(g.guarded(handler)))),
 		ReadHeaderTimeout: headerTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,

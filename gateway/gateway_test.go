@@ -186,6 +186,9 @@ func TestREST(t *testing.T) {
 		{"the list of nodes is no node", "GET", "/v1/nodes", good, 200, "application/json", `"nodes":[{"name":"cp1"`},
 
 		{"no such path", "GET", "/v1/nothing", good, 404, "application/problem+json", `/openapi.json`},
+		{"a path that is no text", "GET", "/v1/services/%ff/logs", good, 400, "application/problem+json", `the path is no UTF-8`},
+		{"a query that is no text", "GET", "/v1/events?daemon=%c3%28", good, 400, "application/problem+json", `the query is no UTF-8`},
+		{"a token that cannot be one", "GET", "/v1/version", map[string]string{"Authorization": "Bearer g\u00f6\u00f6d"}, 401, "application/problem+json", `printable ASCII`},
 		{"outside", "GET", "/", nil, 404, "application/problem+json", `/openapi.json`},
 		{"wrong method", "DELETE", "/v1/version", good, 405, "application/problem+json", `DELETE is not allowed`},
 		{"bad query", "GET", "/v1/events?tail=many", good, 400, "application/problem+json", `"code":"INVALID_ARGUMENT"`},

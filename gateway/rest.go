@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"io"
 	"net/http"
+	"net/url"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/grpc-ecosystem/grpc-gateway/v2/runtime"
 	spb "google.golang.org/genproto/googleapis/rpc/status"
@@ -66,7 +68,32 @@ func (g *Gateway) routes() (http.Handler, error) {
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeProblem(w, status.Newf(codes.NotFound, "nothing at %.100q; the paths are in /openapi.json", r.URL.Path))
 	})
-	return secured(mux), nil
+	return mux, nil
+}
+
+// readable refuses what no call can carry. gRPC would find it only when it writes the call, and call it an error of the gateway.
+func readable(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		query, err := url.QueryUnescape(r.URL.RawQuery)
+		switch {
+		case !strings.HasPrefix(r.URL.Path, "/"):
+			writeProblem(w, status.Newf(codes.InvalidArgument, "%.100q is no path; the paths are in /openapi.json", r.RequestURI))
+			return
+		case !utf8.ValidString(r.URL.Path):
+			writeProblem(w, status.Newf(codes.InvalidArgument, "the path is no UTF-8: %.100q", r.URL.Path))
+			return
+		case err == nil && !utf8.ValidString(query): // what cannot be read is refused where it is read
+			writeProblem(w, status.Newf(codes.InvalidArgument, "the query is no UTF-8: %.100q", query))
+			return
+		}
+		for _, token := range r.Header.Values("Authorization") {
+			if strings.ContainsFunc(token, func(c rune) bool { return c < ' ' || c > '~' }) {
+				writeProblem(w, status.New(codes.Unauthenticated, "no valid credential: Authorization has characters that are no printable ASCII"))
+				return
+			}
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // passHeader lets no header through: grpc-gateway itself passes the bearer token and the caller's own time limit.

@@ -180,6 +180,7 @@ var units = []unit.Unit{
 		Listen:       []string{"unix", "loopback:7445"},
 		MemoryMax:    167772160,
 		PidsMax:      128,
+		CPUWeight:    1000,
 		NoFile:       16384,
 		OOMScoreAdj:  -900,
 		Restart:      "always",

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	networkv1 "github.com/bulkhead-os/bulkhead/api/network/v1"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // FuzzLink: a link's message of the kernel, whose names others give, is a link or an error.
@@ -31,7 +32,7 @@ func FuzzLink(f *testing.F) {
 	f.Add(whole[:21])
 	f.Add(head)
 	f.Add(head[:7])
-	f.Fuzz(func(t *testing.T, m []byte) {
+	testfuzz.Run(f, func(t *testing.T, m []byte) {
 		l, err := parseLink(m)
 		if err != nil && err.Error() == "" {
 			t.Error("an error that says nothing")
@@ -49,7 +50,7 @@ func FuzzPods(f *testing.F) {
 	f.Add("fd00::/48", "fd00::/64", "fd00:0:0:1::/64", "fe80::1%eth0")
 	f.Add("0.0.0.0/0", "::/0", "10.0.0.0/33", "0.0.0.0")
 	pods := netip.MustParsePrefix("10.244.0.0/16")
-	f.Fuzz(func(t *testing.T, subnet, local, to, via string) {
+	testfuzz.Run(f, func(t *testing.T, subnet, local, to, via string) {
 		r := &networkv1.SetPodNetworkRequest{PodSubnets: []string{subnet}, LocalPrefixes: []string{local}, Routes: []*networkv1.PodRoute{{Prefix: to, Via: via}}}
 		p, err := parsePods(r, Spec{Bridge: true, Pods: pods})
 		if err != nil {

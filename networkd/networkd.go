@@ -119,9 +119,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.kernel.Run(ctx, d.loop.Wake) })
 	defer time.AfterFunc(d.cfg.Grace, d.loop.Wake).Stop()
 	g.Go(func() error {
-		// kubeletd watches the node's addresses; both services are read by apid and, for control, by machined.
-		extra := peer.List{networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}, networkv1.Pods_ServiceDesc.ServiceName: {uid.Kubeletd}, networkv1.Virtual_ServiceDesc.ServiceName: {uid.Kubeletd}}
-		return daemon.Serve(ctx, d.cfg.Env, extra, func(s *grpc.Server) {
+		return daemon.Serve(ctx, d.cfg.Env, callers, func(s *grpc.Server) {
 			networkv1.RegisterNetworkServer(s, &server{d: d})
 			networkv1.RegisterPodsServer(s, &pods{d: d})
 			networkv1.RegisterVirtualServer(s, &virtual{d: d})
@@ -129,6 +127,13 @@ func (d *Daemon) Run(ctx context.Context) error {
 		})
 	})
 	return g.Wait()
+}
+
+// callers are those besides apid and, for control, machined.
+var callers = peer.List{
+	networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}, // they watch the node's addresses
+	networkv1.Pods_ServiceDesc.ServiceName:    {uid.Kubeletd},
+	networkv1.Virtual_ServiceDesc.ServiceName: {uid.Kubeletd},
 }
 
 func (d *Daemon) metrics() *metrics.Set { return d.cfg.Env.Metrics }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/networkd/dhcp"
 )
 
@@ -320,7 +321,7 @@ func FuzzPlanConverges(f *testing.F) {
 	for i := range uint64(64) {
 		f.Add(binary.BigEndian.AppendUint64(nil, i))
 	}
-	f.Fuzz(func(t *testing.T, seed []byte) {
+	testfuzz.Run(f, func(t *testing.T, seed []byte) {
 		var n uint64
 		for _, b := range seed {
 			n = n*257 + uint64(b)
@@ -372,7 +373,7 @@ func FuzzParseSave(f *testing.F) {
 	f.Add("*filter\n:INPUT ACCEPT [0:0]\n:BULKHEAD-IN-aa - [0:0]\n[1:2] -A INPUT -j BULKHEAD-IN-aa\n[3:4] -A BULKHEAD-IN-aa -j DROP\nCOMMIT\n")
 	f.Add("# a remark\n*nat\n:BULKHEAD-OUT-aa - [0:0]\n[1:2] -A POSTROUTING -j BULKHEAD-OUT-aa\n[3:4] -A BULKHEAD-OUT-aa -j MASQUERADE\nCOMMIT\n*filter\n")
 	f.Add("[x] -A BULKHEAD-IN-aa -j DROP\n:BULKHEAD-IN-aa")
-	f.Fuzz(func(t *testing.T, text string) {
+	testfuzz.Run(f, func(t *testing.T, text string) {
 		parts, err := parseSave(IPv4, text)
 		if err != nil {
 			return

@@ -11,6 +11,8 @@ import (
 // fullShare is the free share of a volume below which it counts as full, in percent.
 const fullShare = 1
 
+func (s Space) full() bool { return s.Free < s.Size/100*fullShare }
+
 // remedy is what a person can do about a full volume.
 var remedy = map[VolumeName]string{
 	StateVolume: "it holds configurations and keys only: look in the log who writes there",
@@ -32,7 +34,7 @@ func conditions(have State) (out []*controlv1.Condition) {
 			continue
 		}
 		c := &controlv1.Condition{Name: string(v.name) + ".room", Help: "bhctl get volumes"}
-		if s.Free < s.Size/100*fullShare {
+		if s.full() {
 			c.Trouble = string(v.name) + " is full: " + remedy[v.name]
 		}
 		out = append(out, c)

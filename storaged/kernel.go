@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/mdlayher/kobject"
 	"golang.org/x/sys/unix"
@@ -89,7 +90,12 @@ func (l *linux) Read(context.Context) (State, error) {
 // looks at everything by itself too, so without them (an old kernel, a lost event) things merely take longer.
 //
 // The kernel sends them to the network namespaces that the first user namespace owns, so also to the empty one in which storaged runs.
+//
+// A volume that has become full, or has room again, wakes it too.
 func (l *linux) Watch(ctx context.Context, wake func()) error {
+	var room sync.WaitGroup
+	room.Go(func() { l.watchRoom(ctx, wake) })
+	defer room.Wait()
 	client, err := kobject.New()
 	if err != nil {
 		l.log.Warn("no device events; looking from time to time only", "err", err.Error())
@@ -110,6 +116,32 @@ func (l *linux) Watch(ctx context.Context, wake func()) error {
 			return fmt.Errorf("device events: %w", err)
 		case err == nil && e.Subsystem == "block":
 			wake()
+		}
+	}
+}
+
+// roomPause is between two looks at the room on volumes, which no event tells: so long may a node say that it is well while nothing can be written.
+const roomPause = 5 * time.Second
+
+func (l *linux) watchRoom(ctx context.Context, wake func()) {
+	full := map[VolumeName]bool{}
+	tick := time.NewTicker(roomPause)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		for _, v := range volumes {
+			var st unix.Statfs_t
+			if unix.Statfs(filepath.Join(l.root, v.target), &st) != nil {
+				continue // the loop tells what is wrong
+			}
+			if now := spaceOf(st).full(); now != full[v.name] {
+				full[v.name] = now
+				wake()
+			}
 		}
 	}
 }

@@ -50,13 +50,14 @@ type volume struct {
 	label    string   // of the file system
 	target   string
 	options  string // of the mount, sorted as the kernel prints them
-	reserved int    // percent of the blocks that only root may use
+	reserved int    // percent of the blocks that are kept for owner
+	owner    uid.ID // who may use these, besides whoever has SYS_RESOURCE
 }
 
 // volumes is in the order in which they lie on the disk. VAR is last, so that it can grow.
 var volumes = []volume{
-	{StateVolume, gpt.MustGUID("5f0d3c4e-9b6a-4d0b-8a52-6c1e7b9a2d41"), "BULKHEAD-STATE", "/state", "nosuid,nodev,noexec", 0},
-	{VarVolume, gpt.MustGUID("c2b7a9d0-31f4-4e6c-9d1b-0a85f3e64b72"), "BULKHEAD-VAR", "/var", "nosuid,nodev", 1}, // containers run from it
+	{StateVolume, gpt.MustGUID("5f0d3c4e-9b6a-4d0b-8a52-6c1e7b9a2d41"), "BULKHEAD-STATE", "/state", "nosuid,nodev,noexec", 0, uid.Root},
+	{VarVolume, gpt.MustGUID("c2b7a9d0-31f4-4e6c-9d1b-0a85f3e64b72"), "BULKHEAD-VAR", "/var", "nosuid,nodev", 2, uid.Etcdd}, // containers run from it; etcd must be able to write when they have filled it
 }
 
 func volumeNamed(name VolumeName) volume {

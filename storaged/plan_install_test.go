@@ -10,6 +10,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/internal/layout"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
@@ -205,7 +206,7 @@ func TestLike(t *testing.T) {
 func FuzzInstall(f *testing.F) {
 	f.Add(uint8(3), uint8(0), true, false)
 	f.Add(uint8(40), uint8(1), false, true)
-	f.Fuzz(func(t *testing.T, cut, content uint8, wipe, tpm bool) {
+	testfuzz.Run(f, func(t *testing.T, cut, content uint8, wipe, tpm bool) {
 		kinds := []probe.Kind{probe.Empty, probe.MBR, "xfs", probe.Unknown}
 		m := machine(isoDisk("/dev/vda"), otherDisk("/dev/vdb", 20*gib, probe.Result{Kind: kinds[int(content)%len(kinds)]}))
 		m.TPM.TPM = tpm

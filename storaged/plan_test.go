@@ -11,6 +11,7 @@ import (
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
 	"github.com/bulkhead-os/bulkhead/storaged/vault"
 )
@@ -336,7 +337,7 @@ func FuzzPlan(f *testing.F) {
 	f.Add([]byte{}, uint8(0), false)
 	f.Add([]byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, uint8(3), true)
 	f.Add([]byte{9, 7, 5, 3, 1, 200, 100, 50, 25, 12, 6, 3, 1}, uint8(7), false)
-	f.Fuzz(func(t *testing.T, data []byte, cut uint8, wipe bool) {
+	testfuzz.Run(f, func(t *testing.T, data []byte, cut uint8, wipe bool) {
 		g := &gen{data}
 		m := g.machine()
 		want := config.Storage{Wipe: wipe, StateSize: config.Size(64+g.n(200)) * mib, Disk: g.pick("system", "/dev/vda", "/dev/vdb", "/dev/sdz")}

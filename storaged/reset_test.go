@@ -19,6 +19,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/internal/powercut"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 	"github.com/bulkhead-os/bulkhead/storaged/luks"
 	"github.com/bulkhead-os/bulkhead/storaged/probe"
@@ -216,7 +217,7 @@ func FuzzReset(f *testing.F) {
 	f.Add([]byte{}, uint8(0), true)
 	f.Add([]byte{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, uint8(3), false)
 	f.Add([]byte{1, 0, 2, 0, 1, 1, 3, 3, 0, 5, 5, 2, 2, 2, 2}, uint8(2), true)
-	f.Fuzz(func(t *testing.T, data []byte, cut uint8, open bool) {
+	testfuzz.Run(f, func(t *testing.T, data []byte, cut uint8, open bool) {
 		m := (&gen{data}).machine()
 		want := config.Storage{StateSize: 64 * mib}
 		if m.run(t, &want) != nil {

@@ -386,7 +386,11 @@ func (l *linux) inspect(v volume, dev string) (map[string]found, Space, error) {
 			return nil, Space{}, fmt.Errorf("%s/%s: %w", v.target, e.path, err)
 		}
 	}
-	return seen, Space{Size: int64(st.Blocks) * st.Frsize, Free: int64(st.Bavail) * st.Frsize}, nil
+	return seen, spaceOf(st), nil
+}
+
+func spaceOf(st unix.Statfs_t) Space {
+	return Space{Size: int64(st.Blocks) * st.Frsize, Free: int64(st.Bavail) * st.Frsize}
 }
 
 // lookAt compares one entry. Pods run as root may have put anything in its place.

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // fakeSys makes a tree like /sys from lines "path: text" and "path -> target".
@@ -172,5 +173,5 @@ func TestSizeText(t *testing.T) {
 func FuzzParseMounts(f *testing.F) {
 	f.Add("25 24 254:6 / /var rw - ext4 /dev/vda6 rw\n")
 	f.Add("1 1 254:6 / /a\\04 rw - ext4 \\ rw\n")
-	f.Fuzz(func(t *testing.T, text string) { parseMounts(text, "/x") })
+	testfuzz.Run(f, func(t *testing.T, text string) { parseMounts(text, "/x") })
 }

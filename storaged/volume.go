@@ -182,13 +182,13 @@ func (l *linux) mount(ctx context.Context, s Step) error {
 	for _, o := range strings.Split(v.options, ",") {
 		flags |= map[string]uintptr{"nosuid": unix.MS_NOSUID, "nodev": unix.MS_NODEV, "noexec": unix.MS_NOEXEC}[o]
 	}
-	target := filepath.Join(l.root, v.target)
-	err = unix.Mount(m.Device, target, "ext4", flags, "")
+	target, data := filepath.Join(l.root, v.target), fmt.Sprintf("resuid=%d", v.owner)
+	err = unix.Mount(m.Device, target, "ext4", flags, data)
 	if errors.Is(err, unix.EUCLEAN) || errors.Is(err, unix.EFSBADCRC) {
 		if err := Fsck(ctx, m.Device); err != nil {
 			return err
 		}
-		err = unix.Mount(m.Device, target, "ext4", flags, "")
+		err = unix.Mount(m.Device, target, "ext4", flags, data)
 	}
 	return err
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/bulkhead-os/bulkhead/config"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/internal/uid"
 )
 
@@ -162,7 +163,7 @@ func FuzzKeyFiles(f *testing.F) {
 	f.Add(identity)
 	f.Add(clusterFile)
 	f.Add([]byte("{}"))
-	f.Fuzz(func(t *testing.T, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, data []byte) {
 		k := &keyring{}
 		if err := k.parseIdentity(data); err == nil && (k.os == nil || len(k.tokens) == 0) {
 			t.Error("read, but something is missing")

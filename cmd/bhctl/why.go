@@ -103,6 +103,18 @@ func whyText(w *machinev1.WhyResponse, node string) string {
 			wrap(&b, "   also: ", "         ", strings.Join(c.GetAlso(), ", "))
 		}
 	}
+	first := true
+	for _, s := range w.GetRemarks() {
+		if !strings.HasSuffix(s.GetSubject(), ".up") { // versions, of which more is said below
+			continue
+		}
+		if first {
+			b.WriteString("\nof late:\n")
+			first = false
+		}
+		b.WriteString("   " + s.GetSubject() + sinceText(s, w.GetTime().AsTime()) + "\n")
+		wrap(&b, "     ", "     ", oneLine(s.GetText()))
+	}
 	return b.String()
 }
 

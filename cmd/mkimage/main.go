@@ -125,6 +125,10 @@ func build(ctx context.Context, args []string, cache debian.Cache, log *slog.Log
 	folder := f.String("keys", "out/keys", "`folder` of the keys to sign with, made by mkimage keys")
 	f.StringVar(&cfg.ClaimKey, "claim-key", "", "`file` with a claim key that becomes part of the image")
 	f.IntVar(&cfg.Level, "level", 9, "`level` of compression, 1 to 22")
+	f.Func("program", "`file` of one more program for /usr/lib/bulkhead, in a test's image; may be given more than once", func(s string) error {
+		cfg.Programs = append(cfg.Programs, s)
+		return nil
+	})
 	f.BoolVar(&cfg.AllowMissing, "allow-missing", false, "build without the binaries that do not exist")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {

@@ -27,18 +27,19 @@ import (
 //go:embed debian.lock
 var lockText []byte
 
-// Config says what to build from. Every field but Minimum, ClaimKey and AllowMissing is required.
+// Config says what to build from. Every field but Minimum, ClaimKey, Programs and AllowMissing is required.
 type Config struct {
-	Bin          string // folder of our binaries
-	Kubernetes   string // folder that deploy/build-kubernetes.sh made, or "none"
-	Out          string // folder of the image; it is replaced as a whole
-	Version      string // as in os-release: "1.2.3", "0.1.0-dev"; see bundle.ValidVersion
-	Minimum      string // the oldest version that may upgrade to this one; "" for any
-	Epoch        int    // 1 to 63; a node that has seen a higher one opens its disk for this image no more
-	Level        int    // of zstd, 1 to 22
-	Keys         Keys   // to sign with
-	ClaimKey     string // file that becomes /usr/share/bulkhead/claim-key; "" for none
-	AllowMissing bool   // build although some of our binaries do not exist
+	Bin          string   // folder of our binaries
+	Kubernetes   string   // folder that deploy/build-kubernetes.sh made, or "none"
+	Out          string   // folder of the image; it is replaced as a whole
+	Version      string   // as in os-release: "1.2.3", "0.1.0-dev"; see bundle.ValidVersion
+	Minimum      string   // the oldest version that may upgrade to this one; "" for any
+	Epoch        int      // 1 to 63; a node that has seen a higher one opens its disk for this image no more
+	Level        int      // of zstd, 1 to 22
+	Keys         Keys     // to sign with
+	ClaimKey     string   // file that becomes /usr/share/bulkhead/claim-key; "" for none
+	Programs     []string // files that become programs in /usr/lib/bulkhead too, by their names: for tests' images
+	AllowMissing bool     // build although some of our binaries do not exist
 	Cache        debian.Cache
 	Log          *slog.Logger
 }

@@ -38,6 +38,12 @@ func gather(cfg Config) (s sources, err error) {
 			s.missing = append(s.missing, file)
 		}
 	}
+	for _, file := range cfg.Programs {
+		if !isFile(file) {
+			return s, fmt.Errorf("program %s is no file", file)
+		}
+		s.bin[filepath.Base(file)] = file
+	}
 	if cfg.Kubernetes != "none" {
 		for _, name := range kubernetesSet {
 			if file := filepath.Join(cfg.Kubernetes, name); isFile(file) {

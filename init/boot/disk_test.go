@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 var wanted = [3]guid{
@@ -74,7 +75,7 @@ func TestLocate(t *testing.T) {
 // Whatever stands on a disk, reading it neither panics nor reads without bound, and a table is believed only with right sums.
 func FuzzLocate(f *testing.F) {
 	f.Add(diskWith(f, wanted[0], wanted[1])[:1<<15], uint16(512))
-	f.Fuzz(func(t *testing.T, disk []byte, block uint16) {
+	testfuzz.Run(f, func(t *testing.T, disk []byte, block uint16) {
 		numbers, err := locate(bytes.NewReader(disk), uint64(block), uint64(len(disk))/max(uint64(block), 1), wanted)
 		if err == nil && (numbers[0] == 0 || numbers[1] == 0) {
 			t.Errorf("no error, and partitions %v", numbers)
@@ -158,7 +159,7 @@ func TestSuperblock(t *testing.T) {
 // An accepted superblock never leads the kernel outside the two partitions.
 func FuzzSuperblock(f *testing.F) {
 	f.Add(superblockOf(), uint64(3*4096), uint64(2*4096))
-	f.Fuzz(func(t *testing.T, b []byte, root, tree uint64) {
+	testfuzz.Run(f, func(t *testing.T, b []byte, root, tree uint64) {
 		if s, err := parseSuperblock(b, root, tree); err == nil && (s.sectors() > root/512 || s.hashBlock > tree || len(s.salt) > 256) {
 			t.Errorf("accepted %+v for %d and %d bytes", s, root, tree)
 		}

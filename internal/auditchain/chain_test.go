@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // made returns a log of n records, and its end.
@@ -179,7 +181,7 @@ func TestParse(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	lines, _ := made(f, 2)
 	f.Add(lines[0])
-	f.Fuzz(func(t *testing.T, line []byte) {
+	testfuzz.Run(f, func(t *testing.T, line []byte) {
 		r, err := Parse(line)
 		if err == nil && (r == nil || !bytes.Contains(line, []byte(r.Hash))) {
 			t.Errorf("%q: %+v", line, r)

@@ -3,6 +3,8 @@ package bundle
 import (
 	"bytes"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // What Parse takes, Encode writes again, byte for byte.
@@ -12,7 +14,7 @@ func FuzzManifest(f *testing.F) {
 	f.Add(bytes.ToUpper(head.Raw))
 	f.Add(bytes.Replace(head.Raw, []byte(`{"format":1`), []byte(`{"format":2,"format":1`), 1))
 	f.Add(append(bytes.TrimSpace(head.Raw), " \n"...))
-	f.Fuzz(func(t *testing.T, b []byte) {
+	testfuzz.Run(f, func(t *testing.T, b []byte) {
 		m, err := Parse(b)
 		if err != nil {
 			return
@@ -33,7 +35,7 @@ func FuzzReader(f *testing.F) {
 	f.Add(b.Bytes())
 	f.Add(b.Bytes()[:5000])
 	f.Add(bytes.Replace(b.Bytes(), []byte("ustar\x0000"), []byte("ustar  \x00"), 1))
-	f.Fuzz(func(t *testing.T, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, data []byte) {
 		r, err := NewReader(bytes.NewReader(data), Keys{public(key(1))})
 		if err != nil {
 			return

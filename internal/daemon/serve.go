@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"runtime/debug"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -24,6 +25,7 @@ const (
 	MaxMessage     = 4 << 20 // bytes, received
 	maxStreams     = 256     // at once on one connection
 	maxConnections = 256     // at once on one socket
+	maxOfOne       = 96      // of these, of one user: nobody takes all places. apid needs up to 65
 	drain          = 3 * time.Second
 )
 
@@ -68,7 +70,7 @@ func Serve(ctx context.Context, env Env, extra peer.List, register func(*grpc.Se
 	peer.Public(s, list) // before Serve: the list is not changed any more
 
 	done := make(chan error, 1)
-	go func() { done <- s.Serve(Limit(env.Listen, maxConnections)) }()
+	go func() { done <- s.Serve(Limit(env.Listen, maxConnections, maxOfOne, env.Who)) }()
 	env.Ready()
 	select {
 	case err := <-done:
@@ -99,9 +101,13 @@ func survive(env Env, err *error) {
 	}
 }
 
-// Limit returns a listener that has at most n connections open; further ones wait in the socket's backlog.
-func Limit(l net.Listener, n int) net.Listener {
-	return &limited{Listener: l, slots: make(chan struct{}, n), done: make(chan struct{})}
+// Limit returns a listener that has at most n connections open; further ones wait in the socket's backlog. Those of one user beyond each are closed at
+// once, or whoever waits behind them would wait for ever. who may be nil: then the kernel is asked (peer.UID).
+func Limit(l net.Listener, n, each int, who func(net.Conn) (uid.ID, error)) net.Listener {
+	if who == nil {
+		who = peer.UID
+	}
+	return &limited{Listener: l, slots: make(chan struct{}, n), done: make(chan struct{}), each: each, who: who, of: map[uid.ID]int{}}
 }
 
 type limited struct {
@@ -109,6 +115,11 @@ type limited struct {
 	slots  chan struct{}
 	done   chan struct{}
 	closed atomic.Bool
+	each   int
+	who    func(net.Conn) (uid.ID, error)
+
+	mu sync.Mutex
+	of map[uid.ID]int // guarded by mu; open connections of each user
 }
 
 func (l *limited) Accept() (net.Conn, error) {
@@ -117,24 +128,48 @@ func (l *limited) Accept() (net.Conn, error) {
 	case <-l.done:
 		return nil, net.ErrClosed
 	}
-	c, err := l.Listener.Accept()
-	if err != nil {
-		<-l.slots
-		return nil, err
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			<-l.slots
+			return nil, err
+		}
+		id, err := l.who(c)
+		if err != nil || !l.admit(id) { // of whom the kernel knows nothing has gone already
+			_ = c.Close()
+			continue
+		}
+		// The concrete type must stay visible: SO_PEERCRED needs the Unix socket.
+		if uc, ok := c.(*net.UnixConn); ok {
+			return &unixConn{UnixConn: uc, release: l.release(id)}, nil
+		}
+		return &conn{Conn: c, release: l.release(id)}, nil
 	}
-	// The concrete type must stay visible: SO_PEERCRED needs the Unix socket.
-	if uc, ok := c.(*net.UnixConn); ok {
-		return &unixConn{UnixConn: uc, release: l.release()}, nil
-	}
-	return &conn{Conn: c, release: l.release()}, nil
 }
 
-func (l *limited) release() func() {
+// admit counts a user's connection, unless it is one too many.
+func (l *limited) admit(id uid.ID) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.of[id] >= l.each {
+		return false
+	}
+	l.of[id]++
+	return true
+}
+
+func (l *limited) release(id uid.ID) func() {
 	var once atomic.Bool
 	return func() {
-		if once.CompareAndSwap(false, true) {
-			<-l.slots
+		if !once.CompareAndSwap(false, true) {
+			return
 		}
+		l.mu.Lock()
+		if l.of[id]--; l.of[id] == 0 {
+			delete(l.of, id)
+		}
+		l.mu.Unlock()
+		<-l.slots
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/internal/powercut"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 const (
@@ -340,7 +341,7 @@ func FuzzOpen(f *testing.F) {
 	f.Add(uint16(13), byte(4), uint32(1000), byte(9))
 	f.Add(uint16(44), byte(3), uint32(40), byte(0xff))
 	content := mkfs(f, 1, noise(1, 40_000))
-	f.Fuzz(func(t *testing.T, at uint16, value byte, more uint32, second byte) {
+	testfuzz.Run(f, func(t *testing.T, at uint16, value byte, more uint32, second byte) {
 		b := powercut.New(bytes.Clone(content[:2*mib])) // boot sector, tables, the first clusters
 		_, _ = b.WriteAt([]byte{value}, int64(at)%sectorSize)
 		_, _ = b.WriteAt([]byte{second}, int64(more)%(2*mib))

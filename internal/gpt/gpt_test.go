@@ -10,6 +10,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 const mib = 1 << 20
@@ -210,7 +212,7 @@ func FuzzRead(f *testing.F) {
 	}
 	f.Add(chunks[1].Data[SectorSize:][:headerSize], chunks[1].Data[2*SectorSize+6*entrySize:][:entrySize], true)
 	f.Add(chunks[1].Data[SectorSize:][:headerSize], chunks[1].Data[2*SectorSize+6*entrySize:][:entrySize], false)
-	f.Fuzz(func(t *testing.T, header, entries []byte, mend bool) {
+	testfuzz.Run(f, func(t *testing.T, header, entries []byte, mend bool) {
 		d := make(disk, size)
 		copy(d[SectorSize:2*SectorSize], header)
 		copy(d[2*SectorSize:FirstUsable*SectorSize], entries)

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"strings"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 func TestRequestRoundTrip(t *testing.T) {
@@ -53,7 +55,7 @@ func TestEnding(t *testing.T) {
 func FuzzRequest(f *testing.F) {
 	p := Request{Start, "networkd"}.Encode()
 	f.Add(p[:])
-	f.Fuzz(func(t *testing.T, p []byte) {
+	testfuzz.Run(f, func(t *testing.T, p []byte) {
 		r, err := DecodeRequest(p)
 		if err != nil {
 			return
@@ -67,7 +69,7 @@ func FuzzRequest(f *testing.F) {
 func FuzzRecord(f *testing.F) {
 	p := Record{State: 2, PID: 99, Restarts: 3, Left: 1, Since: 1e18, Unit: "networkd"}.Encode()
 	f.Add(p[:])
-	f.Fuzz(func(t *testing.T, p []byte) {
+	testfuzz.Run(f, func(t *testing.T, p []byte) {
 		r, err := DecodeRecord(p)
 		if err != nil {
 			return

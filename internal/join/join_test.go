@@ -8,6 +8,8 @@ import (
 	"crypto/x509"
 	"strings"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 func TestToken(t *testing.T) {
@@ -163,7 +165,7 @@ func FuzzParse(f *testing.F) {
 	f.Add(Token("7F3KQM2X9T", make([]byte, SecretSize)))
 	f.Add("7f3kq-m2x9t . ooooo")
 	f.Add("")
-	f.Fuzz(func(t *testing.T, text string) {
+	testfuzz.Run(f, func(t *testing.T, text string) {
 		id, secret, err := Parse(text)
 		if err != nil {
 			return

@@ -12,6 +12,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 func testKey(t testing.TB) *rsa.PrivateKey {
@@ -173,7 +175,7 @@ func FuzzParseSignature(f *testing.F) {
 	}
 	f.Add(data)
 	f.Add([]byte(`{"sha256":[{"pcrs":[11],"pkfp":"","pol":"","sig":""}]}`))
-	f.Fuzz(func(t *testing.T, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, data []byte) {
 		s, err := ParseSignature(data)
 		if err == nil && len(s.Signature) != keyBits/8 {
 			t.Errorf("a signature of %d bytes", len(s.Signature))
@@ -192,7 +194,7 @@ func FuzzParseKey(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(text)
-	f.Fuzz(func(t *testing.T, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, data []byte) {
 		key, err := ParseKey(data)
 		if err != nil {
 			return

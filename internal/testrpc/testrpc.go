@@ -163,6 +163,7 @@ var texts = []string{
 	"", "n1", "cp1", "admin", "../../etc/passwd", "a\x00b", "*", "-1", "99999999999999999999", "10.0.0.7", "2001:db8::/32", "0.0.0.0/0", "fe80::1%eth0", "/dev/vda", "/", "etcdd",
 	"STATE", "1h", "-5m", "2026-01-01T00:00:00Z", strings.Repeat("x", 70000), strings.Repeat("[", 5000), "bhj1_x.y", "é\u202e", "recovery", "passphrase:0", "a b\nc", "%s%n",
 	"apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\nrole: worker\n", "apiVersion: bulkhead.dev/v1\nkind: Storage\n", "&a [*a, *a]", strings.Repeat("0", 64),
+	"/bulkhead/kubernetes/x", "/bulkhead/machine/x", "/bulkhead/trust/x", "reboot", "w1", "https://127.0.0.1:1/x", "127.0.0.1:1/x/y:1", // where nobody listens
 }
 
 func (s *source) message(d protoreflect.MessageDescriptor, depth int) *dynamicpb.Message {

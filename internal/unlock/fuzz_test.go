@@ -3,13 +3,15 @@ package unlock
 import (
 	"bytes"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // FuzzRecoveryKey: a key that a person types is in its one form afterwards, or is refused without being repeated.
 func FuzzRecoveryKey(f *testing.F) {
 	f.Add(string(NewRecoveryKey()))
 	f.Add("oilo oilo")
-	f.Fuzz(func(t *testing.T, text string) {
+	testfuzz.Run(f, func(t *testing.T, text string) {
 		key, err := ParseRecoveryKey(text)
 		if err != nil {
 			if len(err.Error()) > 200 {

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"strings"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 func TestVerify(t *testing.T) {
@@ -48,7 +50,7 @@ func FuzzParseSuperblock(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(tree.superblock())
-	f.Fuzz(func(t *testing.T, b []byte) {
+	testfuzz.Run(f, func(t *testing.T, b []byte) {
 		s, err := ParseSuperblock(b)
 		if err != nil {
 			return

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 var (
@@ -227,7 +229,7 @@ func FuzzMachine(f *testing.F) {
 	f.Add(b.last.ToBytes(), []byte{0, 2, 9})
 	b.answer(dhcpv4.MessageTypeOffer, server)
 	f.Add(b.last.ToBytes(), []byte{0, 5, 5, 200, 6})
-	f.Fuzz(func(t *testing.T, packet, script []byte) {
+	testfuzz.Run(f, func(t *testing.T, packet, script []byte) {
 		p, err := dhcpv4.FromBytes(packet)
 		if err != nil {
 			return

@@ -167,13 +167,13 @@ func (s *registryServer) ListAuditAnchors(ctx context.Context, r *clusterv1.List
 	if r.GetName() == "" || len(r.GetName()) > 253 {
 		return nil, errs.New(errs.Invalid, "name: %.64q is no name of a node; bhctl get nodes lists them", r.GetName())
 	}
-	c, err := s.d.kernel.store()
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
-	all, _, err := readAnchors(ctx, c, anchorsPrefix+r.GetName())
+	var all []anchored
+	err := s.d.kernel.repeat(ctx, func(ctx context.Context, l lent) (err error) {
+		all, _, err = readAnchors(ctx, l.client, anchorsPrefix+r.GetName())
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -4,10 +4,12 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"sync"
 
 	"go.etcd.io/etcd/api/v3/authpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
+	"golang.org/x/sync/errgroup"
 )
 
 // figures is what the member says of itself.
@@ -31,40 +33,71 @@ func readFigures(ctx context.Context, c *clientv3.Client, e *embed.Etcd) (figure
 	}, nil
 }
 
-// readAuth reads all users and roles; there are few.
+// readAuth reads all users and roles; there are few. It asks for all at once: each answer waits until this member is as far as the leader, which on a busy machine takes a while.
 func readAuth(ctx context.Context, c *clientv3.Client) (auth, error) {
 	a := auth{Users: map[string][]string{}, Roles: map[string][]grant{}}
-	st, err := c.AuthStatus(ctx)
-	if err != nil {
-		return a, fmt.Errorf("auth status: %w", err)
+	var users, roles []string
+	g, all := errgroup.WithContext(ctx)
+	ask := func(what string, f func(context.Context) error) {
+		g.Go(func() error {
+			if err := f(all); err != nil {
+				return fmt.Errorf("%s: %w", what, err)
+			}
+			return nil
+		})
 	}
-	a.Enabled = st.Enabled
-	us, err := c.UserList(ctx)
-	if err != nil {
-		return a, fmt.Errorf("user list: %w", err)
-	}
-	for _, name := range us.Users {
-		u, err := c.UserGet(ctx, name)
-		if err != nil {
-			return a, fmt.Errorf("user get %s: %w", name, err)
+	ask("auth status", func(ctx context.Context) error {
+		r, err := c.AuthStatus(ctx)
+		if err == nil {
+			a.Enabled = r.Enabled
 		}
-		a.Users[name] = u.Roles
-	}
-	rs, err := c.RoleList(ctx)
-	if err != nil {
-		return a, fmt.Errorf("role list: %w", err)
-	}
-	for _, name := range rs.Roles {
-		r, err := c.RoleGet(ctx, name)
-		if err != nil {
-			return a, fmt.Errorf("role get %s: %w", name, err)
+		return err
+	})
+	ask("user list", func(ctx context.Context) error {
+		r, err := c.UserList(ctx)
+		if err == nil {
+			users = r.Users
 		}
-		a.Roles[name] = nil
-		for _, p := range r.Perm {
-			a.Roles[name] = append(a.Roles[name], readGrant(p))
+		return err
+	})
+	ask("role list", func(ctx context.Context) error {
+		r, err := c.RoleList(ctx)
+		if err == nil {
+			roles = r.Roles
 		}
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return a, err
 	}
-	return a, nil
+	var mu sync.Mutex
+	g, all = errgroup.WithContext(ctx)
+	for _, name := range users {
+		ask("user get "+name, func(ctx context.Context) error {
+			u, err := c.UserGet(ctx, name)
+			if err == nil {
+				mu.Lock()
+				defer mu.Unlock()
+				a.Users[name] = u.Roles
+			}
+			return err
+		})
+	}
+	for _, name := range roles {
+		ask("role get "+name, func(ctx context.Context) error {
+			r, err := c.RoleGet(ctx, name)
+			if err == nil {
+				mu.Lock()
+				defer mu.Unlock()
+				a.Roles[name] = nil
+				for _, p := range r.Perm {
+					a.Roles[name] = append(a.Roles[name], readGrant(p))
+				}
+			}
+			return err
+		})
+	}
+	return a, g.Wait()
 }
 
 // readGrant is of the two forms that doAuth makes; any other becomes a key that the plan does not want.

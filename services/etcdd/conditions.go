@@ -32,7 +32,7 @@ func conditions(want spec, have State) []*controlv1.Condition {
 // memberTrouble says why the member does not answer; "" if it does.
 func memberTrouble(have State) string {
 	switch {
-	case have.Ready:
+	case have.Ready, have.Held: // those who call it notice nothing
 		return ""
 	case have.Phase == left || have.Phase == removed:
 		return "the member of this node is no more: it was told to leave, or was removed; bhctl etcd rejoin makes it one again"

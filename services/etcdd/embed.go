@@ -44,9 +44,7 @@ func (m *member) bring(ctx context.Context, s Step) error {
 		if err := m.alone(ctx, s.Name); err != nil {
 			return err
 		}
-		// Where it belongs stands in its log; etcd wants to be told all the same, and takes no notice.
-		f.url = "https://" + net.JoinHostPort("127.0.0.1", m.port())
-		f.cluster = f.name + "=" + f.url
+		f = m.asItIs(s.Name)
 	case "member join":
 		// A start that failed leaves an empty database.
 		if err := dropData(m.cfg.DataDir); err != nil {
@@ -59,6 +57,12 @@ func (m *member) bring(ctx context.Context, s Step) error {
 		f.join, f.cluster = true, initialCluster(resp)
 	}
 	return m.start(f)
+}
+
+// asItIs starts a member as it is on the disk. Where it belongs stands in its log; etcd wants to be told all the same, and takes no notice.
+func (m *member) asItIs(name string) foundation {
+	u := "https://" + net.JoinHostPort("127.0.0.1", m.port())
+	return foundation{name: name, url: u, cluster: name + "=" + u}
 }
 
 // ask asks the other control planes for a member.
@@ -237,6 +241,8 @@ func (m *member) accompany(ctx context.Context, e *embed.Etcd, wake func()) erro
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-ready:
+			m.hold.ready(e) // it has found its leader
+			m.trust.Tell()
 			wake()
 			ready = nil
 		case <-t.C:

@@ -41,7 +41,7 @@ func (w *world) do(s Step) {
 	case "member join":
 		w.Running, w.Data, w.Learner, w.Listed, w.ID, w.Loaded = true, true, true, []string{s.Arg}, "2", w.Have[caFile]
 	case "member reload":
-		w.Running, w.Ready, w.Turn = false, false, true
+		w.Turn, w.Loaded = true, w.Have[caFile]
 	case "member reloaded":
 		w.Turn = false
 	case "member promote":

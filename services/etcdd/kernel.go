@@ -60,6 +60,9 @@ type member struct {
 	turn    clientv3.LeaseID // guarded by mu; under which this one starts anew; 0: it does not
 	addr    netip.Addr       // guarded by mu; that the certificate for members must have; invalid: none
 
+	hold  hold  // for calls while the member restarts on purpose
+	slots slots // for writes
+
 	moved   chan struct{}    // gets something at each step of the member
 	swept   atomic.Bool      // the volume is there, without the rest of an interrupted restore
 	name    string           // guarded by mu; of the node, "" until it is known
@@ -72,7 +75,8 @@ type member struct {
 
 func newMember(cfg Config) *member {
 	m := &member{cfg: cfg, trust: leaf.NewTrust(cfg.Signer, cfg.Env.Log), leaves: map[string]*leaf.Leaf{},
-		started: make(chan *embed.Etcd, 1), changes: make(chan struct{}, 1), moved: make(chan struct{}, 1), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime, tick: tickMs}
+		started: make(chan *embed.Etcd, 1), changes: make(chan struct{}, 1), moved: make(chan struct{}, 1), level: zap.NewAtomicLevelAt(zapcore.WarnLevel), wait: callTime, tick: tickMs,
+		slots: newSlots()}
 	expiry := leaf.NewExpiry(cfg.Env.Metrics, "etcdd")
 	for _, f := range files {
 		if f.profile != "" {
@@ -204,7 +208,7 @@ func (m *member) readMember(ctx context.Context, s *State) error {
 		return nil
 	}
 	m.mu.Lock()
-	s.Loaded, s.Turn = m.loaded, m.turn != 0
+	s.Loaded, s.Turn, s.Held = m.loaded, m.turn != 0, m.hold.held()
 	m.mu.Unlock()
 	s.Running, s.ID = true, hexID(uint64(e.Server.MemberID()))
 	own := e.Server.Cluster().Member(e.Server.MemberID())
@@ -227,7 +231,7 @@ func (m *member) readMember(ctx context.Context, s *State) error {
 	// A member that does not answer is a finding and no failure to read: the cause may be a file that the plan repairs.
 	var err error
 	if !s.Learner {
-		s.Auth, err = readAuth(ctx, client)
+		err = m.repeat(ctx, func(ctx context.Context, _ lent) (err error) { s.Auth, err = readAuth(ctx, client); return err })
 		s.Ready = err == nil
 	}
 	if err == nil {
@@ -291,23 +295,23 @@ func (m *member) awaitAddress(ctx context.Context, wake func()) error {
 	}
 }
 
-// store returns the client of the store and the registry.
-func (m *member) store() (*clientv3.Client, error) {
+// store returns the member and the client of the store and the registry, or why nothing can be read there now. Who calls it waits for no restart: see use.
+func (m *member) store() (*embed.Etcd, *clientv3.Client, error) {
 	m.mu.Lock()
 	e, c := m.etcd, m.own
 	m.mu.Unlock()
 	if e == nil {
-		return nil, errs.New(errs.Unavailable, "store: this node has no etcd member that runs")
+		return nil, nil, errs.New(errs.Unavailable, "store: this node has no etcd member that runs")
 	}
 	select {
 	case <-e.Server.ReadyNotify():
 	default:
-		return nil, errs.New(errs.Unavailable, "store: the etcd member is starting")
+		return nil, nil, errs.New(errs.Unavailable, "store: the etcd member is starting")
 	}
 	if isLearner(e) {
-		return nil, errs.New(errs.Unavailable, "store: the etcd member of this node is only joining")
+		return nil, nil, errs.New(errs.Unavailable, "store: the etcd member of this node is only joining")
 	}
-	return c, nil
+	return e, c, nil
 }
 
 func isLearner(e *embed.Etcd) bool {
@@ -345,12 +349,17 @@ func (m *member) running() (*embed.Etcd, *clientv3.Client) {
 func (m *member) Do(ctx context.Context, s Step) error {
 	err := m.do(ctx, s)
 	if err == nil && strings.HasPrefix(s.Op, "member ") {
-		select {
-		case m.moved <- struct{}{}:
-		default:
-		}
+		m.move()
 	}
 	return err
+}
+
+// move has the loop look again.
+func (m *member) move() {
+	select {
+	case m.moved <- struct{}{}:
+	default:
+	}
 }
 
 func (m *member) do(ctx context.Context, s Step) error {
@@ -393,7 +402,7 @@ func (m *member) do(ctx context.Context, s Step) error {
 	ctx, cancel := context.WithTimeout(ctx, m.wait)
 	defer cancel()
 	if s.Op == "member reloaded" {
-		return m.reloaded(ctx, client)
+		return m.reloaded(ctx)
 	}
 	return doAuth(ctx, client, s)
 }

@@ -37,6 +37,10 @@ func (m *member) reconfigure(ctx context.Context) (done func(), c *clientv3.Clie
 	case <-ctx.Done():
 		return nil, nil, ctx.Err()
 	}
+	if err := m.pass(ctx); err != nil {
+		<-m.changes
+		return nil, nil, err
+	}
 	_, c = m.running()
 	if c == nil {
 		<-m.changes

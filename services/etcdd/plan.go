@@ -40,6 +40,7 @@ type State struct {
 	// Loaded is the digest of the authorities that it was started with; Turn is set when it was started anew for others, and the next member waits for this one.
 	Loaded  string
 	Turn    bool
+	Held    bool // it was started anew on purpose a moment ago: calls wait until it answers
 	ID      string
 	Listed  []string // its URLs, as etcd has them; nil while they are not known
 	Learner bool     // it has no vote yet, and answers nobody
@@ -161,10 +162,13 @@ func plan(want spec, have State) ([]Step, error) {
 	case !have.Running:
 	case have.Learner && have.Phase == inCluster:
 		steps = append(steps, Step{Op: "member promote", Name: have.ID})
+	case !have.Ready && have.Held: // it is on its way back, and calls wait for it
 	case !have.Ready:
 		steps = append(steps, Step{Op: "wait for", Name: "member"})
 	case have.Phase == leaving:
 		steps = append(steps, Step{Op: "member leave"})
+	case !waiting && have.Loaded != have.Want[caFile] && have.Turn: // it has others again: this turn is over, and another one begins
+		steps = append(steps, Step{Op: "member reloaded"})
 	case !waiting && have.Loaded != have.Want[caFile]:
 		steps = append(steps, Step{Op: "member reload", Name: want.Name})
 	default:

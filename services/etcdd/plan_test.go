@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 var update = flag.Bool("update", false, "write the goldens anew")
@@ -117,7 +118,7 @@ func apply(a *auth, s Step) {
 func FuzzPlanConverges(f *testing.F) {
 	f.Add("root kube-apiserver:root,x mallory:root", "root kube-apiserver:/registry/*,foo spare", true)
 	f.Add("", "", false)
-	f.Fuzz(func(t *testing.T, us, rs string, enabled bool) {
+	testfuzz.Run(f, func(t *testing.T, us, rs string, enabled bool) {
 		a := auth{Enabled: enabled, Users: map[string][]string{}, Roles: map[string][]grant{}}
 		for _, u := range strings.Fields(us) {
 			name, roles, _ := strings.Cut(u, ":")

@@ -128,11 +128,7 @@ func (r *registry) run(ctx context.Context) error {
 }
 
 func (r *registry) follow(ctx context.Context) error {
-	c, err := r.member.store()
-	if err != nil {
-		return err
-	}
-	return watch(ctx, c, nodesPrefix, func(m *storev1.WatchResponse) error {
+	return r.member.watch(ctx, nodesPrefix, func(m *storev1.WatchResponse) error {
 		r.hear(m)
 		r.poke()
 		return nil
@@ -144,6 +140,7 @@ func (r *registry) hear(m *storev1.WatchResponse) {
 	now := r.now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	before := r.nodes
 	if m.GetComplete() {
 		r.nodes, r.trouble = map[string]heard{}, nil
 	}
@@ -152,10 +149,15 @@ func (r *registry) hear(m *storev1.WatchResponse) {
 		if json.Unmarshal(e.GetValue(), &h.record) != nil {
 			continue // of a later version; it is not this one's to judge
 		}
-		if m.GetComplete() && h.Seen.Before(now) {
+		name := e.GetKey()[len(nodesPrefix):]
+		switch was, ok := before[name]; {
+		case !m.GetComplete():
+		case ok && was.Seen.Equal(h.Seen) && was.Boot == h.Boot:
+			h.at = was.at // heard before the member was away
+		case h.Seen.Before(now):
 			h.at = h.Seen // nothing better is known of what was before
 		}
-		r.nodes[e.GetKey()[len(nodesPrefix):]] = h
+		r.nodes[name] = h
 	}
 	for _, k := range m.GetDeleted() {
 		delete(r.nodes, k[len(nodesPrefix):])
@@ -285,17 +287,17 @@ func (s *registryServer) Report(ctx context.Context, r *clusterv1.ReportRequest)
 	if err := checkReport(r.GetNode()); err != nil {
 		return nil, err
 	}
-	c, err := s.d.kernel.store()
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
-	wrong, err := s.d.registry.anchor(ctx, c, r.GetNode())
-	if err != nil {
-		return nil, err
-	}
-	change, err := s.d.registry.put(ctx, c, r.GetNode(), wrong)
+	var change []byte
+	// A report that is taken twice is no other one.
+	err := s.d.kernel.repeat(ctx, func(ctx context.Context, l lent) error {
+		wrong, err := s.d.registry.anchor(ctx, l.client, r.GetNode())
+		if err == nil {
+			change, err = s.d.registry.put(ctx, l.client, r.GetNode(), wrong)
+		}
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -383,8 +385,10 @@ func (r *registry) put(ctx context.Context, c *clientv3.Client, n *clusterv1.Nod
 		}
 		if err == nil && done.Succeeded {
 			if next.Clash.After(old.Clash) {
-				daemon.Tell(r.member.cfg.Env.Log, daemon.EventCluster, "two machines called "+n.GetName(),
-					fmt.Sprintf("two machines report under the name %q (boots %s and %s): one has a copy of the other's disk; switch one off and reset it", n.GetName(), next.Boot, next.Other))
+				text := fmt.Sprintf("two machines report under the name %q (boots %s and %s): one has a copy of the other's disk; switch one off and reset it", n.GetName(), next.Boot, next.Other)
+				daemon.Tell(r.member.cfg.Env.Log, daemon.EventCluster, "two machines called "+n.GetName(), text)
+				// It is taken, and is an error all the same: the machine says so itself, and the audit log has from where each of the two called. Neither is told to do anything.
+				return nil, errs.New(errs.Precondition, "%s", text)
 			}
 			for _, kv := range done.Responses[1].GetResponseRange().GetKvs() {
 				return kv.GetValue(), nil

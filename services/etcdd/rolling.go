@@ -6,11 +6,11 @@ import (
 	"strings"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc/metadata"
 
 	kubernetesv1 "github.com/bulkhead-os/bulkhead/api/kubernetes/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
-	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/services/etcdd/rolling"
@@ -22,17 +22,15 @@ func (d *Daemon) newRolling(kubernetes rolling.Drainer, witness func(context.Con
 		kubernetes = noPods{}
 	}
 	return rolling.New(rolling.Config{
-		Log:   d.env.Log,
-		Name:  func() string { s, _ := d.loop.Spec(); return s.Name },
-		Store: d.kernel.store,
-		Follow: func(ctx context.Context, prefix string, f func(*storev1.WatchResponse) error) error {
-			c, err := d.kernel.store()
-			if err != nil {
-				return err
-			}
-			return watch(ctx, c, prefix, f)
+		Log:  d.env.Log,
+		Name: func() string { s, _ := d.loop.Spec(); return s.Name },
+		Get:  d.kernel.get,
+		Txn: func(ctx context.Context, conditions []clientv3.Cmp, ops []clientv3.Op) (bool, error) {
+			w, err := d.kernel.txn(ctx, conditions, ops...)
+			return w.done, err
 		},
-		Nodes: d.registry.list, Voters: d.spare, Kubernetes: kubernetes, Witness: witness, Tell: d.status.tellRolling,
+		Follow: d.kernel.watch,
+		Nodes:  d.registry.list, Voters: d.spare, Kubernetes: kubernetes, Witness: witness, Tell: d.status.tellRolling,
 	})
 }
 

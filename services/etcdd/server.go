@@ -35,6 +35,9 @@ func (s *server) StreamSnapshot(r *etcdv1.StreamSnapshotRequest, out grpc.Server
 		defer f.Close()
 		return send(out, f)
 	}
+	if err := s.d.kernel.pass(out.Context()); err != nil {
+		return err
+	}
 	_, client := s.d.kernel.running()
 	if client == nil {
 		return errs.New(errs.Unavailable, "snapshot: the etcd member does not run: %s", s.d.loop.State().GetError())
@@ -83,6 +86,7 @@ func (s *server) GetStatus(ctx context.Context, _ *etcdv1.GetStatusRequest) (*et
 }
 
 func (s *server) status(ctx context.Context) *etcdv1.Status {
+	_ = s.d.kernel.pass(ctx) // one that restarts on purpose is asked when it is back; if it does not come, that is what there is to say
 	loop := s.d.loop.State()
 	out := &etcdv1.Status{State: "waiting", Detail: loop.GetError()}
 	e, client := s.d.kernel.running()
@@ -109,7 +113,7 @@ func (s *server) status(ctx context.Context) *etcdv1.Status {
 	switch {
 	case isLearner(e):
 		out.State = "joining"
-	case e.Server.Leader() == 0:
+	case awaitLeader(ctx, e) == 0:
 		out.State, out.Detail = "error", "no leader: more than half of the voters must answer each other, or an election is under way"
 	}
 	out.Version, out.MemberId, out.ClusterId, out.Leader = f.Version, f.ID, f.Cluster, f.Leader

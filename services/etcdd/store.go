@@ -71,19 +71,24 @@ func (s *storeServer) Read(ctx context.Context, r *storev1.ReadRequest) (*storev
 	if err != nil {
 		return nil, err
 	}
-	c, err := s.d.kernel.store()
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
-	entries, revision, err := readAll(ctx, c, r.GetPrefix())
+	entries, revision, err := s.d.kernel.readAll(ctx, r.GetPrefix())
 	return &storev1.ReadResponse{Entries: entries, Revision: uint64(revision)}, err
 }
 
-// readAll reads what begins with a prefix.
-func readAll(ctx context.Context, c *clientv3.Client, prefix string) ([]*storev1.Entry, int64, error) {
-	resp, err := c.Get(ctx, prefix, clientv3.WithPrefix())
+// get reads what begins with a prefix, however often that takes.
+func (m *member) get(ctx context.Context, prefix string) (resp *clientv3.GetResponse, err error) {
+	err = m.repeat(ctx, func(ctx context.Context, l lent) (err error) {
+		resp, err = l.client.Get(ctx, prefix, clientv3.WithPrefix())
+		return err
+	})
+	return resp, err
+}
+
+// readAll is get for answers that go into a message.
+func (m *member) readAll(ctx context.Context, prefix string) ([]*storev1.Entry, int64, error) {
+	resp, err := m.get(ctx, prefix)
 	if err != nil {
 		return nil, 0, storeError("read "+prefix, err)
 	}
@@ -111,13 +116,9 @@ func (s *storeServer) Write(ctx context.Context, r *storev1.WriteRequest) (*stor
 	if err != nil {
 		return nil, err
 	}
-	c, err := s.d.kernel.store()
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
-	return write(ctx, c, r)
+	return s.d.kernel.write(ctx, r)
 }
 
 func checkWrite(own string, r *storev1.WriteRequest) error {
@@ -155,7 +156,7 @@ func checkWrite(own string, r *storev1.WriteRequest) error {
 	return nil
 }
 
-func write(ctx context.Context, c *clientv3.Client, r *storev1.WriteRequest) (*storev1.WriteResponse, error) {
+func (m *member) write(ctx context.Context, r *storev1.WriteRequest) (*storev1.WriteResponse, error) {
 	var conditions []clientv3.Cmp
 	for _, k := range r.GetConditions() {
 		conditions = append(conditions, clientv3.Compare(clientv3.ModRevision(k.GetKey()), "=", int64(k.GetRevision())))
@@ -169,27 +170,27 @@ func write(ctx context.Context, c *clientv3.Client, r *storev1.WriteRequest) (*s
 		}
 		opts := []clientv3.OpOption{clientv3.WithPrevKV()}
 		if ttl := k.GetTtlSeconds(); ttl > 0 {
-			l, err := c.Grant(ctx, int64(ttl))
+			id, err := m.grant(ctx, int64(ttl))
 			if err != nil {
-				revoke(ctx, c, leases)
+				m.revoke(ctx, leases)
 				return nil, storeError("write: lease", err)
 			}
-			leases = append(leases, l.ID)
-			opts = append(opts, clientv3.WithLease(l.ID))
+			leases = append(leases, id)
+			opts = append(opts, clientv3.WithLease(id))
 		}
 		changes = append(changes, clientv3.OpPut(k.GetKey(), string(k.GetValue()), opts...))
 	}
-	resp, err := c.Txn(ctx).If(conditions...).Then(changes...).Commit()
+	resp, err := m.txn(ctx, conditions, changes...)
 	if err != nil {
 		// Whether it was done is not known; so its leases must stay.
 		return nil, storeError("write", err)
 	}
-	if !resp.Succeeded {
-		revoke(ctx, c, leases)
+	if !resp.done {
+		m.revoke(ctx, leases)
 		return nil, errs.New(errs.Conflict, "store: a condition does not hold: somebody else was first; read again")
 	}
 	var old []clientv3.LeaseID // no key has them any more
-	for _, op := range resp.Responses {
+	for _, op := range resp.responses {
 		prev := op.GetResponsePut().GetPrevKv()
 		for _, kv := range append(op.GetResponseDeleteRange().GetPrevKvs(), prev) {
 			if l := clientv3.LeaseID(kv.GetLease()); l != 0 {
@@ -197,21 +198,21 @@ func write(ctx context.Context, c *clientv3.Client, r *storev1.WriteRequest) (*s
 			}
 		}
 	}
-	revoke(ctx, c, old)
-	return &storev1.WriteResponse{Revision: uint64(resp.Header.GetRevision())}, nil
+	m.revoke(ctx, old)
+	return &storev1.WriteResponse{Revision: uint64(resp.revision)}, nil
 }
 
 // revoke drops leases that no key has. One that stays ends by itself.
-func revoke(ctx context.Context, c *clientv3.Client, leases []clientv3.LeaseID) {
-	for _, l := range leases {
-		if _, err := c.Revoke(ctx, l); err != nil {
+func (m *member) revoke(ctx context.Context, leases []clientv3.LeaseID) {
+	for _, id := range leases {
+		if err := m.repeat(ctx, func(ctx context.Context, l lent) error { _, err := l.client.Revoke(ctx, id); return err }); err != nil {
 			return
 		}
 	}
 }
 
 // Watch reads, and then follows from the revision after that. It ends when there is no leader: a member that others do not hear would
-// be silent, which looks like quiet.
+// be silent, which looks like quiet. While this node's member restarts on purpose it waits, and then sends everything once more.
 func (s *storeServer) Watch(r *storev1.WatchRequest, out grpc.ServerStreamingServer[storev1.WatchResponse]) error {
 	own, err := prefixOf(out.Context())
 	if err == nil {
@@ -220,24 +221,35 @@ func (s *storeServer) Watch(r *storev1.WatchRequest, out grpc.ServerStreamingSer
 	if err != nil {
 		return err
 	}
-	c, err := s.d.kernel.store()
-	if err != nil {
-		return err
-	}
-	return watch(out.Context(), c, r.GetPrefix(), out.Send)
+	return s.d.kernel.watch(out.Context(), r.GetPrefix(), out.Send)
 }
 
-func watch(ctx context.Context, c *clientv3.Client, prefix string, send func(*storev1.WatchResponse) error) error {
+func (m *member) watch(ctx context.Context, prefix string, send func(*storev1.WatchResponse) error) error {
+	for {
+		restarts, err := m.watchOnce(ctx, prefix, send)
+		if ctx.Err() != nil || m.hold.restarts() == restarts {
+			return err
+		}
+	}
+}
+
+// watchOnce ends when the member does. It returns how many restarts on purpose there had been when it began.
+func (m *member) watchOnce(ctx context.Context, prefix string, send func(*storev1.WatchResponse) error) (restarts uint64, err error) {
 	first, cancel := context.WithTimeout(ctx, callTime)
-	entries, revision, err := readAll(first, c, prefix)
-	cancel()
+	defer cancel()
+	l, done, err := m.use(first)
 	if err != nil {
-		return err
+		return m.hold.restarts(), err
+	}
+	done() // a restart does not wait for those who watch
+	entries, revision, err := m.readAll(first, prefix)
+	if err != nil {
+		return l.restarts, err
 	}
 	if err := send(&storev1.WatchResponse{Entries: entries, Complete: true, Revision: uint64(revision)}); err != nil {
-		return err
+		return m.hold.restarts(), err // it is the listener's end
 	}
-	return follower(ctx, c, prefix, revision+1, send)
+	return l.restarts, follower(ctx, l.client, prefix, revision+1, send)
 }
 
 // follower sends what happens from a revision on.
@@ -286,7 +298,7 @@ func storeError(what string, err error) error {
 	switch {
 	case errors.Is(err, context.Canceled):
 		return err
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, rpctypes.ErrAuthOldRevision):
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, rpctypes.ErrAuthOldRevision), dropped(err):
 		kind = errs.Unavailable
 	case errors.As(err, &far):
 		if far.Code() == codes.Unavailable || far.Code() == codes.DeadlineExceeded {

@@ -39,7 +39,7 @@ type apiServer struct {
 }
 
 // newAPIServer serves until the test ends.
-func newAPIServer(t *testing.T, ca *testca.CA) *apiServer {
+func newAPIServer(t testing.TB, ca *testca.CA) *apiServer {
 	t.Helper()
 	a := &apiServer{objects: map[string]object{}, watches: map[chan object]struct{}{}, calls: map[string]bool{}, waiting: make(chan struct{}, 16)}
 	s := httptest.NewUnstartedServer(a)
@@ -58,7 +58,7 @@ func newAPIServer(t *testing.T, ca *testca.CA) *apiServer {
 }
 
 // certify has it show a certificate of one authority and believe those of some.
-func (a *apiServer) certify(t *testing.T, ca *testca.CA, believe ...*testca.CA) {
+func (a *apiServer) certify(t testing.TB, ca *testca.CA, believe ...*testca.CA) {
 	t.Helper()
 	cert, key := ca.PEM(t, "kube-apiserver-server", x509.CertificateRequest{IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}})
 	pair, err := tls.X509KeyPair([]byte(cert), []byte(key))

@@ -40,7 +40,7 @@ import (
 // world is what is around a kubeletd: trustd, networkd and PID 1 in a few lines, and an API server.
 type world struct {
 	*testca.CA
-	t     *testing.T
+	t     testing.TB
 	api   *apiServer
 	trust latest.Cell[*trustv1.TrustState]
 	pods  latest.Cell[*networkv1.SetPodNetworkRequest]
@@ -64,7 +64,7 @@ type world struct {
 	virtual networkv1.VirtualClient
 }
 
-func newWorld(t *testing.T, ca *testca.CA, api *apiServer, nodes ...*trustv1.ClusterNode) *world {
+func newWorld(t testing.TB, ca *testca.CA, api *apiServer, nodes ...*trustv1.ClusterNode) *world {
 	w := &world{CA: ca, t: t, api: api, units: map[string]initctl.Status{}, news: make(chan initctl.Status, 64), start: func(string) {}}
 	for _, u := range append(unitNames(), "networkd") {
 		w.units[u] = initctl.Status{Name: u, State: "down"}
@@ -179,6 +179,21 @@ func (w *world) Watch(ctx context.Context, f func(initctl.Status)) error {
 // run starts a kubeletd with a document; it ends with the test.
 func (w *world) run(document string) *Daemon {
 	w.t.Helper()
+	l, err := net.Listen("unix", filepath.Join(w.t.TempDir(), "s"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	d := w.make(document, daemon.Env{Name: "kubeletd", Log: slog.New(slog.DiscardHandler), Listen: l, Ready: func() {}, Metrics: metrics.New("kubeletd")})
+	ctx, cancel := context.WithCancel(w.t.Context())
+	done := make(chan error, 1)
+	go func() { done <- d.Run(ctx) }()
+	w.t.Cleanup(func() { cancel(); <-done })
+	return d
+}
+
+// make makes a kubeletd that has a document and does not run yet.
+func (w *world) make(document string, env daemon.Env) *Daemon {
+	w.t.Helper()
 	dir := w.t.TempDir()
 	for _, f := range []string{"kubelet", "mounted"} {
 		if err := os.WriteFile(filepath.Join(dir, f), nil, 0o600); err != nil {
@@ -186,10 +201,6 @@ func (w *world) run(document string) *Daemon {
 		}
 	}
 	if err := os.Mkdir(filepath.Join(dir, "run"), 0o755); err != nil {
-		w.t.Fatal(err)
-	}
-	l, err := net.Listen("unix", filepath.Join(dir, "s"))
-	if err != nil {
 		w.t.Fatal(err)
 	}
 	local, err := net.Listen("tcp", "127.0.0.1:0")
@@ -200,7 +211,7 @@ func (w *world) run(document string) *Daemon {
 	if !w.mute {
 		w.listen()
 	}
-	env := daemon.Env{Name: "kubeletd", Log: slog.New(slog.DiscardHandler), Listen: l, TCP: local, Ready: func() {}, Metrics: metrics.New("kubeletd")}
+	env.TCP = local
 	d, err := New(Config{Env: env, Signer: w, Pods: w, Store: w.store, Virtual: w.virtual, Init: w, Dir: filepath.Join(dir, "run"), Program: filepath.Join(dir, "kubelet"), VolumeMark: filepath.Join(dir, "mounted"),
 		Containerd:  w.containerd,
 		Hostname:    func() (string, error) { name, _ := w.hostname.Get(); return name, nil },
@@ -220,10 +231,6 @@ func (w *world) run(document string) *Daemon {
 	if w.nameless {
 		w.hostname.Set("(none)")
 	}
-	ctx, cancel := context.WithCancel(w.t.Context())
-	done := make(chan error, 1)
-	go func() { done <- d.Run(ctx) }()
-	w.t.Cleanup(func() { cancel(); <-done })
 	if err := d.loop.Set(1, s); err != nil {
 		w.t.Fatal(err)
 	}

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // request makes a PEM request for a subject and names.
@@ -155,7 +156,7 @@ func (s Steps) String() string {
 func FuzzCSR(f *testing.F) {
 	n1 := pkix.Name{CommonName: "system:node:n1", Organization: []string{"system:nodes"}}
 	f.Add(makeRequest(f, x509.CertificateRequest{Subject: n1, DNSNames: []string{"n1"}}))
-	f.Fuzz(func(t *testing.T, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, data []byte) {
 		c := CSR{Signer: servingSigner, User: "system:node:n1", Groups: []string{"system:nodes"}, Usages: []string{"digital signature", "server auth"}, Request: data}
 		if c.check(clients{members: map[string]Member{"n1": {}}, own: "n1", address: netip.MustParseAddr("10.0.2.15")}) != nil {
 			return

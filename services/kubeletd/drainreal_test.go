@@ -68,7 +68,14 @@ func (s *shop) coordinator() *rolling.Coordinator {
 	program := s.file("kubelet", "")
 	drain := serveDrain(s.T, &drainServer{program: program, admin: func(context.Context) (*cluster, error) { return s.as("admin", "system:masters"), nil }}, uid.Etcdd)
 	return rolling.New(rolling.Config{
-		Log: slog.New(slog.DiscardHandler), Name: func() string { return "cp" }, Store: func() (*clientv3.Client, error) { return store, nil },
+		Log: slog.New(slog.DiscardHandler), Name: func() string { return "cp" },
+		Get: func(ctx context.Context, prefix string) (*clientv3.GetResponse, error) {
+			return store.Get(ctx, prefix, clientv3.WithPrefix())
+		},
+		Txn: func(ctx context.Context, conditions []clientv3.Cmp, ops []clientv3.Op) (bool, error) {
+			r, err := store.Txn(ctx).If(conditions...).Then(ops...).Commit()
+			return err == nil && r.Succeeded, err
+		},
 		// Each change has all keys told anew.
 		Follow: func(ctx context.Context, prefix string, f func(*storev1.WatchResponse) error) error {
 			tell := func() error {

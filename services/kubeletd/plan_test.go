@@ -15,6 +15,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
 	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
 )
@@ -408,7 +409,7 @@ func FuzzPlanConverges(f *testing.F) {
 	f.Add(uint64(0), uint8(0))
 	f.Add(^uint64(0), uint8(7))
 	f.Add(uint64(0x5555), uint8(3))
-	f.Fuzz(func(t *testing.T, bits uint64, kind uint8) {
+	testfuzz.Run(f, func(t *testing.T, bits uint64, kind uint8) {
 		next := func() bool { b := bits&1 == 1; bits = bits>>1 | bits<<63; return b }
 		want := cp(t)
 		want.Schedulable = next()

@@ -23,31 +23,47 @@ const firstGeneration = 1
 // lookPause is between two looks at what storaged says while STATE is waited for.
 const lookPause = 2 * time.Second
 
-// lock takes the right to change the configuration. The caller calls the function it gets.
+// lock takes the right to change the configuration. The caller calls the function it gets. While the node is being reset nobody gets it, and nobody waits for it.
 func (d *Daemon) lock(ctx context.Context) (func(), error) {
-	select {
-	case d.apply <- struct{}{}:
-		return func() { <-d.apply }, nil
-	case <-ctx.Done():
-		return nil, errs.New(errs.Unavailable, "another apply runs: %w", ctx.Err())
+	for {
+		ends, changed := d.ending.Get()
+		if ends { // nothing comes after it, unless it fails
+			return nil, errs.New(errs.Unavailable, "the node is being reset, and takes no configuration now")
+		}
+		select {
+		case d.apply <- struct{}{}:
+			return func() { <-d.apply }, nil
+		case <-changed:
+		case <-ctx.Done():
+			return nil, errs.New(errs.Unavailable, "another apply runs: %w", ctx.Err())
+		}
 	}
 }
 
 // load waits for STATE and hands out what it holds. It returns ctx's error.
 func (d *Daemon) load(ctx context.Context) error {
 	if d.resetting.Load() {
+		close(d.looked)
 		if _, err := d.lock(ctx); err != nil {
 			return ctx.Err()
 		}
+		d.ending.Set(true)
 		return d.resumeReset(ctx)
 	}
-	said := ""
+	said, look := "", sync.OnceFunc(func() { close(d.looked) })
 	for {
 		unlock, err := d.lock(ctx)
-		if err != nil {
+		if ctx.Err() != nil {
 			return ctx.Err()
 		}
+		if err != nil { // a reset, which may fail
+			if err := pause(ctx, statePause); err != nil {
+				return err
+			}
+			continue
+		}
 		ready, err := d.open()
+		look()
 		unlock()
 		if err != nil && err.Error() != said {
 			said = err.Error()
@@ -61,6 +77,16 @@ func (d *Daemon) load(ctx context.Context) error {
 		if err := pause(ctx, statePause); err != nil {
 			return err
 		}
+	}
+}
+
+// lookedUp waits until it is known whether there is a configuration: a machined that was just started knows of none yet, and must not say that there is none.
+func (d *Daemon) lookedUp(ctx context.Context) error {
+	select {
+	case <-d.looked:
+		return nil
+	case <-ctx.Done():
+		return errs.New(errs.Unavailable, "it is not known yet whether STATE has a configuration: %w", ctx.Err())
 	}
 }
 

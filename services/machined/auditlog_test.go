@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -152,16 +153,23 @@ func TestAuditTrouble(t *testing.T) {
 
 // What the clock is compared with: the control planes', and what a daemon knows of certificates.
 func TestClockCheck(t *testing.T) {
+	for name, days := range map[string]int{"ten years behind": 3650, "ten years ahead": -3650} {
+		t.Run(name, func(t *testing.T) { clockDiffers(t, days) })
+	}
+}
+
+// clockDiffers: the control planes' clock is so many days ahead of the node's.
+func clockDiffers(t *testing.T, days int) {
 	n := newNode(t)
 	n.host.mounted = true
-	n.cluster.ahead = 10 * 365 * 24 * time.Hour
+	n.cluster.ahead = time.Duration(days) * 24 * time.Hour
 	d, stop := n.start()
 	defer stop()
 	if _, err := apply(d, "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: n1\nrole: worker\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nendpoint: https://10.5.0.11:6443\n"); err != nil {
 		t.Fatal(err)
 	}
 	r := n.cluster.until(t, func(r *clusterv1.Node) bool { return strings.HasPrefix(r.GetDetail(), "clock: ") })
-	if year := fmt.Sprint(time.Now().UTC().AddDate(0, 0, 3650).Year()); !strings.Contains(r.GetDetail(), "the control plane's said "+year) || r.GetState() != "not ready" {
+	if year := fmt.Sprint(time.Now().UTC().AddDate(0, 0, days).Year()); !strings.Contains(r.GetDetail(), "the control plane's said "+year) || r.GetState() != "not ready" {
 		t.Errorf("report: %v", r)
 	}
 	for until := time.Now().Add(30 * time.Second); !strings.Contains(strings.Join(eventTexts(t, d), "\n"), "one of the two is wrong"); {
@@ -169,6 +177,31 @@ func TestClockCheck(t *testing.T) {
 			t.Fatalf("no event: %q", eventTexts(t, d))
 		}
 	}
+}
+
+// A node whose clock is ten years behind cannot call a control plane, whose certificates are not valid yet for it. Its own trustd knows, and it is told, once.
+func TestClockBehindIsAnEvent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t)
+		n.host.mounted = true
+		d, stop := n.start()
+		defer stop()
+		trustd := n.links["trustd"]
+		const trouble = "the clock says 2016-11-26T00:00:00Z; the cluster's authority is valid from 2026-11-26T00:00:00Z"
+		for _, text := range []string{trouble, trouble + ", and a second more", ""} {
+			trustd.state.Set(clockState(text))
+			time.Sleep(time.Minute)
+		}
+		var told []string
+		for _, e := range eventTexts(t, d) {
+			if strings.HasPrefix(e, "machined clock: ") {
+				told = append(told, e)
+			}
+		}
+		if want := []string{"machined clock: " + trouble, "machined clock: the clock is right again, as far as this node can know"}; !slices.Equal(told, want) {
+			t.Errorf("events %q, want %q", told, want)
+		}
+	})
 }
 
 func TestClockInHealth(t *testing.T) {

@@ -1,6 +1,7 @@
 package machined
 
 import (
+	"cmp"
 	"time"
 
 	"github.com/bulkhead-os/bulkhead/internal/clock"
@@ -23,7 +24,7 @@ func (d *Daemon) heardClock(at, before time.Time) {
 
 // tellClock makes an event when something is found wrong with the clock, and when it is right again. It returns what is wrong now; was is what was.
 func (d *Daemon) tellClock(was string) string {
-	is := d.clockTrouble()
+	is := cmp.Or(d.clockTrouble(), d.clockToldOf())
 	switch {
 	case is != "" && was == "": // its text has the time, which changes
 		d.events.say("machined", typeClock, is)
@@ -31,6 +32,20 @@ func (d *Daemon) tellClock(was string) string {
 		d.events.say("machined", typeClock, "the clock is right again, as far as this node can know")
 	}
 	return is
+}
+
+// clockToldOf is what a daemon finds wrong with the clock: trustd knows since when there is an authority.
+func (d *Daemon) clockToldOf() string {
+	now, _ := d.running.Get()
+	for _, h := range d.hands {
+		_, st := h.report(now.Number)
+		for _, c := range st.GetConditions() {
+			if c.GetName() == clockCheck && c.GetTrouble() != "" {
+				return c.GetTrouble()
+			}
+		}
+	}
+	return ""
 }
 
 // clockTrouble is what is wrong with the node's clock; "" if nothing is known to be.

@@ -41,6 +41,8 @@ type host interface {
 	KernelLog([]byte) (int, error)
 	// Usage returns the memory of a unit's control group in bytes and its processor time in seconds; zeros if unknown.
 	Usage(unit string) (memory uint64, cpu float64)
+	// MemoryKills returns how many processes of a unit's control group the kernel has killed because the group had reached its limit, which is returned too.
+	MemoryKills(unit string) (kills, limit uint64)
 }
 
 type linux struct{}
@@ -101,6 +103,34 @@ func (linux) Usage(name string) (memory uint64, cpu float64) {
 		cpu = cpuSeconds(data)
 	}
 	return memory, cpu
+}
+
+func (linux) MemoryKills(name string) (kills, limit uint64) {
+	if strings.ContainsAny(name, "/.") {
+		return 0, 0
+	}
+	group := "/sys/fs/cgroup/bulkhead/" + name
+	if data, err := os.ReadFile(group + "/memory.events"); err == nil {
+		kills = memoryKills(data)
+	}
+	if data, err := os.ReadFile(group + "/memory.max"); err == nil {
+		if limit, err = strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64); err != nil { // "max"
+			limit = 0
+		}
+	}
+	return kills, limit
+}
+
+// memoryKills reads oom_kill of a memory.events.
+func memoryKills(data []byte) uint64 {
+	for s := bufio.NewScanner(bytes.NewReader(data)); s.Scan(); {
+		if digits, ok := strings.CutPrefix(s.Text(), "oom_kill "); ok {
+			if n, err := strconv.ParseUint(digits, 10, 64); err == nil {
+				return n
+			}
+		}
+	}
+	return 0
 }
 
 // cpuSeconds reads usage_usec of a cpu.stat.

@@ -42,13 +42,16 @@ func (s *machineServer) GetVersion(ctx context.Context, _ *machinev1.GetVersionR
 }
 
 func (s *machineServer) GetHealth(ctx context.Context, _ *machinev1.GetHealthRequest) (*machinev1.GetHealthResponse, error) {
+	if err := s.d.lookedUp(ctx); err != nil {
+		return nil, err
+	}
 	s.d.witness(ctx)
 	return s.d.health(security.Trouble(security.Report(s.d.cfg.facts()))), nil
 }
 
 // health asks everybody now. open is what is wrong with the node's own protection.
 func (d *Daemon) health(open string) *machinev1.GetHealthResponse {
-	units, err := d.cfg.init.Status()
+	units, err := d.units()
 	now, _ := d.running.Get()
 	reports := map[string]report{}
 	for _, h := range d.hands {
@@ -68,7 +71,7 @@ func (s *machineServer) GetSecurity(context.Context, *machinev1.GetSecurityReque
 
 func (s *machineServer) ListServices(ctx context.Context, _ *machinev1.ListServicesRequest) (*machinev1.ListServicesResponse, error) {
 	s.d.witness(ctx)
-	units, err := s.d.cfg.init.Status()
+	units, err := s.d.units()
 	if err != nil {
 		return nil, errs.New(errs.Unavailable, "ask PID 1 for its units: %w", err)
 	}

@@ -73,10 +73,11 @@ type Daemon struct {
 	audit   *audit.Log
 	since   atomic.Int64 // when the kernel's lines begin that the journal does not have yet, in nanoseconds as time.Time.UnixNano has them
 
-	resetting atomic.Bool  // STATE is not to be used any more
-	following atomic.Bool  // PID 1 was told to restart by an order of the cluster
-	skew      atomic.Int64 // how far the control plane's clock was ahead at the last report, in nanoseconds
-	answered  atomic.Bool  // a call with credentials has come through apid since the start of this process
+	ending    latest.Cell[bool] // a reset has the right to change the configuration
+	resetting atomic.Bool       // STATE is not to be used any more
+	following atomic.Bool       // PID 1 was told to restart by an order of the cluster
+	skew      atomic.Int64      // how far the control plane's clock was ahead at the last report, in nanoseconds
+	answered  atomic.Bool       // a call with credentials has come through apid since the start of this process
 
 	mu      sync.Mutex
 	store   *store.Store         // guarded by mu; nil until STATE is there
@@ -84,6 +85,9 @@ type Daemon struct {
 	logs    map[string]*logs.Log // guarded by mu; by unit
 	state   map[string]string    // guarded by mu; each unit's last state, for events
 	falls   map[string]fall      // guarded by mu; when each unit's trouble began
+	ends    map[string]ending    // guarded by mu; how each unit ended last without anybody's wish
+
+	looked chan struct{} // closed when it is known whether there is a configuration on STATE, or that there is no STATE yet
 }
 
 // running is the configuration that is handed out. It is never changed, only replaced.
@@ -157,8 +161,9 @@ func New(cfg Config) (*Daemon, error) {
 		streams: make(chan struct{}, maxStreams),
 		apply:   make(chan struct{}, 1),
 		logs:    map[string]*logs.Log{}, state: map[string]string{}, falls: map[string]fall{},
-		audit: audit.New(cfg.past.ID()),
+		audit: audit.New(cfg.past.ID()), looked: make(chan struct{}),
 	}
+	d.loadEnds()
 	ev.log.Tap = func(at time.Time, text string) { d.journal.Add(at, "events", strings.ReplaceAll(text, "\t", " ")) }
 	d.resetting.Store(d.inReset())
 	for _, r := range recipients {

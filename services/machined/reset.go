@@ -89,6 +89,7 @@ func (s *machineServer) Reset(r *machinev1.ResetRequest, stream grpc.ServerStrea
 	if err != nil {
 		return errs.New(errs.Unavailable, "an apply or a reset runs already; try again")
 	}
+	d.ending.Set(true)
 	start := time.Now()
 	run := &resetRun{d: d, order: resetOrder{By: caller(stream.Context()), RemoveOS: r.GetRemoveOs(), PowerOff: r.GetPowerOff(), Force: r.GetForce()}}
 	send := func(p *machinev1.ResetProgress) {
@@ -98,6 +99,7 @@ func (s *machineServer) Reset(r *machinev1.ResetRequest, stream grpc.ServerStrea
 	run.say = func(step string) { send(&machinev1.ResetProgress{Step: step}) }
 	facts, err := run.all(context.WithoutCancel(stream.Context()))
 	if err != nil && !run.begun {
+		d.ending.Set(false)
 		unlock()
 		return err
 	}

@@ -102,11 +102,9 @@ func TestReset(t *testing.T) {
 			if now := n.written(t); now != written {
 				t.Errorf("STATE was written to afterwards:\n%s\nwas\n%s", now, written)
 			}
-			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-			defer cancel()
-			if unlock, err := d.lock(ctx); err == nil {
-				unlock()
-				t.Error("a configuration can be applied to a node that is no more")
+			start := time.Now()
+			if _, err := apply(d, doc("b")); !errs.Is(err, errs.Unavailable) || !strings.Contains(errs.Text(err), "the node is being reset") || time.Since(start) != 0 {
+				t.Errorf("an apply to a node that is no more: %v, after %s; want a refusal at once", err, time.Since(start))
 			}
 			if _, _, err := reset(t, d, c.order); !errs.Is(err, errs.Unavailable) {
 				t.Errorf("once more: %v", err)
@@ -253,11 +251,9 @@ func TestResetGoesOn(t *testing.T) {
 		if orders := n.init.did(); !slices.Equal(n.others.calls, []string{"destroy"}) || orders[len(orders)-1] != "power off" {
 			t.Errorf("calls %q, orders %q", n.others.calls, orders)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-		defer cancel()
-		if unlock, err := d.lock(ctx); err == nil {
-			unlock()
-			t.Error("a configuration can be applied to a node that is no more")
+		start := time.Now()
+		if _, err := apply(d, doc("b")); !errs.Is(err, errs.Unavailable) || !strings.Contains(errs.Text(err), "the node is being reset") || time.Since(start) != 0 {
+			t.Errorf("an apply to a node that is no more: %v, after %s; want a refusal at once", err, time.Since(start))
 		}
 	})
 }

@@ -57,7 +57,10 @@ func caller(ctx context.Context) string {
 	return "unknown"
 }
 
-func (s *configServer) Get(_ context.Context, r *configv1.GetRequest) (*configv1.GetResponse, error) {
+func (s *configServer) Get(ctx context.Context, r *configv1.GetRequest) (*configv1.GetResponse, error) {
+	if err := s.d.lookedUp(ctx); err != nil {
+		return nil, err
+	}
 	g, _ := s.d.running.Get()
 	if n := r.GetGeneration(); n != 0 && n != g.Number {
 		var err error
@@ -95,7 +98,10 @@ func (d *Daemon) stored(n uint64) (running, error) {
 	return out, nil
 }
 
-func (s *configServer) ListHistory(context.Context, *configv1.ListHistoryRequest) (*configv1.ListHistoryResponse, error) {
+func (s *configServer) ListHistory(ctx context.Context, _ *configv1.ListHistoryRequest) (*configv1.ListHistoryResponse, error) {
+	if err := s.d.lookedUp(ctx); err != nil {
+		return nil, err
+	}
 	s.d.mu.Lock()
 	defer s.d.mu.Unlock()
 	out := &configv1.ListHistoryResponse{}
@@ -110,7 +116,10 @@ func (s *configServer) ListHistory(context.Context, *configv1.ListHistoryRequest
 	return out, nil
 }
 
-func (s *configServer) ListSpecs(context.Context, *configv1.ListSpecsRequest) (*configv1.ListSpecsResponse, error) {
+func (s *configServer) ListSpecs(ctx context.Context, _ *configv1.ListSpecsRequest) (*configv1.ListSpecsResponse, error) {
+	if err := s.d.lookedUp(ctx); err != nil {
+		return nil, err
+	}
 	now, _ := s.d.running.Get()
 	out := &configv1.ListSpecsResponse{}
 	for _, h := range s.d.hands {

@@ -80,6 +80,9 @@ func (s status) marked(st *controlv1.State, now time.Time) status {
 
 // Why asks everybody at once whether they are there, and puts together what is known.
 func (s *machineServer) Why(ctx context.Context, _ *machinev1.WhyRequest) (*machinev1.WhyResponse, error) {
+	if err := s.d.lookedUp(ctx); err != nil {
+		return nil, err
+	}
 	s.d.witness(ctx)
 	snapshot, err := s.d.snapshot(ctx, security.Trouble(security.Report(s.d.cfg.facts())))
 	if err != nil {
@@ -153,11 +156,16 @@ func (d *Daemon) snapshot(ctx context.Context, open string) (why.Snapshot, error
 		}
 		out.Daemons = append(out.Daemons, e)
 	}
-	units, err := d.cfg.init.Status()
+	units, err := d.units()
 	out.Init = errs.Text(err)
 	for _, u := range units {
 		ok, detail := unitHealth(u, needed[u.Name], time.Now())
 		if ok {
+			d.mu.Lock()
+			if text := d.endedLately(u, time.Now()); text != "" {
+				out.Ended = append(out.Ended, why.Unit{Name: u.Name, Trouble: text, Since: why.Mark{At: d.ends[u.Name].At}})
+			}
+			d.mu.Unlock()
 			continue
 		}
 		d.mu.Lock()

@@ -305,7 +305,7 @@ func (m *fakeMachine) StreamKernelLog(r *machinev1.StreamKernelLogRequest, out g
 
 // A bench is updated between fakes, and a client that it takes for apid.
 type bench struct {
-	t        *testing.T
+	t        testing.TB
 	storage  *fakeStorage
 	machine  *fakeMachine
 	folder   string
@@ -320,12 +320,12 @@ type bench struct {
 // hasty are limits for tests.
 var hasty = limits{credit: 3, earn: 64 << 10, stall: 400 * time.Millisecond, least: 4 << 10, pause: time.Millisecond}
 
-func newBench(t *testing.T) *bench {
+func newBench(t testing.TB) *bench {
 	return &bench{t: t, storage: &fakeStorage{slots: slots("0.1.0", [2]string{"good", "empty"}, "0.1.0")}, machine: &fakeMachine{heard: make(chan string, 64), checks: healthy(), boots: []*machinev1.Boot{{Number: 7, End: machinev1.Boot_RUNNING}}},
 		folder: t.TempDir(), restarts: make(chan struct{}, 100)}
 }
 
-func listen(t *testing.T) (net.Listener, string) {
+func listen(t testing.TB) (net.Listener, string) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "updated") // short: a socket's path has at most 108 bytes
 	must(t, err)
@@ -336,7 +336,7 @@ func listen(t *testing.T) (net.Listener, string) {
 	return l, path
 }
 
-func dial(t *testing.T, path string) *grpc.ClientConn {
+func dial(t testing.TB, path string) *grpc.ClientConn {
 	t.Helper()
 	c, err := peer.Dial(path)
 	must(t, err)
@@ -344,8 +344,8 @@ func dial(t *testing.T, path string) *grpc.ClientConn {
 	return c
 }
 
-// start runs a process of updated; stop ends it.
-func (b *bench) start() (stop func()) {
+// make makes a process of updated that does not run yet, between its fakes, which end with close.
+func (b *bench) make(env daemon.Env) (d *Daemon, close func()) {
 	b.t.Helper()
 	l, path := listen(b.t)
 	fakes := grpc.NewServer()
@@ -353,10 +353,8 @@ func (b *bench) start() (stop func()) {
 	machinev1.RegisterMachineServer(fakes, b.machine)
 	go func() { _ = fakes.Serve(l) }()
 	others := dial(b.t, path)
-	own, ownPath := listen(b.t)
 	d, err := New(Config{
-		Env: daemon.Env{Name: "updated", Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("updated"), Listen: own, Ready: func() {},
-			Who: func(net.Conn) (uid.ID, error) { return uid.Apid, nil }},
+		Env:   env,
 		Slots: slotv1.NewSlotsClient(others), Machine: machinev1.NewMachineClient(others), Keys: trusted, Folder: b.folder, GoodFile: b.folder + "/good", JudgedFile: b.folder + "/judged", limits: hasty,
 		Restart: func() error { b.restarts <- struct{}{}; return nil },
 		Uptime: func() time.Duration {
@@ -366,6 +364,15 @@ func (b *bench) start() (stop func()) {
 		},
 	})
 	must(b.t, err)
+	return d, fakes.Stop
+}
+
+// start runs a process of updated; stop ends it.
+func (b *bench) start() (stop func()) {
+	b.t.Helper()
+	own, ownPath := listen(b.t)
+	d, closeFakes := b.make(daemon.Env{Name: "updated", Log: slog.New(slog.DiscardHandler), Metrics: metrics.New("updated"), Listen: own, Ready: func() {},
+		Who: func(net.Conn) (uid.ID, error) { return uid.Apid, nil }})
 	b.d = d
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -377,7 +384,7 @@ func (b *bench) start() (stop func()) {
 		if err := <-done; !errors.Is(err, context.Canceled) {
 			b.t.Error(err)
 		}
-		fakes.Stop()
+		closeFakes()
 	})
 	b.t.Cleanup(stop)
 	return stop

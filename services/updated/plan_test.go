@@ -8,6 +8,7 @@ import (
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
 	"github.com/bulkhead-os/bulkhead/config"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // checks makes a node's health of words: "x" passes, "!x: why" does not.
@@ -239,7 +240,7 @@ func TestReference(t *testing.T) {
 
 func FuzzReference(f *testing.F) {
 	f.Add("oci://registry.example.org:5000/a/b:1.2.3")
-	f.Fuzz(func(t *testing.T, s string) {
+	testfuzz.Run(f, func(t *testing.T, s string) {
 		r, err := parseReference(s)
 		if err != nil {
 			return

@@ -24,6 +24,7 @@ type server struct {
 const (
 	maxCA     = 64 << 10 // bytes
 	maxSecret = 4 << 10
+	maxDevice = 128
 	tellTime  = 200 * time.Millisecond // between two messages of progress
 )
 
@@ -39,6 +40,9 @@ func caller(ctx context.Context) string {
 func (s *server) source(r *updatev1.UpgradeRequest) (source, error) {
 	if len(r.GetCa()) > maxCA || len(r.GetUsername()) > maxSecret || len(r.GetPassword()) > maxSecret {
 		return nil, errs.New(errs.Invalid, "ca, username, password: at most %d, %d and %d bytes are allowed", maxCA, maxSecret, maxSecret)
+	}
+	if n := len(r.GetMedia()); n > maxDevice {
+		return nil, errs.New(errs.Invalid, "media: %d bytes; a device like /dev/sdb has at most %d", n, maxDevice)
 	}
 	switch {
 	case r.GetOci() != "":

@@ -437,4 +437,7 @@ func TestMedium(t *testing.T) {
 	if _, _, err := b.upgrade(&updatev1.UpgradeRequest{Source: &updatev1.UpgradeRequest_Media{Media: "auto"}}); !errs.Is(err, errs.NotFound) {
 		t.Errorf("no medium: %v", err)
 	}
+	if _, _, err := b.upgrade(&updatev1.UpgradeRequest{Source: &updatev1.UpgradeRequest_Media{Media: strings.Repeat("x", 70000)}}); !errs.Is(err, errs.Invalid) || len(err.Error()) > 200 {
+		t.Errorf("a long name: %.300v", err)
+	}
 }

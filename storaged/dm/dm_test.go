@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/storaged/secret"
 )
 
@@ -76,7 +77,7 @@ func FuzzParseTable(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(b)
-	f.Fuzz(func(t *testing.T, b []byte) {
+	testfuzz.Run(f, func(t *testing.T, b []byte) {
 		if len(b) < headerSize {
 			return
 		}

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // list is a signature list of one certificate.
@@ -150,7 +151,7 @@ func TestCovers(t *testing.T) {
 func FuzzCertificates(f *testing.F) {
 	f.Add(list(typeX509, "a certificate"))
 	f.Add(append(list(gpt.Root, "a digest"), list(typeX509, "another")...))
-	f.Fuzz(func(t *testing.T, lists []byte) {
+	testfuzz.Run(f, func(t *testing.T, lists []byte) {
 		found, err := certificates(lists)
 		if err == nil && len(slices.Concat(found...)) > len(lists) {
 			t.Errorf("%d certificates out of %d bytes", len(found), len(lists))
@@ -160,7 +161,7 @@ func FuzzCertificates(f *testing.F) {
 
 func FuzzSignatures(f *testing.F) {
 	f.Add(image("signatures"))
-	f.Fuzz(func(t *testing.T, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, data []byte) {
 		if table, err := signatures(bytes.NewReader(data), int64(len(data))); err == nil && len(table) > len(data) {
 			t.Errorf("%d bytes of signatures in an image of %d", len(table), len(data))
 		}

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/storaged/secret"
 )
 
@@ -326,7 +327,7 @@ func FuzzDecode(f *testing.F) {
 	}
 	f.Add(document)
 	f.Add([]byte(`{"keyslots":{},"tokens":{},"segments":{},"digests":{},"config":{"json_size":"28672","keyslots_size":"0"}}`))
-	f.Fuzz(func(t *testing.T, document []byte) {
+	testfuzz.Run(f, func(t *testing.T, document []byte) {
 		h := &Header{UUID: seed.UUID, Size: headerSize}
 		if err := h.parse(document); err != nil {
 			return
@@ -363,7 +364,7 @@ func FuzzRead(f *testing.F) {
 	document, _ := h.document()
 	f.Add(first[:264], second[:264], document, true)
 	f.Add([]byte{}, second[:264], document, true)
-	f.Fuzz(func(t *testing.T, first, second, document []byte, sum bool) {
+	testfuzz.Run(f, func(t *testing.T, first, second, document []byte, sum bool) {
 		disk := &memory{b: make([]byte, 64<<10)}
 		for i, head := range [][]byte{first, second} {
 			b := disk.b[i*16<<10 : (i+1)*16<<10]

@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 const mib = 1 << 20
@@ -130,7 +132,7 @@ func FuzzRead(f *testing.F) {
 	f.Add([]byte("XFSB"), 0)
 	f.Add([]byte("\x53\xef\x01\x00"), 1080)
 	f.Add([]byte("CD001"), 32769)
-	f.Fuzz(func(t *testing.T, piece []byte, off int) {
+	testfuzz.Run(f, func(t *testing.T, piece []byte, off int) {
 		disk := make([]byte, 2*mib)
 		if off < 0 || off >= mib {
 			off = 0

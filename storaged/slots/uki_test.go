@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/internal/bundle"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 func TestReadKernel(t *testing.T) {
@@ -39,7 +40,7 @@ func TestReadKernel(t *testing.T) {
 // FuzzReadKernel reads whatever lies in EFI/Linux.
 func FuzzReadKernel(f *testing.F) {
 	f.Add(makeUKI("bulkhead.verity="+bundle.Sum(nil).String(), 100))
-	f.Fuzz(func(t *testing.T, b []byte) {
+	testfuzz.Run(f, func(t *testing.T, b []byte) {
 		if k, err := readKernel(bytes.NewReader(b), int64(len(b))); err == nil && k.root == (bundle.Digest{}) {
 			t.Error("a kernel that starts nothing")
 		}
@@ -49,7 +50,7 @@ func FuzzReadKernel(f *testing.F) {
 // FuzzNames: what is read as a name of ours is that name when it is written again, but for leading zeros.
 func FuzzNames(f *testing.F) {
 	f.Add("bulkhead_0012_0.2.0-rc.1+2-1.efi")
-	f.Fuzz(func(t *testing.T, file string) {
+	testfuzz.Run(f, func(t *testing.T, file string) {
 		n, ok := ParseName(file)
 		if !ok {
 			return

@@ -8,6 +8,7 @@ import (
 	"unicode/utf16"
 
 	"github.com/bulkhead-os/bulkhead/internal/pcrpolicy"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // newLog is the first event of every log.
@@ -114,7 +115,7 @@ func FuzzEvents(f *testing.F) {
 	data := variable("SecureBoot", "\x01")
 	f.Add(appendEvent(newLog(), 7, evVariable, sha256.Sum256(data), data))
 	f.Add(newLog())
-	f.Fuzz(func(t *testing.T, log []byte) {
+	testfuzz.Run(f, func(t *testing.T, log []byte) {
 		got, err := Events(log, 7)
 		if err != nil {
 			return

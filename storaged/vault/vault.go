@@ -166,7 +166,7 @@ func ParseID(id string) (volume string, slot int, err error) {
 	volume, number, ok := strings.Cut(id, "-")
 	slot, err = strconv.Atoi(number)
 	if !ok || err != nil || slot < 0 || slot >= luks.MaxKeyslots || ID(volume, slot) != id {
-		return "", 0, fmt.Errorf("key %q: a key's id looks like \"STATE-0\"", id)
+		return "", 0, fmt.Errorf("key %.64q: a key's id looks like \"STATE-0\"", id)
 	}
 	return volume, slot, nil
 }

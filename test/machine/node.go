@@ -22,6 +22,7 @@ type node struct {
 	root                                     string // of the repository
 	kubeconfig                               string
 	apiPort, gatewayPort, kubePort, nodePort int
+	observerPort                             int // see observer_test.go
 }
 
 // newNode prepares a user with an empty home and free ports; nothing is started. Everything is gone after the test, also a failed one's machine.
@@ -36,7 +37,7 @@ func newNode(t *testing.T) *node {
 	}
 	n := &node{name: "test", dir: t.TempDir(), root: root}
 	n.kubeconfig = filepath.Join(n.dir, "kubeconfig")
-	for _, p := range []*int{&n.apiPort, &n.gatewayPort, &n.kubePort, &n.nodePort} {
+	for _, p := range []*int{&n.apiPort, &n.gatewayPort, &n.kubePort, &n.nodePort, &n.observerPort} {
 		*p = freePort(t)
 	}
 	t.Cleanup(func() {

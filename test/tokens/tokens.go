@@ -29,11 +29,12 @@ var made = regexp.MustCompile(`^w[0-9]+-[0-9]+$`)
 
 // Doors are the APIs of a cluster's control planes. Make it with New; it is safe for concurrent use.
 type Doors struct {
-	credentials client.Credentials
-	endpoints   map[string]string
+	endpoints map[string]string
 
-	mu  sync.Mutex
-	ids map[string]string // guarded by mu; of tokens, by their names
+	mu          sync.Mutex
+	credentials client.Credentials // guarded by mu
+	renewed     int                // guarded by mu; how often there were others
+	ids         map[string]string  // guarded by mu; of tokens, by their names
 }
 
 // New returns doors for an administrator; endpoints are by the nodes' names.
@@ -41,24 +42,50 @@ func New(credentials client.Credentials, endpoints map[string]string) *Doors {
 	return &Doors{credentials: credentials, endpoints: endpoints, ids: map[string]string{}}
 }
 
+// Renew has clients use other credentials, over other connections, from their next operation on.
+func (d *Doors) Renew(c client.Credentials) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.credentials = c
+	d.renewed++
+}
+
+// now returns the credentials, and how often they were renewed.
+func (d *Doors) now() (client.Credentials, int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.credentials, d.renewed
+}
+
 // Open returns the tokens as one client sees them: "w1-7" is one that was made with this name, and "w1-7/later" says that it was revoked.
 func (d *Doors) Open(int) history.Set { return &set{d: d, conns: map[string]*grpc.ClientConn{}} }
 
 // Dial returns a connection of its own to a node: one that was there before a fault may only look alive. The caller closes it.
 func (d *Doors) Dial(node string) (*grpc.ClientConn, error) {
-	return client.Dial(d.endpoints[node], d.credentials)
+	c, _ := d.now()
+	return client.Dial(d.endpoints[node], c)
 }
 
 // Endpoint is where a node's API is.
 func (d *Doors) Endpoint(node string) string { return d.endpoints[node] }
 
 type set struct {
-	d     *Doors
-	conns map[string]*grpc.ClientConn // by node
+	d       *Doors
+	renewed int                         // of the credentials of conns
+	conns   map[string]*grpc.ClientConn // by node
 }
 
 // at calls f with a connection to a node. One over which a call failed is not used again.
 func (s *set) at(node string, f func(trustv1.MembershipClient) error) error {
+	if _, renewed := s.d.now(); renewed != s.renewed {
+		for _, c := range s.conns {
+			if err := c.Close(); err != nil {
+				return err
+			}
+		}
+		clear(s.conns)
+		s.renewed = renewed
+	}
 	conn := s.conns[node]
 	if conn == nil {
 		var err error

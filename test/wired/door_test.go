@@ -61,15 +61,16 @@ func (c *console) code(t *testing.T) string {
 
 // node is trustd and apid as on a machine.
 type node struct {
-	t       *testing.T
-	dir     string
-	console console
-	trust   *net.UnixListener
-	caller  atomic.Uint32 // user id of who connects to trustd
-	tcp     *net.TCPListener
-	local   *net.UnixListener // apid's
-	address string
-	apidLog *slog.Logger // nil: the test's output
+	t         *testing.T
+	dir       string
+	console   console
+	trust     *net.UnixListener
+	caller    atomic.Uint32 // user id of who connects to trustd
+	tcp       *net.TCPListener
+	local     *net.UnixListener // apid's
+	address   string
+	apidLog   *slog.Logger // nil: the test's output
+	trustdLog *slog.Logger // the same
 }
 
 func (n *node) must(err error) {
@@ -127,8 +128,12 @@ func (n *node) run(f func(context.Context) error) (stop func()) {
 }
 
 func (n *node) startTrustd() (stop func()) {
+	env := n.env("trustd", n.inherit(n.trust))
+	if n.trustdLog != nil {
+		env.Log = n.trustdLog
+	}
 	d, err := trustd.New(trustd.Config{
-		Env: n.env("trustd", n.inherit(n.trust)), Runtime: filepath.Join(n.dir, "runtime"), StateDir: filepath.Join(n.dir, "state"),
+		Env: env, Runtime: filepath.Join(n.dir, "runtime"), StateDir: filepath.Join(n.dir, "state"),
 		ClaimKey: filepath.Join(n.dir, "claim-key"), Blocks: filepath.Join(n.dir, "block"), Console: &n.console,
 		Socket: func(name string) string { return filepath.Join(n.dir, name) },
 	})

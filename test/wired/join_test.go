@@ -100,6 +100,9 @@ func (c seenConn) RemoteAddr() net.Addr {
 // startDoor starts apid with trustd as the one who calls on its Unix socket. It calls others from its node's address.
 func (n *node) startDoor(all doors) {
 	env := n.env("apid", n.inherit(n.local))
+	if n.apidLog != nil {
+		env.Log = n.apidLog
+	}
 	env.TCP, env.Who = seen{n.inherit(n.tcp)}, func(net.Conn) (uid.ID, error) { return uid.Trustd, nil }
 	var from net.Dialer
 	for ip, other := range all {

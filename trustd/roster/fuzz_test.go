@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	storev1 "github.com/bulkhead-os/bulkhead/api/store/v1"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // FuzzParse: what stands in etcd, by whichever version wrote it: one entry that makes no sense does not spoil the others, and a
@@ -13,7 +14,7 @@ func FuzzParse(f *testing.F) {
 	f.Add(tokens+"t", []byte(`{"expires": "2026-01-01T00:00:00Z"}`))
 	f.Add(removed+"d", []byte(`{"at": 1}`))
 	f.Add(revoked+"x", []byte("\xff"))
-	f.Fuzz(func(t *testing.T, key string, value []byte) {
+	testfuzz.Run(f, func(t *testing.T, key string, value []byte) {
 		s := parse(map[string]*storev1.Entry{
 			key: {Value: value, Revision: 3}, nodes + "w1": {Value: []byte(`{"role": "worker", "addresses": ["10.0.0.2"], "key": "w"}`)}, revoked + "bad": {}, removed + "gone": {Value: value},
 		})

@@ -446,7 +446,7 @@ func (x *WatchRequest) GetPrefix() string {
 
 type WatchResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The first answer holds all entries, and complete is set; later ones what was changed.
+	// The first answer holds all entries, and complete is set; later ones what was changed, or once more all of them.
 	Entries       []*Entry `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
 	Deleted       []string `protobuf:"bytes,2,rep,name=deleted,proto3" json:"deleted,omitempty"`
 	Complete      bool     `protobuf:"varint,3,opt,name=complete,proto3" json:"complete,omitempty"`

@@ -37,7 +37,8 @@ type StoreClient interface {
 	Read(ctx context.Context, in *ReadRequest, opts ...grpc.CallOption) (*ReadResponse, error)
 	// Write changes keys, all or none: only if every condition holds. A condition that does not is ABORTED, and nothing is changed.
 	Write(ctx context.Context, in *WriteRequest, opts ...grpc.CallOption) (*WriteResponse, error)
-	// Watch sends everything below a prefix as Read does, and then each change. A watch that lost its place (compaction, a member that was away) ends with OUT_OF_RANGE: begin anew.
+	// Watch sends everything below a prefix as Read does, and then each change. While the node's member restarts on purpose it waits, and then sends everything once more (complete is set again). A watch
+	// that lost its place (compaction, a member that was away) ends with OUT_OF_RANGE: begin anew.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
 }
 
@@ -99,7 +100,8 @@ type StoreServer interface {
 	Read(context.Context, *ReadRequest) (*ReadResponse, error)
 	// Write changes keys, all or none: only if every condition holds. A condition that does not is ABORTED, and nothing is changed.
 	Write(context.Context, *WriteRequest) (*WriteResponse, error)
-	// Watch sends everything below a prefix as Read does, and then each change. A watch that lost its place (compaction, a member that was away) ends with OUT_OF_RANGE: begin anew.
+	// Watch sends everything below a prefix as Read does, and then each change. While the node's member restarts on purpose it waits, and then sends everything once more (complete is set again). A watch
+	// that lost its place (compaction, a member that was away) ends with OUT_OF_RANGE: begin anew.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
 	mustEmbedUnimplementedStoreServer()
 }

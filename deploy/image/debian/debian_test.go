@@ -12,6 +12,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 const sum0 = "0000000000000000000000000000000000000000000000000000000000000000"
@@ -43,7 +45,7 @@ func TestLock(t *testing.T) {
 
 func FuzzLock(f *testing.F) {
 	f.Add([]byte("suite trixie\nlibc6 2.41 5 " + sum0 + "\n"))
-	f.Fuzz(func(t *testing.T, text []byte) {
+	testfuzz.Run(f, func(t *testing.T, text []byte) {
 		l, err := ParseLock(text)
 		if err != nil {
 			return

@@ -24,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/internal/testtool"
 )
 
@@ -253,7 +254,7 @@ func nobody() *x509.Certificate {
 func FuzzParse(f *testing.F) {
 	f.Add(aStub())
 	f.Add(slices.Concat(aStub(), []byte{16, 0, 0, 0, 0, 2, 2, 0, 0x30, 0, 0, 0, 0, 0, 0, 0}))
-	f.Fuzz(func(t *testing.T, b []byte) {
+	testfuzz.Run(f, func(t *testing.T, b []byte) {
 		p, err := parse(b)
 		if err != nil {
 			return
@@ -285,7 +286,7 @@ func FuzzVerify(f *testing.F) {
 		f.Fatalf("the seed gets as far as %v", err)
 	}
 	f.Add(der)
-	f.Fuzz(func(t *testing.T, der []byte) {
+	testfuzz.Run(f, func(t *testing.T, der []byte) {
 		if checkAuthenticode(der, digest, nobody()) == nil {
 			t.Error("signed by a key that does not exist")
 		}

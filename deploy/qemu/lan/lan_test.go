@@ -22,6 +22,7 @@ import (
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
 
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 	"github.com/bulkhead-os/bulkhead/networkd/dhcp"
 )
 
@@ -429,7 +430,7 @@ func TestDHCP(t *testing.T) {
 func FuzzDHCP(f *testing.F) {
 	f.Add([]byte("x"))
 	f.Add(udpFrame(everyone, net.IPv4zero, make([]byte, 300))[prefix:])
-	f.Fuzz(func(_ *testing.T, frame []byte) {
+	testfuzz.Run(f, func(_ *testing.T, frame []byte) {
 		if len(frame) >= 14 {
 			dhcpAnswer(netip.MustParsePrefix("10.5.0.11/24"), frame)
 		}

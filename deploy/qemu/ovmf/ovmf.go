@@ -142,6 +142,9 @@ func Write(flash []byte, vars ...Variable) error {
 			return fmt.Errorf("variable %s: %d bytes, the store has %d left", v.Name, len(b), end-next)
 		}
 		copy(flash[next:], b)
+		for i := next + len(b); i < end; i++ { // what a write that was cut off left there shall not become a record behind this one
+			flash[i] = 0xff
+		}
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // anEmpty is a store as a firmware's maker ships it: erased.
@@ -124,7 +125,7 @@ func FuzzRead(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(flash)
-	f.Fuzz(func(t *testing.T, flash []byte) {
+	testfuzz.Run(f, func(t *testing.T, flash []byte) {
 		before, err := Read(flash)
 		if err != nil {
 			return

@@ -8,6 +8,7 @@ import (
 	"go/format"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 
 	"github.com/bulkhead-os/bulkhead/internal/unit"
@@ -15,20 +16,34 @@ import (
 )
 
 func main() {
-	tree := flag.String("tree", ".", "source tree to search for unit.json and *.unit.json")
+	var trees []string
+	flag.Func("tree", "source `folder` to search for unit.json and *.unit.json; may be given more than once", func(s string) error {
+		trees = append(trees, s)
+		return nil
+	})
 	out := flag.String("out", "", "Go file to write")
 	flag.Parse()
-	if err := run(*tree, *out); err != nil {
+	if err := run(trees, *out); err != nil {
 		fmt.Fprintln(os.Stderr, "gen:", err)
 		os.Exit(1)
 	}
 }
 
-func run(tree, out string) error {
-	units, err := unitfile.Load(os.DirFS(tree))
-	if err != nil {
-		return err
+func run(trees []string, out string) error {
+	var units []unit.Unit
+	for _, tree := range trees {
+		more, err := unitfile.Load(os.DirFS(tree))
+		if err != nil {
+			return err
+		}
+		for _, u := range more {
+			if slices.ContainsFunc(units, func(old unit.Unit) bool { return old.Name == u.Name }) {
+				return fmt.Errorf("%s: unit %q stands in another tree already", tree, u.Name)
+			}
+			units = append(units, u)
+		}
 	}
+	slices.SortFunc(units, func(a, b unit.Unit) int { return strings.Compare(a.Name, b.Name) })
 	text, err := source(units)
 	if err != nil {
 		return err

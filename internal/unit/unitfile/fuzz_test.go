@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // FuzzParse: a unit file is a unit that PID 1 can run, or is refused with a sentence.
@@ -22,7 +24,7 @@ func FuzzParse(f *testing.F) {
 		}
 	}
 	f.Add([]byte(`{"name": "a", "memory_max": "99999999999999G", "umask": "-1", "stop_timeout": "-1s"}`))
-	f.Fuzz(func(t *testing.T, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, data []byte) {
 		u, err := Parse(data)
 		if err != nil {
 			if text := err.Error(); text == "" || strings.Contains(text, "%!") || len(text) > 8<<10+len(data) {

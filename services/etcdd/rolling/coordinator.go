@@ -33,8 +33,10 @@ type Config struct {
 	Log *slog.Logger
 	// Name returns what this node is called; "" while it has no name.
 	Name func() string
-	// Store returns a client of etcd that may use the prefix, or why there is none.
-	Store func() (*clientv3.Client, error)
+	// Get reads what begins with a text, linearizably.
+	Get func(ctx context.Context, prefix string) (*clientv3.GetResponse, error)
+	// Txn does ops under conditions, once, and reports whether they held. With an error that is not known.
+	Txn func(ctx context.Context, conditions []clientv3.Cmp, ops []clientv3.Op) (bool, error)
 	// Follow calls back with all keys below a prefix, and then with each change, until something fails.
 	Follow func(ctx context.Context, prefix string, f func(*storev1.WatchResponse) error) error
 	// Nodes returns the registry. What it returns is not changed.
@@ -237,13 +239,9 @@ type state struct {
 // read is linearizable.
 func (c *Coordinator) read(ctx context.Context) (state, error) {
 	var st state
-	client, err := c.cfg.Store()
-	if err != nil {
-		return st, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
-	resp, err := client.Get(ctx, prefix, clientv3.WithPrefix())
+	resp, err := c.cfg.Get(ctx, prefix)
 	if err != nil {
 		return st, errs.New(errs.Unavailable, "read the rolling change: %w", err)
 	}
@@ -264,21 +262,17 @@ func (c *Coordinator) read(ctx context.Context) (state, error) {
 
 // commit changes keys if both are as they were read, or the record alone if fenced is not set.
 func (c *Coordinator) commit(ctx context.Context, st state, fenced bool, ops ...clientv3.Op) error {
-	client, err := c.cfg.Store()
-	if err != nil {
-		return err
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTime)
 	defer cancel()
 	conditions := []clientv3.Cmp{clientv3.Compare(clientv3.ModRevision(Current), "=", st.revision)}
 	if fenced {
 		conditions = append(conditions, clientv3.Compare(clientv3.ModRevision(leaseKey), "=", st.fence))
 	}
-	resp, err := client.Txn(ctx).If(conditions...).Then(ops...).Commit()
+	held, err := c.cfg.Txn(ctx, conditions, ops)
 	if err != nil {
 		return errs.New(errs.Unavailable, "write the rolling change: %w", err)
 	}
-	if !resp.Succeeded {
+	if !held {
 		return errs.New(errs.Conflict, "the rolling change was changed by another one meanwhile; look again")
 	}
 	return nil

@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"reflect"
 	"testing"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // FuzzRecord: the record of a rolling change, which any control plane may have written, an older or newer one too, is read or refused, and
@@ -12,7 +14,7 @@ func FuzzRecord(f *testing.F) {
 	f.Add([]byte(`{"id": "a", "kind": "restart", "by": "ann", "phase": "running", "nodes": [{"name": "cp1", "role": "controlplane", "step": "waiting"}]}`))
 	f.Add([]byte(`{"nodes": [{}, {"step": 3}]}`))
 	f.Add([]byte(``))
-	f.Fuzz(func(t *testing.T, value []byte) {
+	testfuzz.Run(f, func(t *testing.T, value []byte) {
 		r, err := decode(value)
 		if err != nil {
 			if err.Error() == "" {

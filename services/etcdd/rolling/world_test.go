@@ -106,7 +106,14 @@ func (w *world) boot(m *machine) {
 	var c *Coordinator
 	client := clientv3.NewCtxClient(context.Background())
 	client.KV = fragile{w.store.KV, w, m, func() bool { return m.coordinator == c }}
-	c = New(Config{Log: slog.New(slog.DiscardHandler), Name: func() string { return m.name }, Store: func() (*clientv3.Client, error) { return client, nil },
+	c = New(Config{Log: slog.New(slog.DiscardHandler), Name: func() string { return m.name },
+		Get: func(ctx context.Context, prefix string) (*clientv3.GetResponse, error) {
+			return client.Get(ctx, prefix, clientv3.WithPrefix())
+		},
+		Txn: func(ctx context.Context, conditions []clientv3.Cmp, ops []clientv3.Op) (bool, error) {
+			r, err := client.Txn(ctx).If(conditions...).Then(ops...).Commit()
+			return err == nil && r.Succeeded, err
+		},
 		Nodes: func() ([]*clusterv1.Node, error) { return w.registry(), nil }, Voters: w.voters, Kubernetes: w.kube, Witness: w.witness, Now: func() time.Time { return w.now }})
 	m.coordinator = c
 }

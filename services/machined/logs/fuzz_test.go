@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // FuzzKmsg: whatever stands in the kernel's log, much of it is said by hardware, comes out as one line of text.
@@ -12,7 +14,7 @@ func FuzzKmsg(f *testing.F) {
 	f.Add("6,339,5140900,-;NET: Registered PF_INET6 protocol family\n SUBSYSTEM=net\n")
 	f.Add("30,1,9223372036854775807,c;\xff\x00;x")
 	f.Add("6,1,-1,-;before the start")
-	f.Fuzz(func(t *testing.T, record string) {
+	testfuzz.Run(f, func(t *testing.T, record string) {
 		level, at, text, ok := kmsgRecord(record)
 		if !ok {
 			if level != 0 || at != 0 || text != "" {
@@ -30,7 +32,7 @@ func FuzzKmsg(f *testing.F) {
 func FuzzLine(f *testing.F) {
 	f.Add([]byte("1700000000000000000 a line"))
 	f.Add([]byte("-9223372036854775808 \xff"))
-	f.Fuzz(func(t *testing.T, record []byte) {
+	testfuzz.Run(f, func(t *testing.T, record []byte) {
 		l := Parse(record)
 		if !utf8.ValidString(l.Text) || len(l.Text) > len(record) {
 			t.Errorf("%q is read as %q", record, l.Text)

@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 // disk is a folder that forgets what was not synced. Each operation is several steps, and the power can go before each one.
@@ -333,7 +335,7 @@ func TestFolder(t *testing.T) {
 
 func FuzzDecode(f *testing.F) {
 	f.Add(must(encode(Generation{Number: 3, Documents: []byte("kind: x\n")})))
-	f.Fuzz(func(t *testing.T, data []byte) {
+	testfuzz.Run(f, func(t *testing.T, data []byte) {
 		g, err := decode(data)
 		if err != nil {
 			return

@@ -22,6 +22,8 @@ type Mark struct {
 type Snapshot struct {
 	Units   []Unit
 	Daemons []Daemon
+	// Ended are units that are well, and were not a short while ago: Trouble and Since say what was.
+	Ended []Unit
 	// What is wrong with the node as a whole; "" where nothing is. Unconfigured is for a node without a document, Init for a PID 1 that does not answer.
 	Unconfigured, Clock, Security, Init string
 }
@@ -95,6 +97,9 @@ func Explain(s Snapshot) Answer {
 		if n := g.nodes[id]; n.remark {
 			out.Remarks = append(out.Remarks, n.step())
 		}
+	}
+	for _, u := range s.Ended {
+		out.Remarks = append(out.Remarks, Step{Subject: u.Name + ".up", Since: u.Since, Text: u.Trouble, Command: "bhctl logs " + u.Name})
 	}
 	type found struct {
 		Cause

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/testfuzz"
 )
 
 var night = time.Date(2026, 3, 1, 3, 0, 0, 0, time.UTC)
@@ -197,7 +199,7 @@ func text(a Answer) string {
 func FuzzExplain(f *testing.F) {
 	f.Add([]byte{1, 2, 3, 4})
 	f.Add([]byte{0x10, 0x21, 0x32, 0x02, 0x20}) // a circle with a way out
-	f.Fuzz(func(t *testing.T, edges []byte) {
+	testfuzz.Run(f, func(t *testing.T, edges []byte) {
 		d := Daemon{Name: "d", Area: "d", Behind: "x"}
 		for i := range 16 {
 			d.Conditions = append(d.Conditions, Condition{Name: fmt.Sprintf("c%x", i), Trouble: "x", Explains: i%3 > 0})

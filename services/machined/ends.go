@@ -1,0 +1,119 @@
+package machined
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/bulkhead-os/bulkhead/internal/initctl"
+)
+
+// lately is how long ago a unit ended without anybody's wish for why to mention it although it is up again.
+const lately = 5 * time.Minute
+
+// An ending is how a unit ended last without anybody's wish.
+type ending struct {
+	Restarts uint32 // of the unit, by which one is told from the next
+	Kills    uint64 // of processes of its group, because the group had reached its memory limit
+	Limit    uint64 // bytes; that limit, if the unit ended by it. 0: it did not
+	Exit     string
+	At       time.Time
+}
+
+// next is the ending after news of the unit. kills is how often its group ran into its memory limit by now, which begins anew with each group. It is pure.
+func (e ending) next(u initctl.Status, kills, limit uint64) ending {
+	if kills < e.Kills { // another group
+		e.Kills = 0
+	}
+	switch {
+	case u.Restarts != e.Restarts:
+		e.At, e.Exit, e.Limit = u.Since, u.LastExit, 0
+		if u.Restarts < e.Restarts { // another boot; its folder is another one, too
+			e.At = time.Time{}
+		}
+		fallthrough
+	case kills > e.Kills:
+		if kills > e.Kills && u.LastExit == killed {
+			e.Limit = limit
+		}
+	}
+	e.Restarts, e.Kills = u.Restarts, kills
+	return e
+}
+
+// killed is how PID 1 names the end of a process that the kernel killed.
+const killed = "killed by SIGKILL"
+
+// told is the unit's last exit, and why.
+func (e ending) told(exit string) string {
+	if e.Limit == 0 || exit != killed {
+		return exit
+	}
+	return exit + ": it ran into its memory limit of " + mebibytes(e.Limit)
+}
+
+func mebibytes(n uint64) string {
+	if n < 1<<20 {
+		return fmt.Sprintf("%d KiB", n>>10)
+	}
+	return fmt.Sprintf("%d MiB", n>>20)
+}
+
+// endsFile keeps the endings over machined's own.
+func (d *Daemon) endsFile() string { return filepath.Join(d.cfg.Runtime, "ends") }
+
+// loadEnds reads what an earlier process knew. It is worth a warning, and no more: the next end is known again.
+func (d *Daemon) loadEnds() {
+	d.ends = map[string]ending{}
+	text, err := os.ReadFile(d.endsFile())
+	if err == nil {
+		err = json.Unmarshal(text, &d.ends)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		d.cfg.Log.Warn("ends of units not read", "err", err.Error())
+		d.ends = map[string]ending{}
+	}
+}
+
+// noteEnd takes note of how a unit ended, and returns its last exit with the reason. mu is held.
+func (d *Daemon) noteEnd(u initctl.Status) string {
+	kills, limit := d.cfg.host.MemoryKills(u.Name)
+	was := d.ends[u.Name]
+	e := was.next(u, kills, limit)
+	if e == was {
+		return e.told(u.LastExit)
+	}
+	d.ends[u.Name] = e
+	text, err := json.Marshal(d.ends)
+	if err == nil {
+		err = os.WriteFile(d.endsFile(), text, 0o600)
+	}
+	if err != nil {
+		d.cfg.Log.Warn("end of a unit not kept", "service", u.Name, "err", err.Error())
+	}
+	return e.told(u.LastExit)
+}
+
+// units asks PID 1 for its units; last exits have their reasons.
+func (d *Daemon) units() ([]initctl.Status, error) {
+	units, err := d.cfg.init.Status()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i, u := range units {
+		units[i].LastExit = d.noteEnd(u)
+	}
+	return units, err
+}
+
+// endedLately says how a unit ended that is up again; "" if that is long ago, or never was. mu is held.
+func (d *Daemon) endedLately(u initctl.Status, now time.Time) string {
+	e := d.ends[u.Name]
+	if u.State != "up" || e.At.IsZero() || now.Sub(e.At) > lately || e.Exit == "" {
+		return ""
+	}
+	return "it ended (" + e.told(e.Exit) + ") and was started again"
+}
