@@ -112,7 +112,7 @@ test-powercut: image ## power cuts, the long run: 10,000 rebuilt disks and 60 th
 test-pid1: ## PID 1, the long run, in a namespace of its own: 100,000 orphans, 10,000 kills, units that misbehave; see docs/init.md
 	@BULKHEAD_PID1=1 go test -count=1 -timeout 60m -v -run 'TestPID1$$' ./init/supervise | grep -E '»|FAIL|ok|_test.go'
 
-bench: image ## the figures of the design with their budgets, measured in one run
+bench: image observer ## the figures of the design with their budgets, measured in one run
 	@BULKHEAD_VM=1 BULKHEAD_BENCH=1 go test -count=1 -timeout 60m -v -run TestBench ./test/machine | grep -E '»|FAIL|_test.go'
 
 fuzz: ## every fuzz target for FUZZTIME (20s, 5m), or those that ONLY matches; see docs/fuzzing.md
