@@ -218,21 +218,24 @@ func (v *service) visit() (holder, tell int, err error) {
 	return holder, pipe[1], f.Err
 }
 
-// learn takes note of the process that a unit's trampoline made inside, if it has said so: from then on that is the unit's.
-func (v *service) learn() {
-	var b [16]byte
+// learn takes note of the process that a unit's trampoline made inside, and says whether it has just been told: from then on that process is
+// the unit's.
+func (v *service) learn() bool {
 	if v.told == 0 {
-		return
+		return false
 	}
+	var b [16]byte
 	n, err := unix.Read(v.told, b[:])
 	if err == unix.EAGAIN || err == unix.EINTR {
-		return
-	}
-	if pid, err := strconv.Atoi(string(b[:max(n, 0)])); err == nil {
-		v.pid = pid
+		return false
 	}
 	unix.Close(v.told)
 	v.told = 0
+	pid, err := strconv.Atoi(string(b[:max(n, 0)]))
+	if err == nil {
+		v.pid = pid
+	}
+	return err == nil
 }
 
 func (k linux) kill(v *service, sig unix.Signal) {

@@ -288,6 +288,7 @@ func (s *Supervisor) spawn(v *service, now time.Time) {
 			v.timer = now.Add(v.StartTimeout)
 		}
 		s.watch(v.ready, unix.EPOLLIN, func() { s.hear(v) })
+	case v.told > 0: // it is ready when its process is known
 	default:
 		s.happen(v, Ready)
 	}
@@ -317,7 +318,10 @@ func (s *Supervisor) reap() {
 			return
 		}
 		for _, v := range s.units {
-			v.learn() // its trampoline said it before it ended, and until then nobody is told of the other's end
+			// Its trampoline said it before it ended, and until then nobody is told of the other's end.
+			if v.learn() && !v.NotifyReady {
+				s.happen(v, Ready)
+			}
 			if v.pid == pid && status.Signaled() {
 				s.ended(v, initctl.Killed, uint8(status.Signal()))
 			} else if v.pid == pid {
