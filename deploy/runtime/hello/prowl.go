@@ -61,14 +61,20 @@ func pids(proc string) (all []int) {
 	return all
 }
 
-func (f *found) processes(proc string) error {
-	all := pids(proc)
+func (f *found) names(proc string) (all []int) {
+	all = pids(proc)
 	for _, pid := range all {
 		text, err := os.ReadFile(filepath.Join(proc, fmt.Sprint(pid), "cmdline"))
 		if name, _, _ := strings.Cut(string(text), "\x00"); err == nil {
 			f.Processes = append(f.Processes, name)
 		}
 	}
+	return all
+}
+
+// processes notes all that a /proc of this namespace shows, and what can be signalled besides.
+func (f *found) processes(proc string) error {
+	all := f.names(proc)
 	if len(all) == 0 {
 		return fmt.Errorf("%s shows no process", proc)
 	}
@@ -88,7 +94,7 @@ func (f *found) daemons(root string) {
 	for _, dir := range []string{"run/bulkhead", "state"} {
 		_ = filepath.WalkDir(filepath.Join(root, dir), func(path string, e fs.DirEntry, err error) error {
 			if err == nil && !e.IsDir() {
-				f.Files = append(f.Files, strings.TrimPrefix(path, root))
+				f.Files = append(f.Files, strings.TrimPrefix(path, strings.TrimSuffix(root, "/")))
 			}
 			return nil
 		})
@@ -122,7 +128,7 @@ func (f *found) roots(host string) error {
 					}
 					if _, _, errno := syscall.RawSyscall(setns, space.Fd(), syscall.CLONE_NEWNS, 0); errno == 0 {
 						f.daemons("/")
-						_ = f.processes("/proc") // if there is none, it shows nothing
+						f.names("/proc") // it may be of other numbers, so nothing there is signalled
 					}
 				}()
 				<-done

@@ -155,7 +155,12 @@ func judge() {
 	unix.Kill(holder.PID, unix.SIGKILL)
 	until("the holder comes back", 5*time.Second, func(s initctl.Status) bool { return s.Name == "workload" && s.State == "up" && s.PID != holder.PID })
 	for _, b := range before {
-		until(b.Name+" comes back with it", 10*time.Second, func(s initctl.Status) bool { return s.Name == b.Name && s.State == "up" && s.PID != b.PID })
+		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+			if s := state(b.Name); s.State == "up" && s.PID != b.PID {
+				break
+			}
+		}
+		expect(state(b.Name).State == "up" && state(b.Name).PID != b.PID, b.Name+" comes back with it", state(b.Name))
 		expect(state(b.Name).LastExit == "killed by SIGKILL" && state(b.Name).Restarts == 1, b.Name+" ended with its holder", state(b.Name))
 		inside(state(b.Name).PID, b.Name, "/"+b.Name)
 	}
@@ -166,8 +171,12 @@ func judge() {
 	unix.Kill(a.PID, unix.SIGKILL)
 	b := state("work-b")
 	unix.Kill(b.PID, unix.SIGKILL)
-	until("work-b comes back", 5*time.Second, func(s initctl.Status) bool { return s.Name == "work-b" && s.State == "up" && s.PID != b.PID })
-	until("work-a comes back", 5*time.Second, func(s initctl.Status) bool { return s.Name == "work-a" && s.State == "up" && s.PID != a.PID })
+	for _, was := range []initctl.Status{a, b} {
+		for end := time.Now().Add(5 * time.Second); time.Now().Before(end) && state(was.Name).PID == was.PID; {
+			time.Sleep(20 * time.Millisecond)
+		}
+		expect(wait(was.Name, "up").PID != was.PID, was.Name+" comes back by itself", state(was.Name))
+	}
 	text = read(must(c.Logs("work-a"))) + read(must(c.Logs("work-b")))
 	expect(strings.Count(text, "found what was mounted before") == 2, "workload's mounts outlive both", text)
 	_, err = os.Stat("/tmp/kept")
