@@ -64,8 +64,8 @@ poison: build kubernetes ## an image with a mistake in it, into out/poison: a no
 observer: build kubernetes ## the tests' image, into out/observer/image: one with a unit that shows processes and breaks daemons; see docs/faults.md
 	@test "$(KEYS)" != out/keys || test -d out/keys || out/bin/mkimage keys --out out/keys
 	@rm -rf out/observer/bin && mkdir -p out/observer && cp -al out/bin out/observer/bin && rm out/observer/bin/init
-	@go run ./internal/unit/gen -tree . -tree test/observer/testdata -out out/observer/units.go
-	@echo '{"Replace": {"init/units.go": "out/observer/units.go"}}' > out/observer/overlay.json
+	@go run ./internal/unit/gen -tree . -tree test/observer/testdata -out out/observer/units.txt
+	@echo '{"Replace": {"init/units.go": "out/observer/units.txt"}}' > out/observer/overlay.json
 	@$(GOBUILD) -overlay out/observer/overlay.json -o out/observer/bin/ ./init ./test/observer
 	@out/bin/mkimage build --bin out/observer/bin --program out/observer/bin/observer --kubernetes $(KUBERNETES) --out out/observer/image $(IMAGEFLAGS)
 
