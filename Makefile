@@ -64,8 +64,8 @@ poison: build kubernetes ## an image with a mistake in it, into out/poison: a no
 observer: build kubernetes ## the tests' image, into out/observer/image: one with a unit that shows processes and breaks daemons; see docs/faults.md
 	@test "$(KEYS)" != out/keys || test -d out/keys || out/bin/mkimage keys --out out/keys
 	@rm -rf out/observer/bin && mkdir -p out/observer && cp -al out/bin out/observer/bin && rm out/observer/bin/init
-	@go run ./internal/unit/gen -tree . -tree test/observer/testdata -out out/observer/units.go
-	@echo '{"Replace": {"init/units.go": "out/observer/units.go"}}' > out/observer/overlay.json
+	@go run ./internal/unit/gen -tree . -tree test/observer/testdata -out out/observer/units.txt
+	@echo '{"Replace": {"init/units.go": "out/observer/units.txt"}}' > out/observer/overlay.json
 	@$(GOBUILD) -overlay out/observer/overlay.json -o out/observer/bin/ ./init ./test/observer
 	@out/bin/mkimage build --bin out/observer/bin --program out/observer/bin/observer --kubernetes $(KUBERNETES) --out out/observer/image $(IMAGEFLAGS)
 
@@ -112,7 +112,7 @@ test-powercut: image ## power cuts, the long run: 10,000 rebuilt disks and 60 th
 test-pid1: ## PID 1, the long run, in a namespace of its own: 100,000 orphans, 10,000 kills, units that misbehave; see docs/init.md
 	@BULKHEAD_PID1=1 go test -count=1 -timeout 60m -v -run 'TestPID1$$' ./init/supervise | grep -E '»|FAIL|ok|_test.go'
 
-bench: image ## the figures of the design with their budgets, measured in one run
+bench: image observer ## the figures of the design with their budgets, measured in one run
 	@BULKHEAD_VM=1 BULKHEAD_BENCH=1 go test -count=1 -timeout 60m -v -run TestBench ./test/machine | grep -E '»|FAIL|_test.go'
 
 fuzz: ## every fuzz target for FUZZTIME (20s, 5m), or those that ONLY matches; see docs/fuzzing.md

@@ -23,14 +23,17 @@ import (
 
 func main() {
 	runtime.LockOSThread() // to the main thread, which is what /proc/self shows: see package confine
-	trampoline := os.Args[0] == confine.Name && len(os.Args) == 2 && os.Getppid() == 1
+	// A process that has just come into a namespace of processes does not see its parent.
+	trampoline := len(os.Args) == 2 && (os.Args[0] == confine.Name || os.Args[0] == confine.Inside) && os.Getppid() <= 1
 	if !trampoline && os.Getpid() != 1 || !boot.Ordered() {
 		os.Stderr.WriteString("init: this is PID 1 of Bulkhead; it acts only as PID 1 and with the word bulkhead on the kernel command line\n")
 		os.Exit(1)
 	}
 	switch {
 	case trampoline:
-		confine.Main(units, os.Args[1])
+		confine.Main(units, os.Args[1], os.Args[0] == confine.Inside)
+	case confine.Held(os.Args):
+		confine.Hold()
 	case len(os.Args) > 2 && os.Args[1] == "supervise":
 		serve(watchdog.Inherit(os.Args[2]))
 	default:

@@ -62,7 +62,7 @@ func Second(dog *watchdog.Dog) {
 		step{"share mounts", shareMounts, "the image: it needs the folders /state and /var"},
 		step{"link /dev/fd", linkDevices, "/dev: it must be a devtmpfs"},
 		step{"make " + unit.RunDir, func() error { return os.Mkdir(unit.RunDir, 0o755) }, tmpfs},
-		step{"make " + unit.SocketDir, func() error { return os.Mkdir(unit.SocketDir, 0o755) }, tmpfs},
+		step{"make " + unit.SocketDir, makeSockets, tmpfs},
 		step{"hand on what the boot loader passed", handOn, tmpfs},
 		step{"make the machine's id", machineID, tmpfs},
 		// Before links appear, which take their own from the defaults.
@@ -88,6 +88,13 @@ func shareMounts() error {
 		f.Try("mount "+dir, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
 	}
 	f.Try("share /", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""))
+	return f.Err
+}
+
+// makeSockets makes the folder of sockets a file system of its own: whoever is shown another folder of /run cannot come from there to it.
+func makeSockets() error {
+	f := console.First{Err: os.Mkdir(unit.SocketDir, 0o755)}
+	f.Try("mount", unix.Mount("tmpfs", unit.SocketDir, "tmpfs", noExec, "mode=0755"))
 	return f.Err
 }
 

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"math"
 	"os"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,23 +25,29 @@ const Name = "confine"
 const transient = 126
 
 // Main becomes the named unit, or says on descriptor 2 why it cannot, and exits. The caller is locked to its thread: namespaces, ids
-// and capabilities belong to a thread, and execve keeps those of the thread that calls it.
-func Main(units []unit.Unit, what string) {
+// and capabilities belong to a thread, and execve keeps those of the thread that calls it. inside says that this is the second half of the
+// way into a holder's namespaces.
+func Main(units []unit.Unit, what string, inside bool) {
 	code, err := unit.DoNotRestart, errors.New("no such unit")
 	if i := slices.IndexFunc(units, func(u unit.Unit) bool { return u.Name == what }); i >= 0 {
-		code, err = become(&units[i])
+		code, err = become(&units[i], inside)
 	}
 	os.Stderr.WriteString("confine " + what + ": " + err.Error() + "\n")
 	os.Exit(code)
 }
 
 // become returns only if it fails, with the exit code for that.
-func become(u *unit.Unit) (code int, err error) {
+func become(u *unit.Unit, inside bool) (code int, err error) {
 	fds := Descriptors(u)
 	end := unit.FirstListener + len(fds)
-	if Named(u) {
-		err = join(end) // PID 1 passes it behind all others
-	} else {
+	switch {
+	case inside:
+		_, err = unix.Setsid()
+	case u.Inside != "":
+		return transient, enter(u, end, end+1) // PID 1 passes them behind all others
+	case u.Holds:
+		err = furnish(u)
+	default:
 		err = separate(u)
 	}
 	f := console.First{Err: err}
@@ -84,9 +89,6 @@ func Descriptors(u *unit.Unit) []string {
 	return u.Listen
 }
 
-// Named says whether the unit lives in a mount namespace that several units share.
-func Named(u *unit.Unit) bool { return u.MountNamespace != "" && u.MountNamespace != "shared" }
-
 // separate cuts the mount namespace in which PID 1 has made this process off from the others'.
 func separate(u *unit.Unit) error {
 	var f console.First
@@ -123,47 +125,6 @@ func hide(f console.First, paths []string) error {
 		}
 	}
 	return f.Err
-}
-
-// join enters the mount namespace behind the descriptor. The thread must have its own working folder for that.
-func join(fd int) error {
-	var f console.First
-	f.Try("unshare", unix.Unshare(unix.CLONE_FS))
-	f.Try("enter the mount namespace", unix.Setns(fd, unix.CLONE_NEWNS))
-	return f.Err
-}
-
-// Hold makes a named mount namespace and returns a descriptor of it, which keeps it. It is made by a thread that ends with it,
-// so that nothing else of PID 1 ever is in there. The caller is locked to the main thread.
-func Hold(units []unit.Unit, name string) (fd int, err error) {
-	done := make(chan bool)
-	go func() {
-		runtime.LockOSThread()
-		var f console.First
-		f.Try("unshare", unix.Unshare(unix.CLONE_FS|unix.CLONE_NEWNS))
-		if f.Err == nil {
-			f.Try("make mounts private", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""))
-			f.Try("share mounts", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""))
-			f.Err = hide(f, hidden(units, name))
-		}
-		fd, err = unix.Open("/proc/thread-self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		f.Try("open", err)
-		err = f.Err
-		close(done)
-	}()
-	<-done
-	return fd, err
-}
-
-// hidden is what the units of a namespace may not see. What is hidden from one is hidden from all.
-func hidden(units []unit.Unit, namespace string) (paths []string) {
-	for _, u := range units {
-		if u.MountNamespace == namespace {
-			paths = append(paths, u.Hide...)
-		}
-	}
-	slices.Sort(paths)
-	return slices.Compact(paths)
 }
 
 // Of linux/securebits.h.

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	pods      = "/sys/fs/cgroup/kubepods"
+	pods      = "/sys/fs/cgroup/bulkhead/workload/kubepods"
 	podGrace  = 5 * time.Second // between TERM and KILL
 	restGrace = 2 * time.Second // the same, for what is left of all others
 	killGrace = 2 * time.Second

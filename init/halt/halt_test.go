@@ -6,8 +6,8 @@ import (
 )
 
 func TestOrder(t *testing.T) {
-	got := fmt.Sprint(Order([]string{"apid", "containerd", "etcdd", "kube-apiserver", "kube-proxy", "kubeletd", "kubelet", "storaged"}))
-	if want := "[[kube-apiserver kube-proxy kubelet] [containerd] [apid etcdd kubeletd] [storaged]]"; got != want {
+	got := fmt.Sprint(Order([]string{"apid", "containerd", "etcdd", "kube-apiserver", "kube-proxy", "kubeletd", "kubelet", "storaged", "workload"}))
+	if want := "[[kube-apiserver kube-proxy kubelet] [containerd] [apid etcdd kubeletd workload] [storaged]]"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }

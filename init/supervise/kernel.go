@@ -22,17 +22,14 @@ const (
 )
 
 // linux is the kernel itself.
-type linux struct {
-	null       int
-	namespaces map[string]int // the named mount namespaces
-}
+type linux struct{ null int }
 
 // New makes what units need before any of them runs, and returns their supervisor. What cannot be made is told: a unit that
 // lacks something does not start, which is better than a machine that does not.
 //
 // feed is called each second, and report at the start, when the late units are started, and each minute: neither may block.
 func New(units []unit.Unit, feed, report func()) (*Supervisor, error) {
-	k := linux{namespaces: map[string]int{}}
+	var k linux
 	var err error
 	if k.null, err = unix.Open("/dev/null", unix.O_RDWR|unix.O_CLOEXEC, 0); err != nil {
 		return nil, os.NewSyscallError("open /dev/null", err)
@@ -48,12 +45,6 @@ func New(units []unit.Unit, feed, report func()) (*Supervisor, error) {
 		v := &service{Unit: &units[i]}
 		services = append(services, v)
 		complain("unit "+v.Name, v.prepare())
-	}
-	for i := range units {
-		if u := &units[i]; confine.Named(u) && k.namespaces[u.MountNamespace] == 0 {
-			k.namespaces[u.MountNamespace], err = confine.Hold(units, u.MountNamespace)
-			complain("bulkhead: mount namespace "+u.MountNamespace, err)
-		}
 	}
 	s, err := newSupervisor(services, k, unit.InitSocket)
 	if err != nil {
@@ -76,15 +67,21 @@ func (s *Supervisor) hearSignals() {
 	}()
 }
 
-// delegate hands the controllers that there are down to the units' control groups, and to those of pods.
+// delegate hands the controllers that there are down to the units' control groups.
 func delegate() error {
 	f := console.First{Err: os.Mkdir(cgroups, 0o755)}
 	for _, dir := range []string{root, cgroups} {
-		have, err := os.ReadFile(dir + "/cgroup.controllers")
-		f.Try("controllers", err)
-		for _, c := range strings.Fields(string(have)) {
-			f.Try("controllers", os.WriteFile(dir+"/cgroup.subtree_control", []byte("+"+c), 0))
-		}
+		f.Try("controllers", handDown(dir))
+	}
+	return f.Err
+}
+
+func handDown(dir string) error {
+	var f console.First
+	have, err := os.ReadFile(dir + "/cgroup.controllers")
+	f.Try("controllers", err)
+	for _, c := range strings.Fields(string(have)) {
+		f.Try("controllers", os.WriteFile(dir+"/cgroup.subtree_control", []byte("+"+c), 0))
 	}
 	return f.Err
 }
@@ -95,6 +92,8 @@ func (v *service) prepare() error {
 	if v.Runtime != 0 {
 		dir := unit.RunDir + "/" + v.Name
 		f.Try("folder", os.Mkdir(dir, 0o700))
+		// Each is a file system of its own: who is shown one cannot come from there to another, nor fill it.
+		f.Try("mount "+dir, unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700,size=64m"))
 		f.Try("folder", os.Chown(dir, int(v.UID), int(v.UID)))
 		f.Try("folder", os.Chmod(dir, fs.FileMode(v.Runtime)))
 	}
@@ -106,16 +105,21 @@ func (v *service) prepare() error {
 	var err error
 	v.log, err = newLog()
 	f.Try("log", err)
-	f.Try("control group", v.limit())
+	if v.Inside == "" { // else it is made for each process anew
+		f.Try("control group", v.limit())
+	}
 	v.broken = f.Err
 	return f.Err
 }
 
-func (v *service) dir() string { return cgroups + "/" + v.Name }
+func (v *service) dir() string { return cgroups + "/" + v.Group() }
 
 // limit makes the unit's control group.
 func (v *service) limit() error {
 	f := console.First{Err: os.Mkdir(v.dir(), 0o755)}
+	if v.KillProcess && f.Err != nil && v.Inside != "" { // what it left lives on in there
+		f.Err = nil
+	}
 	for file, value := range map[string]uint64{"memory.max": v.MemoryMax, "pids.max": v.PidsMax, "cpu.weight": v.CPUWeight} {
 		if value != 0 {
 			f.Try("limit", os.WriteFile(v.dir()+"/"+file, []byte(strconv.FormatUint(value, 10)), 0))
@@ -159,7 +163,7 @@ func listen(what, path string) (int, error) {
 }
 
 func (k linux) spawn(v *service, ready int) (int, error) {
-	if v.killed {
+	if v.killed || v.Holds || v.Inside != "" {
 		v.broken = v.renew()
 	}
 	if v.broken != nil {
@@ -178,9 +182,17 @@ func (k linux) spawn(v *service, ready int) (int, error) {
 		fds = append(fds, fd)
 	}
 	flags := uintptr(unix.CLONE_NEWNS)
-	if confine.Named(v.Unit) {
-		flags = 0
-		fds = append(fds, k.namespaces[v.MountNamespace])
+	if v.Holds {
+		flags |= unix.CLONE_NEWPID
+	}
+	if v.Inside != "" {
+		holder, tell, err := v.visit()
+		if err != nil {
+			return 0, err
+		}
+		defer unix.Close(holder)
+		defer unix.Close(tell)
+		flags, fds = 0, append(fds, holder, tell)
 	}
 	if v.Network == "none" {
 		flags |= unix.CLONE_NEWNET
@@ -193,7 +205,46 @@ func (k linux) spawn(v *service, ready int) (int, error) {
 		Sys: &syscall.SysProcAttr{Setsid: true, Cloneflags: flags, UseCgroupFD: true, CgroupFD: v.cgroup}})
 }
 
-func (k linux) kill(v *service, sig unix.Signal) { unix.Kill(v.pid, sig) }
+// visit opens what the trampoline of a unit that lives inside needs: its holder, and a pipe to say in which process the unit is.
+func (v *service) visit() (holder, tell int, err error) {
+	var f console.First
+	var pipe [2]int
+	holder, err = unix.PidfdOpen(v.holder.pid, 0)
+	f.Try("find "+v.Inside, err)
+	if f.Err == nil {
+		f.Try("pipe", unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK))
+	}
+	v.told = pipe[0]
+	return holder, pipe[1], f.Err
+}
+
+// learn takes note of the process that a unit's trampoline made inside, and says whether it has just been told: from then on that process is
+// the unit's.
+func (v *service) learn() bool {
+	if v.told == 0 {
+		return false
+	}
+	var b [16]byte
+	n, err := unix.Read(v.told, b[:])
+	if err == unix.EAGAIN || err == unix.EINTR {
+		return false
+	}
+	unix.Close(v.told)
+	v.told = 0
+	pid, err := strconv.Atoi(string(b[:max(n, 0)]))
+	if err == nil {
+		v.pid = pid
+	}
+	return err == nil
+}
+
+func (k linux) kill(v *service, sig unix.Signal) {
+	v.learn()
+	if v.Holds { // it hears nothing else
+		sig = unix.SIGKILL
+	}
+	unix.Kill(v.pid, sig)
+}
 
 func (k linux) sweep(v *service) {
 	events, _ := os.ReadFile(v.dir() + "/cgroup.events")
@@ -204,14 +255,22 @@ func (k linux) sweep(v *service) {
 }
 
 // renew makes a control group anew in which cgroup.kill was used. Linux, 6.12 at least, kills whatever is cloned straight into
-// such a group ever after: it compares the group's count of kills with that of the parent's group.
+// such a group ever after: it compares the group's count of kills with that of the parent's group. In a holder's groups others may have
+// used it. A holder's own group handed controllers down, and takes no process any more.
 func (v *service) renew() error {
-	if err := removeGroup(v.dir()); err != nil { // something in it is still dying
+	if err := removeGroup(v.dir()); err != nil && err != unix.ENOENT && !v.KillProcess { // something in it is still dying
 		return err
 	}
-	unix.Close(v.cgroup)
-	v.killed = false
-	return v.limit()
+	if v.cgroup > 0 {
+		unix.Close(v.cgroup)
+	}
+	v.cgroup, v.killed = 0, false
+	var f console.First
+	if v.Inside != "" {
+		f.Try("control group", handDown(v.holder.dir()))
+	}
+	f.Try("control group", v.limit())
+	return f.Err
 }
 
 func removeGroup(dir string) error {

@@ -42,8 +42,10 @@ type service struct {
 	log    logPipe
 	listen []int // in the order of Unit.Listen
 	cgroup int
-	killed bool  // cgroup.kill was used
-	broken error // what it lacks, and does not start without
+	holder *service // whose namespaces it lives in, or nil
+	told   int      // read end of the pipe in which its trampoline says which process it has become; 0: none
+	killed bool     // cgroup.kill was used
+	broken error    // what it lacks, and does not start without
 
 	state    State
 	since    time.Time // of the state
@@ -81,6 +83,11 @@ type Supervisor struct {
 func newSupervisor(units []*service, k processes, socket string) (s *Supervisor, err error) {
 	s = &Supervisor{kernel: k, units: units, on: map[int]func(){}, conns: map[int]*conn{}, feed: func() {}, report: func() {}}
 	slices.SortFunc(s.units, func(a, b *service) int { return strings.Compare(a.Name, b.Name) })
+	for _, v := range s.units {
+		if i := slices.IndexFunc(s.units, func(h *service) bool { return h.Holds && h.Name == v.Inside }); i >= 0 {
+			v.holder = s.units[i]
+		}
+	}
 	var f console.First
 	s.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	f.Try("epoll", err)
@@ -205,6 +212,9 @@ func (s *Supervisor) happen(v *service, e Event) {
 		return
 	}
 	before, now := v.state, time.Now()
+	if c.do == Spawn && v.holder != nil && v.holder.state != Up { // nothing failed: it is its holder's turn
+		c, v.timer = cell{Waiting, None}, now.Add(firstPause)
+	}
 	if v.state = c.next; before != v.state {
 		v.since = now
 	}
@@ -278,6 +288,7 @@ func (s *Supervisor) spawn(v *service, now time.Time) {
 			v.timer = now.Add(v.StartTimeout)
 		}
 		s.watch(v.ready, unix.EPOLLIN, func() { s.hear(v) })
+	case v.told > 0: // it is ready when its process is known
 	default:
 		s.happen(v, Ready)
 	}
@@ -307,6 +318,10 @@ func (s *Supervisor) reap() {
 			return
 		}
 		for _, v := range s.units {
+			// Its trampoline said it before it ended, and until then nobody is told of the other's end.
+			if v.learn() && !v.NotifyReady {
+				s.happen(v, Ready)
+			}
 			if v.pid == pid && status.Signaled() {
 				s.ended(v, initctl.Killed, uint8(status.Signal()))
 			} else if v.pid == pid {
@@ -321,7 +336,10 @@ func (s *Supervisor) ended(v *service, how, value uint8) {
 	if v.ready >= 0 {
 		s.forget(v.ready)
 	}
-	v.ready, v.pid, v.end, v.value = -1, 0, how, value
+	if v.told > 0 {
+		unix.Close(v.told)
+	}
+	v.ready, v.told, v.pid, v.end, v.value = -1, 0, 0, how, value
 	s.kernel.sweep(v)
 	s.happen(v, ended(v.Restart, how, value))
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -27,6 +28,7 @@ type model struct {
 	wake  int
 	gate  chan bool // late units wait for it
 	flood bool      // guarded by mu: there is always one more orphan that has ended
+	early bool      // guarded by mu: who lives inside ends before its trampoline does
 }
 
 type ending struct {
@@ -47,6 +49,28 @@ func (m *model) spawn(v *service, ready int) (int, error) {
 	m.alive[v.Name] = m.next
 	if ready >= 0 {
 		unix.Write(ready, []byte("\n"))
+	}
+	if v.Inside != "" { // the process is a trampoline, which says another one's number and ends
+		if m.alive[v.Inside] == 0 {
+			panic(v.Name + " without its holder")
+		}
+		var pipe [2]int
+		if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+			panic(err)
+		}
+		v.told = pipe[0]
+		trampoline := ending{m.next, 0}
+		m.next++
+		unix.Write(pipe[1], []byte(strconv.Itoa(m.next)))
+		unix.Close(pipe[1])
+		m.alive[v.Name] = m.next
+		if m.early {
+			m.ended = append(m.ended, ending{m.next, 3 << 8})
+			delete(m.alive, v.Name)
+		}
+		m.ended = append(m.ended, trampoline)
+		unix.Write(m.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+		return trampoline.pid, nil
 	}
 	return m.next, nil
 }
@@ -147,6 +171,56 @@ func status(t *testing.T, c *initctl.Client, name string) initctl.Status {
 	}
 	t.Fatalf("no unit %q in %v", name, all)
 	return initctl.Status{}
+}
+
+// Who lives inside waits for its holder, is the process that its trampoline said, ends with its holder and comes back after it.
+func TestInside(t *testing.T) {
+	m, c := start(t,
+		unit.Unit{Name: "holder", Restart: "always", NotifyReady: true, Holds: true},
+		unit.Unit{Name: "lodger", Restart: "always", Autostart: true, Inside: "holder"})
+	until := func(name string, ok func(initctl.Status) bool) initctl.Status {
+		t.Helper()
+		for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+			if s := status(t, c, name); ok(s) {
+				return s
+			}
+		}
+		t.Fatalf("%s never came to that; it is %+v", name, status(t, c, name))
+		return initctl.Status{}
+	}
+	up := func(after int) func(initctl.Status) bool {
+		return func(s initctl.Status) bool { return s.State == "up" && s.PID > after }
+	}
+	time.Sleep(3 * firstPause) // long enough to try it several times
+	if s := status(t, c, "lodger"); s.State != "waiting" || s.Restarts != 0 || s.PID != 0 {
+		t.Errorf("without its holder: %+v", s)
+	}
+	if err := c.Start("holder"); err != nil {
+		t.Fatal(err)
+	}
+	holder, first := until("holder", up(0)), until("lodger", up(0))
+	m.mu.Lock()
+	if first.PID != m.alive["lodger"] || first.Restarts != 0 {
+		t.Errorf("process %+v, want %d", first, m.alive["lodger"])
+	}
+	m.mu.Unlock()
+	// The kernel ends the lodger first: the holder's end is told when all others' are.
+	m.end("lodger", unix.WaitStatus(unix.SIGKILL))
+	m.end("holder", unix.WaitStatus(unix.SIGKILL))
+	until("holder", up(holder.PID))
+	if again := until("lodger", up(first.PID)); again.Restarts != 1 || again.LastExit != "killed by SIGKILL" {
+		t.Errorf("after its holder's end: %+v", again)
+	}
+	// One that ends at once is seen to end, with its own code.
+	m.mu.Lock()
+	m.early = true
+	m.mu.Unlock()
+	m.end("lodger", 0)
+	until("lodger", func(s initctl.Status) bool { return s.Restarts >= 3 && s.LastExit == "exit 3" })
+	if err := c.Stop("lodger"); err != nil {
+		t.Fatal(err)
+	}
+	until("lodger", func(s initctl.Status) bool { return s.State == "down" })
 }
 
 func TestSupervisor(t *testing.T) {

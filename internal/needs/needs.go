@@ -12,7 +12,7 @@ import (
 // names are what others may refer to, by daemon.
 var names = map[string][]string{
 	"etcdd":    {"certificates", "member", "quorum"},
-	"kubeletd": {"api", "certificates", "containerd", "image-load", "kube-apiserver", "kubelet", "members"},
+	"kubeletd": {"api", "certificates", "containerd", "image-load", "kube-apiserver", "kubelet", "members", "workload"},
 	"machined": {"clock", "config"},
 	"networkd": {"address", "carrier"},
 	"storaged": {"STATE.mounted", "STATE.room", "STATE.unlocked", "STATE.unlocks", "VAR.mounted", "VAR.room", "VAR.unlocked", "VAR.unlocks"},

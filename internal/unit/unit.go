@@ -28,9 +28,16 @@ type Unit struct {
 	// Network is "none" (an empty network namespace; inherited listeners still work) or "host".
 	Network string
 	// MountNamespace is "" (one of its own, which sees later mounts of the host but makes none there),
-	// "shared" (one of its own, whose mounts appear on the host: storaged), or the name of a
-	// namespace that several units share and that outlives each of them ("workload").
+	// or "shared" (one of its own, whose mounts appear on the host: storaged).
 	MountNamespace string
+	// Holds is true for the unit whose process is the first in namespaces of its own for mounts, processes and control groups, in which
+	// other units live. When it ends, they and all that they started end with it.
+	Holds bool
+	// Show lists the folders of the host that are mounted in a holder's namespaces, besides devices, the kernel's file systems and the
+	// root; all else is not there. What is below RunDir is read-only.
+	Show []string
+	// Inside is the name of the unit in whose namespaces it lives; "" is none.
+	Inside string
 	// Hide lists folders over which an empty read-only tmpfs is mounted.
 	Hide []string
 
@@ -72,6 +79,14 @@ type Unit struct {
 	Runtime uint32
 	// Umask is the process's; 0 means 0077. containerd and the kubelet need 0022: they make folders that pods of other users enter.
 	Umask uint32
+}
+
+// Group is the unit's control group, below the one of all units.
+func (u *Unit) Group() string {
+	if u.Inside != "" {
+		return u.Inside + "/" + u.Name
+	}
+	return u.Name
 }
 
 // Paths that PID 1 and the daemons agree on.

@@ -28,7 +28,7 @@ func TestConditions(t *testing.T) {
 		have            State
 		trouble, needs  string // parts
 	}{
-		{"no volume", "containerd", want, State{}, "containerd is not started yet: it waits for volume VAR", "storaged/VAR.mounted storaged/VAR.room"},
+		{"no volume", "containerd", want, State{}, "containerd is not started yet: it waits for volume VAR, workload", "storaged/VAR.mounted storaged/VAR.room"},
 		{"a full volume", "containerd", want, State{Volume: true, Units: map[string]Unit{"containerd": {State: "waiting", LastExit: "exit 1"}}}, "containerd: unit is waiting (exit 1)", "storaged/VAR.room"},
 		{"no address", "kube-apiserver", want, State{Volume: true, Hostname: "n1"}, "it waits for bootstrap, address, etcd", "etcdd/member kubeletd/certificate kubeletd/certificates networkd/address"},
 		{"etcd went away", "kube-apiserver", want, State{Volume: true, Units: up("kube-apiserver"), Health: map[string]string{"kube-apiserver": "etcd failed"}}, "kube-apiserver: unit is up: etcd failed", "etcdd/member"},

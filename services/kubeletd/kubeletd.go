@@ -137,9 +137,14 @@ func New(cfg Config) (*Daemon, error) {
 	if cfg.Group == nil {
 		cfg.Group = func(id uid.ID) int { return int(id) }
 	}
-	// containerd watches this folder and gives up if it is not there, long before the Node has a pod subnet to write into it.
-	if err := (disk{cfg.Dir, cfg.Group}).folder(File{Path: cniFile, Public: true}); err != nil {
-		return nil, err
+	// Before there is anything to write: the workload side is shown these folders and no others, from its start on.
+	for _, e := range entries {
+		if !e.worker {
+			continue
+		}
+		if err := (disk{cfg.Dir, cfg.Group}).folder(File{Path: e.file, Group: e.group, Public: e.public}); err != nil {
+			return nil, err
+		}
 	}
 	d := &Daemon{cfg: cfg, figures: newFigures(cfg.Env.Metrics)}
 	d.kernel = newSystem(cfg, func() spec { s, _ := d.loop.Spec(); return s })

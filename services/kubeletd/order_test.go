@@ -20,7 +20,7 @@ func TestImagesWaitForContainerd(t *testing.T) {
 	var listening atomic.Bool
 	early, loaded := make(chan string, 16), make(chan bool, 16)
 	w.start = func(unit string) {
-		if unit != "containerd" && !listening.Load() {
+		if unit != "workload" && unit != "containerd" && !listening.Load() {
 			early <- unit
 		}
 		if unit == "image-load" {

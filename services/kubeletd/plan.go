@@ -105,7 +105,8 @@ type rule struct {
 // rules are in the order of starting. Nothing is started before it can work: under load, a process that fails and is started
 // again costs the others more than the wait.
 var rules = []rule{
-	{unit: "containerd", worker: true, after: []string{"volume VAR"}},
+	{unit: "workload", worker: true, after: []string{"volume VAR"}}, // it shows the volume to the others: what is mounted later is not there
+	{unit: "containerd", worker: true, after: []string{"volume VAR", "workload"}},
 	{unit: "image-load", worker: true, once: true, after: []string{"containerd"}},
 	{unit: "kube-apiserver", after: []string{"volume VAR", "bootstrap", "address", "hostname", "etcd"}}, // its lease in the cluster is named after the kernel's host name
 	{unit: "kube-controller-manager", after: []string{"hostname", "kube-apiserver"}},
@@ -269,6 +270,8 @@ func (p *planner) reached(what string) bool {
 		return p.have.Node != nil
 	case "kube-apiserver":
 		return p.have.API || p.want.Role == config.Worker
+	case "workload":
+		return p.have.Units[what].State == "up"
 	case "containerd":
 		h, asked := p.have.Health[what] // it runs for seconds before it listens
 		return p.have.Units[what].State == "up" && asked && h == ""

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -282,7 +283,7 @@ func TestPlanWorker(t *testing.T) {
 		b.event(&s)
 	}
 	s.Units["kube-scheduler"] = Unit{State: "up"}
-	s.Units["containerd"], s.Units["image-load"] = Unit{State: "up"}, Unit{State: "down", LastExit: "exit 0"}
+	s.Units["workload"], s.Units["containerd"], s.Units["image-load"] = Unit{State: "up"}, Unit{State: "up"}, Unit{State: "down", LastExit: "exit 0"}
 	steps, err := plan(want, s)
 	if err != nil {
 		t.Fatal(err)
@@ -360,12 +361,16 @@ func TestNth(t *testing.T) {
 
 // TestUnits: every unit that is ordered has a file, and reads what is rendered for it.
 func TestUnits(t *testing.T) {
-	units, err := unitfile.Load(os.DirFS("."))
+	units, err := unitfile.Load(os.DirFS("../.."))
 	if err != nil {
 		t.Fatal(err)
 	}
-	var names []string
+	var names, shown []string
 	for _, u := range units {
+		if u.Name != "kubeletd" && !slices.Contains(u.Owners, 110) {
+			continue
+		}
+		shown = append(shown, u.Show...)
 		if u.Name == "kubeletd" {
 			if port := fmt.Sprintf("loopback:%d", balance.Port); !slices.Contains(u.Listen, port) {
 				t.Errorf("kubeletd listens at %q; Kubernetes' files name %s", u.Listen, port)
@@ -386,6 +391,16 @@ func TestUnits(t *testing.T) {
 	slices.Sort(names)
 	if want := unitNames(); !slices.Equal(names, want) {
 		t.Errorf("units %q, want %q", names, want)
+	}
+	// The workload side is shown the folders of what its units read, and no folder with a key of the control plane.
+	for _, e := range entries {
+		folder := "/run/bulkhead/kubeletd/" + path.Dir(e.file)
+		if slices.Contains(shown, folder) != e.worker && folder != "/run/bulkhead/kubeletd/kubernetes/pki" {
+			t.Errorf("%s is in a folder that the workload side is shown: %v, a worker has it: %v", e.file, !e.worker, e.worker)
+		}
+		if e.profile != "" && strings.HasSuffix(folder, "/pki") {
+			t.Errorf("%s: a key beside what everybody reads", e.file)
+		}
 	}
 }
 

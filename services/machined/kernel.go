@@ -91,6 +91,9 @@ func (linux) Usage(name string) (memory uint64, cpu float64) {
 		return 0, 0
 	}
 	group := "/sys/fs/cgroup/bulkhead/" + name
+	if _, err := os.Stat(group); err != nil {
+		group = "/sys/fs/cgroup/bulkhead/workload/" + name
+	}
 	if data, err := os.ReadFile(group + "/memory.current"); err == nil {
 		if memory, err = strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64); err != nil {
 			memory = 0

@@ -29,7 +29,7 @@ func TestBench(t *testing.T) {
 	row := figures(t)
 	n := newNode(t)
 	start := time.Now()
-	n.up(t)
+	n.upObserved(t)
 	row("bhctl up, new machine → Kubernetes Ready", since(start), "")
 	n.run(t, "bhctl", "kubeconfig", "--file", n.kubeconfig)
 	testWorkload(t, n)
@@ -75,7 +75,7 @@ func (n *node) benchMemory(t *testing.T, row row) {
 	each := map[string][]uint64{}
 	for range looks {
 		time.Sleep(apart) // a measure, not a test: the budget is for idle daemons
-		procs := n.processes(t)
+		procs := n.observed(t)
 		resident = append(resident, procs[1].RSS)
 		sum, kubernetes := procs[1].PSS, uint64(0)
 		for name, s := range services {
@@ -141,7 +141,7 @@ func (n *node) benchKills(t *testing.T, row row) {
 		var took []time.Duration
 		for range 3 {
 			before := n.services(t)[name]
-			n.kill(t, name, before.Pid)
+			n.kill(t, before.Pid)
 			eventually(t, time.Minute, name+" is back", func() error {
 				if s := n.services(t)[name]; s.State != "up" || s.Pid == before.Pid {
 					return fmt.Errorf("%s", s.State)

@@ -13,7 +13,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
 )
 
-// process is what "hello ps" prints for each process, read from /proc.
+// process is what the observer prints for each process, read from /proc.
 type process struct {
 	PID                               int
 	Name                              string // argv[0]
@@ -30,20 +30,6 @@ type process struct {
 	PSS, RSS                          uint64 // bytes
 }
 
-// processes reads the node's process table through the inspect pod.
-func (n *node) processes(t *testing.T) map[int]process {
-	t.Helper()
-	var list []process
-	if err := json.Unmarshal([]byte(n.run(t, "kubectl", "exec", "-n", "kube-system", "inspect", "--", "/hello", "ps")), &list); err != nil {
-		t.Fatal(err)
-	}
-	out := map[int]process{}
-	for _, p := range list {
-		out[p.PID] = p
-	}
-	return out
-}
-
 // testConfinement compares every running unit's process with its unit file, exactly.
 func testConfinement(t *testing.T, n *node) {
 	units, err := unitfile.Load(os.DirFS(n.root))
@@ -51,13 +37,16 @@ func testConfinement(t *testing.T, n *node) {
 		t.Fatal(err)
 	}
 	services := n.services(t)
-	procs := n.processes(t)
+	procs := n.observed(t)
 	root := procs[1]
 	if root.Name == "" {
-		t.Fatalf("no process 1 among %d: the inspect pod does not see the node", len(procs))
+		t.Fatalf("no process 1 among %d: the observer does not see the node", len(procs))
 	}
-	checked := 0
-	var workload string
+	checked, inside := 0, 0
+	workload := map[string]string{}
+	for _, ns := range []string{"mnt", "pid", "cgroup"} {
+		workload[ns] = procs[int(services["workload"].GetPid())].Namespaces[ns]
+	}
 	for _, u := range units {
 		s := services[u.Name]
 		if s == nil {
@@ -78,19 +67,22 @@ func testConfinement(t *testing.T, n *node) {
 		for _, diff := range compare(u, p, root) {
 			t.Errorf("%s: %s", u.Name, diff)
 		}
-		if u.MountNamespace == "workload" {
-			if workload == "" {
-				workload = p.Namespaces["mnt"]
+		for ns, theirs := range workload {
+			if lives := u.Inside == "workload" || u.Name == "workload"; lives != (p.Namespaces[ns] == theirs) || !lives && ns != "mnt" && p.Namespaces[ns] != root.Namespaces[ns] {
+				t.Errorf("%s is in namespace %s, the workload side in %s, PID 1 in %s", u.Name, p.Namespaces[ns], theirs, root.Namespaces[ns])
 			}
-			if p.Namespaces["mnt"] != workload {
-				t.Errorf("%s is in mount namespace %s, the workload side in %s", u.Name, p.Namespaces["mnt"], workload)
-			}
+		}
+		if u.Inside != "" {
+			inside++
 		}
 		checked++
 	}
 	t.Logf("» %d processes are exactly as confined as their units say", checked)
-	if checked < 12 {
-		t.Errorf("only %d units run", checked)
+	if checked < 12 || inside < 3 {
+		t.Errorf("only %d units run, %d on the workload side", checked, inside)
+	}
+	if weight := strings.TrimSpace(n.act(t, "GET", "group", "", "unit=workload", "file=cpu.weight")); weight != "1000" {
+		t.Errorf("the workload side's cpu.weight is %s", weight)
 	}
 }
 
@@ -116,7 +108,12 @@ func compare(u unit.Unit, p, root process) (diffs []string) {
 	want("NoNewPrivs", p.NoNewPrivs, !u.NewPrivileges)
 	want("own mount namespace", p.Namespaces["mnt"] != root.Namespaces["mnt"], true)
 	want("own network namespace", p.Namespaces["net"] != root.Namespaces["net"], u.Network == "none")
-	want("control group", strings.TrimPrefix(p.Cgroup, "0::"), "/bulkhead/"+u.Name)
+	group := "/bulkhead/" + u.Group()
+	if u.Holds { // a leaf of it: its limits are those of all that live inside
+		group += "/hold"
+		u.CPUWeight = 0
+	}
+	want("control group", strings.TrimPrefix(p.Cgroup, "0::"), group)
 	limit := func(file string, n uint64, none string) {
 		w := none
 		if n > 0 {

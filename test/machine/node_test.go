@@ -25,13 +25,15 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/client"
 )
 
+// A step is a part of a node's life.
+type step struct {
+	name string
+	run  func(*testing.T, *node)
+}
+
 // TestNode is one life of one node, in order: each part stands on the one before.
 func TestNode(t *testing.T) {
-	n := newNode(t)
-	steps := []struct {
-		name string
-		run  func(*testing.T, *node)
-	}{
+	live(t, []step{
 		{"up", testUp},
 		{"up again changes nothing", testUpAgain},
 		{"strangers are refused", testStrangers},
@@ -39,12 +41,26 @@ func TestNode(t *testing.T) {
 		{"rest", testREST},
 		{"tools", testTools},
 		{"workload", testWorkload},
-		{"confinement", testConfinement},
+		{"a privileged pod sees no daemon", testPrivilegedPod},
 		{"secrets at rest", testSecretsAtRest},
-		{"kill every daemon", testKill},
 		{"reboot", testReboot},
 		{"flipped bit", testFlippedBit},
-	}
+	})
+}
+
+// TestNodeObserved is the life of a node whose processes are looked at from outside, and killed: nothing that runs on a real node could do either.
+func TestNodeObserved(t *testing.T) {
+	live(t, []step{
+		{"up", testUpObserved},
+		{"workload", testWorkload},
+		{"confinement", testConfinement},
+		{"kill every daemon", testKill},
+		{"kill the workload side", testKillWorkload},
+	})
+}
+
+func live(t *testing.T, steps []step) {
+	n := newNode(t)
 	only := os.Getenv("BULKHEAD_VM_STEPS") // for work on one step: "up,workload,reboot"
 	for _, s := range steps {
 		if only != "" && !strings.Contains(","+only+",", ","+s.name+",") {
@@ -80,6 +96,12 @@ func testUp(t *testing.T, n *node) {
 	if out := n.run(t, "kubectl", "get", "nodes", "--no-headers"); !strings.Contains(out, " Ready ") {
 		t.Errorf("kubectl get nodes: %s", out)
 	}
+}
+
+func testUpObserved(t *testing.T, n *node) {
+	n.upObserved(t)
+	n.run(t, "bhctl", "health", "--wait=2m")
+	n.run(t, "bhctl", "kubeconfig", "--file", n.kubeconfig)
 }
 
 func testUpAgain(t *testing.T, n *node) {
@@ -405,7 +427,7 @@ func testKill(t *testing.T, n *node) {
 			t.Errorf("%s is not up before it is killed: %v", name, before)
 			continue
 		}
-		n.kill(t, name, before.Pid)
+		n.kill(t, before.Pid)
 		eventually(t, time.Minute, name+" is back", func() error {
 			if s := n.services(t)[name]; s.State != "up" || s.Pid == before.Pid {
 				return fmt.Errorf("%s: %s, process %d", name, s.State, s.Pid)
@@ -438,13 +460,36 @@ func testTakeOver(t *testing.T, n *node) {
 	t.Logf("» kube-proxy was started anew; %d requests to the pod, 0 failed", asks)
 }
 
-// kill sends SIGKILL through the inspect pod. The kubelet carries that call itself, so its own end is the end of the call.
-func (n *node) kill(t *testing.T, name string, pid uint32) {
+// kill sends SIGKILL to a unit's process.
+func (n *node) kill(t *testing.T, pid uint32) {
 	t.Helper()
-	_, err := n.try(t.Context(), time.Minute, "kubectl", "exec", "-n", "kube-system", "inspect", "--", "/hello", "kill", fmt.Sprint(pid))
-	if err != nil && name != "kubelet" {
-		t.Fatalf("kill %s: %v", name, err)
+	n.act(t, "POST", "signal", "", "signal=KILL", fmt.Sprint("pid=", pid))
+}
+
+// testKillWorkload ends the process that holds the workload side: everything in there ends with it, pods too, and everything comes back by itself.
+func testKillWorkload(t *testing.T, n *node) {
+	before := n.services(t)
+	start := time.Now()
+	n.kill(t, before["workload"].Pid)
+	eventually(t, time.Minute, "all units of the workload side are new", func() error {
+		now := n.services(t)
+		for _, name := range []string{"workload", "containerd", "kubelet", "kube-proxy"} {
+			if s := now[name]; s.State != "up" || s.Pid == before[name].Pid {
+				return fmt.Errorf("%s: %s, process %d", name, s.State, s.Pid)
+			}
+		}
+		return nil
+	})
+	units := time.Since(start)
+	eventually(t, 4*time.Minute, "the pod answers again", func() error { return n.ask(t.Context()) })
+	t.Logf("» the workload side was killed: its units were back after %s, the pod answered after %s", units.Round(100*time.Millisecond), time.Since(start).Round(100*time.Millisecond))
+	for name, s := range n.services(t) {
+		if was := before[name]; s.Pid != was.Pid && name != "workload" && name != "containerd" && name != "kubelet" && name != "kube-proxy" {
+			t.Errorf("%s is process %d, was %d: it has nothing to do with that", name, s.Pid, was.Pid)
+		}
 	}
+	n.run(t, "bhctl", "health", "--wait=3m")
+	testConfinement(t, n)
 }
 
 func testReboot(t *testing.T, n *node) {

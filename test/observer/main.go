@@ -103,12 +103,21 @@ func groupFile(groups string, q url.Values) (string, error) {
 			return "", fmt.Errorf("want unit=NAME and file=NAME, not %q and %q", name, file)
 		}
 	}
-	return filepath.Join(groups, "bulkhead", name, file), nil
+	return filepath.Join(group(groups, name), file), nil
+}
+
+// group is a unit's control group: below that of all units, or below the one that holds the workload side.
+func group(groups, unit string) string {
+	dir := filepath.Join(groups, "bulkhead", unit)
+	if _, err := os.Stat(dir); err != nil {
+		dir = filepath.Join(groups, "bulkhead/workload", unit)
+	}
+	return dir
 }
 
 // members are the processes of a unit's group and of all groups below it.
 func members(groups, unit string) (pids []int, err error) {
-	err = filepath.WalkDir(filepath.Join(groups, "bulkhead", unit), func(path string, e os.DirEntry, err error) error {
+	err = filepath.WalkDir(group(groups, unit), func(path string, e os.DirEntry, err error) error {
 		if err != nil || e.Name() != "cgroup.procs" {
 			return err
 		}

@@ -12,6 +12,7 @@
 //	hello ps                        print every process, as JSON
 //	hello read FILE OFFSET LENGTH   print that many bytes of a file or device
 //	hello kill PID                  end a process with SIGKILL
+//	hello prowl DIR                 look for ways out of the pod, which has the host's root at DIR, and print them, as JSON
 package main
 
 import (
@@ -33,7 +34,7 @@ const (
 	address  = ":8080"
 	patience = 10 * time.Second // for one question; longer than a resolver's two tries
 	maxBody  = 1 << 20          // bytes of an answer that get prints
-	usage    = "usage: hello [get URL | lookup NAME | env | ps | read FILE OFFSET LENGTH | kill PID]"
+	usage    = "usage: hello [get URL | lookup NAME | env | ps | read FILE OFFSET LENGTH | kill PID | prowl DIR]"
 )
 
 func main() {
@@ -64,6 +65,8 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 		return read(out, args[1], args[2], args[3])
 	case len(args) == 2 && args[0] == "kill":
 		return kill(args[1])
+	case len(args) == 2 && args[0] == "prowl":
+		return prowl(out, args[1])
 	}
 	return errors.New(usage)
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"math"
 	"path"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -27,6 +28,9 @@ type file struct {
 	NewPrivileges  bool     `json:"new_privileges"`
 	Network        string   `json:"network"`
 	MountNamespace string   `json:"mount_namespace"`
+	Holds          bool     `json:"holds"`
+	Show           []string `json:"show"`
+	Inside         string   `json:"inside"`
 	Hide           []string `json:"hide"`
 	Listen         []string `json:"listen"`
 	Console        bool     `json:"console"`
@@ -61,6 +65,7 @@ func Parse(data []byte) (unit.Unit, error) {
 	}
 	u := unit.Unit{
 		Name: f.Name, Exec: f.Exec, Env: f.Env, NewPrivileges: f.NewPrivileges, Network: f.Network, MountNamespace: f.MountNamespace,
+		Holds: f.Holds, Show: f.Show, Inside: f.Inside,
 		Hide: f.Hide, Listen: f.Listen, Console: f.Console, PidsMax: f.PidsMax, CPUWeight: f.CPUWeight, Delegate: f.Delegate,
 		NoFile: f.NoFile, OOMScoreAdj: f.OOMScoreAdj, Restart: f.Restart, Autostart: f.Autostart, Late: f.Late, NotifyReady: f.NotifyReady, KillProcess: f.KillProcess,
 	}
@@ -160,15 +165,18 @@ func check(u unit.Unit) error {
 	if err := oneOf("network", u.Network, "none", "host"); err != nil {
 		return err
 	}
-	if err := oneOf("mount_namespace", u.MountNamespace, "", "shared", "workload"); err != nil {
+	if err := oneOf("mount_namespace", u.MountNamespace, "", "shared"); err != nil {
 		return err
 	}
 	if err := oneOf("restart", u.Restart, "always", "on-failure", "never"); err != nil {
 		return err
 	}
-	for _, h := range u.Hide {
+	if (u.Holds || u.Inside != "") && (u.MountNamespace != "" || len(u.Hide) > 0 || u.UID != 0) || u.Holds && u.Inside != "" || !u.Holds && len(u.Show) > 0 {
+		return fmt.Errorf("holds, inside, show: who holds namespaces for others or lives in such is root, hides nothing and has no mount_namespace; only who holds them shows")
+	}
+	for _, h := range slices.Concat(u.Hide, u.Show) {
 		if !path.IsAbs(h) || path.Clean(h) != h {
-			return fmt.Errorf("hide: %q is not a clean absolute path", h)
+			return fmt.Errorf("hide, show: %q is not a clean absolute path", h)
 		}
 	}
 	for _, l := range u.Listen {
@@ -215,5 +223,10 @@ func Load(tree fs.FS) ([]unit.Unit, error) {
 		return nil
 	})
 	sort.Slice(units, func(i, j int) bool { return units[i].Name < units[j].Name })
+	for _, u := range units {
+		if u.Inside != "" && !slices.ContainsFunc(units, func(h unit.Unit) bool { return h.Holds && h.Name == u.Inside }) && err == nil {
+			err = fmt.Errorf("%s: inside: no unit %q holds namespaces", from[u.Name], u.Inside)
+		}
+	}
 	return units, err
 }

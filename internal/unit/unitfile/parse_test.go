@@ -40,6 +40,8 @@ func TestParseRefuses(t *testing.T) {
 		{`"5s"`, `"five"`, `stop_timeout: "five"`},
 		{`"0750"`, `"rwx"`, `runtime: "rwx"`},
 		{`"5s"}`, `"5s"} {}`, `more than one`},
+		{`"5s"}`, `"5s", "inside": "y"}`, `who holds namespaces for others or lives in such is root`},
+		{`"5s"}`, `"5s", "show": ["/var"]}`, `only who holds them shows`},
 	} {
 		_, err := Parse([]byte(strings.Replace(good, c.old, c.new, 1)))
 		if err == nil || !strings.Contains(err.Error(), c.want) {
@@ -55,6 +57,18 @@ func TestLoadRefusesTwins(t *testing.T) {
 	}
 }
 
+func TestLoadWantsAHolder(t *testing.T) {
+	lives := strings.Replace(strings.Replace(good, `"networkd"`, `"root"`, 1), `"5s"}`, `"5s", "inside": "y"}`, 1)
+	tree := fstest.MapFS{"x/unit.json": {Data: []byte(lives)}}
+	if _, err := Load(tree); err == nil || !strings.Contains(err.Error(), `no unit "y" holds`) {
+		t.Errorf("Load = %v, want the holder named", err)
+	}
+	tree["y/unit.json"] = &fstest.MapFile{Data: []byte(strings.Replace(strings.Replace(lives, `"x"`, `"y"`, 1), `"inside": "y"`, `"holds": true`, 1))}
+	if _, err := Load(tree); err != nil {
+		t.Errorf("Load = %v", err)
+	}
+}
+
 // TestUnits reads the units of this tree. Rules that hold for all of them stand here, once.
 func TestUnits(t *testing.T) {
 	units, err := Load(os.DirFS("../../.."))
@@ -62,7 +76,7 @@ func TestUnits(t *testing.T) {
 		t.Fatal(err)
 	}
 	users := map[uint32]string{}
-	workload := map[string]bool{"containerd": true, "kubelet": true, "kube-proxy": true, "image-load": true}
+	workload := map[string]bool{"containerd": true, "kubelet": true, "kube-proxy": true, "image-load": true, "workload": true}
 	for _, u := range units {
 		if u.UID == 0 && !workload[u.Name] {
 			t.Errorf("%s runs as root: only the workload side may", u.Name)
@@ -74,11 +88,13 @@ func TestUnits(t *testing.T) {
 		if u.NewPrivileges && !workload[u.Name] {
 			t.Errorf("%s may gain privileges", u.Name)
 		}
-		if hides := strings.Join(u.Hide, " "); workload[u.Name] && (!strings.Contains(hides, unit.SocketDir) || !strings.Contains(hides, unit.StateDir)) {
-			t.Errorf("%s: the workload side must not see %s and %s; it hides %v", u.Name, unit.SocketDir, unit.StateDir, u.Hide)
+		if lives := u.Inside == "workload"; lives != (workload[u.Name] && u.Name != "workload") {
+			t.Errorf("%s lives inside %q", u.Name, u.Inside)
 		}
-		if joins := u.MountNamespace == "workload"; workload[u.Name] && !joins && u.Name != "image-load" {
-			t.Errorf("%s has a mount namespace of its own: what the kubelet mounts, containerd must see", u.Name)
+		for _, p := range u.Show {
+			if p == unit.RunDir || p == "/run" || strings.HasPrefix(p, unit.SocketDir) || strings.HasPrefix(p, unit.StateDir) {
+				t.Errorf("%s shows %s to the workload side", u.Name, p)
+			}
 		}
 		// The API server's memory grows with the cluster: any limit would be wrong for somebody.
 		if u.MemoryMax == 0 && !workload[u.Name] && u.Name != "kube-apiserver" {

@@ -113,12 +113,7 @@ func judge() {
 	expect(strings.Contains(read(must(c.Logs("bare"))), "fd3=/dev/null"), "bare has no ready pipe")
 
 	// Mounts.
-	wait("work-a", "up")
-	wait("work-b", "up")
 	wait("mounter", "up")
-	text = read(must(c.Logs("work-a"))) + read(must(c.Logs("work-b")))
-	expect(strings.Contains(text, "found nothing, mounts: <nil>"), "workload can mount", text)
-	expect(strings.Count(text, "sees sockets: 0 <nil>") == 2 && strings.Count(text, "sees state: 0 <nil>") == 2, "workload sees no socket and no state")
 	text = read(must(c.Logs("mounter")))
 	expect(strings.Contains(text, "mounts state: <nil> <nil>") && strings.Contains(text, "mounts a disk: <nil> <nil>") && strings.Contains(text, "sees share: 0"), "mounter", text)
 	_, err = os.Stat("/state/.mounted")
@@ -129,17 +124,67 @@ func judge() {
 	expect(err != nil, "no other is", err)
 	share := must(os.ReadDir("/usr/share"))
 	expect(len(share) > 0, "hidden folders are hidden for one only", len(share))
-	expect(strings.Contains(must(readAll(fmt.Sprintf("/proc/%d/mountinfo", state("work-b").PID))), "/tmp"), "workload has its mount")
+
+	// The workload side: who lives there waits for it.
+	expect(state("work-a").State == "waiting" && state("work-a").Restarts == 0, "work-a waits", state("work-a"))
+	must(0, os.WriteFile("/run/bulkhead/judge/mine", nil, 0o600))
+	expect(c.Start("workload") == nil, "start workload")
+	inside(wait("workload", "up").PID, "workload", "/hold")
+	var before []initctl.Status
+	for _, name := range []string{"work-a", "work-b", "prowler"} {
+		before = append(before, wait(name, "up"))
+		inside(state(name).PID, name, "/"+name)
+		expect(state(name).Restarts == 0, name+" was started once", state(name))
+	}
+	prowled := func() {
+		text := read(must(c.Logs("prowler")))
+		expect(strings.Count(text, "prowl ok") > 30, "the prowler prowls", strings.Count(text, "prowl ok"))
+		for line := range strings.Lines(text) {
+			if !strings.HasPrefix(line, "prowl ok") {
+				expect(false, "the prowler:", line)
+			}
+		}
+	}
+	prowled()
+	expect(must(readAll("/sys/fs/cgroup/bulkhead/workload/work-b/memory.max")) == "67108864\n", "work-b's memory")
+	// The holder's end is everybody's, and everybody comes back.
+	holder := state("workload")
+	unix.Kill(holder.PID, unix.SIGTERM)
+	time.Sleep(100 * time.Millisecond)
+	expect(state("workload").PID == holder.PID, "the holder hears nothing", state("workload"))
+	unix.Kill(holder.PID, unix.SIGKILL)
+	until("the holder comes back", 5*time.Second, func(s initctl.Status) bool { return s.Name == "workload" && s.State == "up" && s.PID != holder.PID })
+	for _, b := range before {
+		for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+			if s := state(b.Name); s.State == "up" && s.PID != b.PID {
+				break
+			}
+		}
+		expect(state(b.Name).State == "up" && state(b.Name).PID != b.PID, b.Name+" comes back with it", state(b.Name))
+		expect(state(b.Name).LastExit == "killed by SIGKILL" && state(b.Name).Restarts == 1, b.Name+" ended with its holder", state(b.Name))
+		inside(state(b.Name).PID, b.Name, "/"+b.Name)
+	}
+	prowled()
+	text = read(must(c.Logs("work-a"))) + read(must(c.Logs("work-b")))
+	expect(strings.Count(text, "found nothing, mounts: <nil>") == 2 && strings.Count(text, "sees the volume: <nil>") == 4, "each life of workload has mounts of its own", text)
 	a := state("work-a")
 	unix.Kill(a.PID, unix.SIGKILL)
 	b := state("work-b")
 	unix.Kill(b.PID, unix.SIGKILL)
-	until("work-b comes back", 5*time.Second, func(s initctl.Status) bool { return s.Name == "work-b" && s.State == "up" && s.PID != b.PID })
-	wait("work-a", "up")
+	for _, was := range []initctl.Status{a, b} {
+		for end := time.Now().Add(5 * time.Second); time.Now().Before(end) && state(was.Name).PID == was.PID; {
+			time.Sleep(20 * time.Millisecond)
+		}
+		expect(wait(was.Name, "up").PID != was.PID, was.Name+" comes back by itself", state(was.Name))
+	}
 	text = read(must(c.Logs("work-a"))) + read(must(c.Logs("work-b")))
 	expect(strings.Count(text, "found what was mounted before") == 2, "workload's mounts outlive both", text)
-	_, err = os.Stat(fmt.Sprintf("/proc/%d/root/state/.mounted", state("work-a").PID))
-	expect(err != nil, "workload still does not see state", err)
+	_, err = os.Stat("/tmp/kept")
+	expect(err != nil, "and are not here", err)
+	_, err = os.Stat("/run/bulkhead/judge/mine")
+	expect(err == nil, "what is inside cannot take folders away here", err)
+	expect(c.Stop("work-b") == nil && wait("work-b", "down").LastExit == "exit 0", "work-b is asked to end", state("work-b"))
+	expect(c.Start("work-b") == nil && wait("work-b", "up").PID != 0, "start work-b")
 	expect(strings.Contains(field(state("work-a").PID, "CapEff"), "1ffffffffff") && field(state("work-b").PID, "CapEff") == "0000000000200001" &&
 		field(state("work-b").PID, "CapBnd") == "0000000000200001" && field(state("work-b").PID, "NoNewPrivs") == "1", "capabilities of root units", field(state("work-b").PID, "CapEff"))
 
@@ -168,7 +213,7 @@ func judge() {
 	// The control socket.
 	expect(errors.Is(c.Start("nobody"), initctl.NotFound), "no such unit")
 	garbage()
-	expect(len(must(c.Status())) == 14, "all units", len(must(c.Status())))
+	expect(len(must(c.Status())) == 16, "all units", len(must(c.Status())))
 	id := must(readAll("/etc/machine-id"))
 	expect(regexp.MustCompile("^[0-9a-f]{32}\n$").MatchString(id), "machine id", id)
 	fw, err := os.Stat("/run/bulkhead/claim-key")
@@ -183,6 +228,22 @@ func judge() {
 		c.Reboot()
 	}
 	select {}
+}
+
+// inside looks at a process of the workload side from outside: PID 1 knows it by its number here, and it has another one there.
+func inside(pid int, name, group string) {
+	proc := fmt.Sprintf("/proc/%d/", pid)
+	expect(argv0("/proc", pid) == name, name+" is its unit's process", argv0("/proc", pid))
+	expect(len(strings.Fields(field(pid, "NSpid"))) == 2, name+" has a number of its own in there", field(pid, "NSpid"))
+	expect(field(pid, "PPid") == "1", name+"'s parent is PID 1", field(pid, "PPid"))
+	expect(must(readAll(proc+"cgroup")) == "0::/bulkhead/workload"+group+"\n", name+"'s control group", must(readAll(proc+"cgroup")))
+	for _, ns := range []string{"mnt", "pid", "cgroup"} {
+		expect(must(os.Readlink(proc+"ns/"+ns)) != must(os.Readlink("/proc/1/ns/"+ns)), name+"'s namespace", ns)
+	}
+	for _, fd := range must(os.ReadDir(proc + "fd")) {
+		to, _ := os.Readlink(proc + "fd/" + fd.Name())
+		expect(name != "workload" && name != "work-b" || fd.Name() == "0" || strings.HasPrefix(to, "pipe:") || strings.HasPrefix(to, "anon_inode:[event") || strings.HasPrefix(to, "/sys/fs/cgroup/"), name+" has no descriptor that leads out", fd.Name(), to)
+	}
 }
 
 // confined looks at plain from outside.

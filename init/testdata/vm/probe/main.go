@@ -27,6 +27,8 @@ func main() {
 		wait()
 	case "work":
 		work()
+	case "prowl":
+		prowl()
 	case "mounter":
 		mounter()
 	case "loud":
@@ -82,6 +84,7 @@ func plain() {
 		panic(err)
 	}
 	fmt.Fprintln(os.NewFile(6, "console"), "TEST ok plain writes to the console; its TCP listener is", t.Addr())
+	must(0, os.WriteFile("/run/bulkhead/plain/hello", []byte("hello"), 0o644))
 	ready()
 	go func() {
 		for {
@@ -130,10 +133,8 @@ func work() {
 	} else {
 		fmt.Println("found what was mounted before")
 	}
-	socks, err := os.ReadDir("/run/bulkhead/sock")
-	fmt.Println("sees sockets:", len(socks), err)
-	state, err := os.ReadDir("/state")
-	fmt.Println("sees state:", len(state), err)
+	_, err := os.Stat("/var/written")
+	fmt.Println("sees the volume:", err)
 	if os.Getenv("BULKHEAD_UNIT") == "work-a" { // a pod
 		os.MkdirAll("/sys/fs/cgroup/kubepods/pod", 0o755)
 		p := must(os.StartProcess("/usr/lib/probe", []string{"pod", "bare"}, &os.ProcAttr{}))
