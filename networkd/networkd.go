@@ -119,9 +119,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.kernel.Run(ctx, d.loop.Wake) })
 	defer time.AfterFunc(d.cfg.Grace, d.loop.Wake).Stop()
 	g.Go(func() error {
-		// kubeletd watches the node's addresses; both services are read by apid and, for control, by machined.
-		extra := peer.List{networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}, networkv1.Pods_ServiceDesc.ServiceName: {uid.Kubeletd}, networkv1.Virtual_ServiceDesc.ServiceName: {uid.Kubeletd}}
-		return daemon.Serve(ctx, d.cfg.Env, extra, func(s *grpc.Server) {
+		return daemon.Serve(ctx, d.cfg.Env, Callers(), func(s *grpc.Server) {
 			networkv1.RegisterNetworkServer(s, &server{d: d})
 			networkv1.RegisterPodsServer(s, &pods{d: d})
 			networkv1.RegisterVirtualServer(s, &virtual{d: d})
@@ -129,6 +127,15 @@ func (d *Daemon) Run(ctx context.Context) error {
 		})
 	})
 	return g.Wait()
+}
+
+// Callers lists who may call what, besides apid (public services) and machined (control).
+func Callers() peer.List {
+	return peer.List{
+		networkv1.Network_ServiceDesc.ServiceName: {uid.Kubeletd, uid.Trustd, uid.Machined}, // the node's addresses
+		networkv1.Pods_ServiceDesc.ServiceName:    {uid.Kubeletd},
+		networkv1.Virtual_ServiceDesc.ServiceName: {uid.Kubeletd},
+	}
 }
 
 func (d *Daemon) metrics() *metrics.Set { return d.cfg.Env.Metrics }

@@ -15,6 +15,6 @@ func FuzzCalls(f *testing.F) {
 	m.cfg.Socket = func(name string) string { return m.cfg.StateDir + "/none-" + name }
 	d, err := New(m.cfg)
 	m.must(err)
-	s.Fuzz(f, func(ctx context.Context) error { return d.Run(ctx) }, callers(),
+	s.Fuzz(f, func(ctx context.Context) error { return d.Run(ctx) }, Callers(),
 		"trust.v1.Claim", "trust.v1.Trust", "trust.v1.Signer", "trust.v1.Join", "trust.v1.Nodes", "trust.v1.Membership", "trust.v1.Departure", "control.v1.Control")
 }
