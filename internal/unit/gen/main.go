@@ -51,6 +51,7 @@ func source(units []unit.Unit) ([]byte, error) {
 			name, f := v.Type().Field(i).Name, v.Field(i)
 			switch {
 			case f.IsZero():
+			case name == "Syscalls" || name == "Sockets" || name == "Ioctls" || name == "Prctls": // they are in Filter
 			case name == "Capabilities":
 				fmt.Fprintf(&b, "%s: %#x,\n", name, f.Uint())
 			case name == "Runtime" || name == "Umask":

@@ -1,7 +1,9 @@
 package unitfile
 
 import (
+	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -11,7 +13,7 @@ import (
 )
 
 const good = `{"name": "x", "exec": ["/bin/x", "-v"], "user": "networkd", "groups": ["etcdd"], "capabilities": ["NET_ADMIN", "CHOWN"],
-"network": "host", "listen": ["unix", "tcp:50000"], "memory_max": "64M", "restart": "always", "owners": ["kubeletd"], "runtime": "0750", "stop_timeout": "5s"}`
+"network": "host", "syscalls": ["@basic", "mount"], "sockets": ["unix"], "bind": [0, 80], "connect": ["ALL"], "read": ["/etc"], "listen": ["unix", "tcp:50000"], "memory_max": "64M", "restart": "always", "owners": ["kubeletd"], "runtime": "0750", "stop_timeout": "5s"}`
 
 func TestParse(t *testing.T) {
 	u, err := Parse([]byte(good))
@@ -19,7 +21,9 @@ func TestParse(t *testing.T) {
 		t.Fatal(err)
 	}
 	if u.UID != 104 || len(u.Groups) != 1 || u.Groups[0] != 109 || u.Capabilities != 1<<12|1 || u.MemoryMax != 64<<20 || u.Runtime != 0o750 ||
-		u.StopTimeout != 5*time.Second || len(u.Owners) != 1 || u.Owners[0] != 110 {
+		u.StopTimeout != 5*time.Second || len(u.Owners) != 1 || u.Owners[0] != 110 ||
+		!u.ConnectAll || u.Connect != nil || u.BindAll || fmt.Sprint(u.Bind) != "[0 80]" || u.FilesAll || !slices.Contains(u.Read, "/etc") ||
+		!slices.Contains(u.Syscalls, "mount") || !slices.Contains(u.Syscalls, "socket") || !slices.Contains(u.Syscalls, "futex") || !slices.IsSorted(u.Syscalls) {
 		t.Errorf("got %+v", u)
 	}
 }
@@ -33,6 +37,18 @@ func TestParseRefuses(t *testing.T) {
 		{`"user": "networkd"`, `"user": "nobody"`, `user: no user "nobody"; there are root, machined`},
 		{`"NET_ADMIN"`, `"CAP_NET_ADMIN"`, `no capability "CAP_NET_ADMIN"`},
 		{`"host"`, `"bridge"`, `network: "bridge" is none of`},
+		{`"syscalls": ["@basic", "mount"]`, `"syscalls": []`, `syscalls: there are none`},
+		{`"mount"`, `"mounts"`, `syscalls: no system call "mounts"; groups are @basic,`},
+		{`"mount"`, `"socket"`, `syscalls: socket is not written: it follows from sockets`},
+		{`["@basic", "mount"]`, `["ALL"]`, `mean nothing where all system calls are allowed`},
+		{`["@basic", "mount"]`, `["ALL", "mount"]`, `no system call "ALL"`},
+		{`["unix"]`, `["unix", "ax25"]`, `sockets: no family "ax25"; there are inet,`},
+		{`["unix"]`, `["unix"], "ioctls": ["0x1"]`, `ioctls: no "0x1"`},
+		{`[0, 80]`, `[65536]`, `bind: 65536 is not a port`},
+		{`[0, 80]`, `[80, "ALL"]`, `"ALL"] must stand alone`},
+		{`[0, 80]`, `80`, `bind: 80 is not a list`},
+		{`"/etc"`, `"/etc/"`, `read: "/etc/" is not a clean`},
+		{`"/etc"`, `"ALL"`, `read: "ALL" is not a clean`},
 		{`"tcp:50000"`, `"udp:1"`, `listen: "udp:1" is neither`},
 		{`"tcp:50000"`, `"loopback:0"`, `listen: "loopback:0" is neither`},
 		{`"64M"`, `"64"`, `memory_max: "64" is not a size`},
