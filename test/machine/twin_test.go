@@ -1,0 +1,148 @@
+package machine
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	"github.com/bulkhead-os/bulkhead/test/twin"
+	"github.com/bulkhead-os/bulkhead/test/twin/derive"
+)
+
+// twinDocuments differ from generation to generation: each is an order to the twins.
+func twinDocuments(generation int) string {
+	return fmt.Sprintf("apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: twin\n---\napiVersion: bulkhead.dev/v1\nkind: Cluster\nname: test\nnames: [localhost, 127.0.0.1, generation-%d.example]\n", generation)
+}
+
+// TestVMTwin boots a node whose daemons are evil twins (test/twin), has them try everything, and compares the answers with what follows from their units. What they
+// were let do is written to docs/confinement: a page that changed fails the test, and is committed after somebody has read the difference.
+func TestVMTwin(t *testing.T) {
+	n := newNode(t)
+	w, err := derive.New(os.DirFS(n.root))
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := n.build(t, otherImage{version: "9.0.0", bin: n.twins(t)})
+	file := filepath.Join(n.dir, "node.yaml")
+	if err := os.WriteFile(file, []byte(twinDocuments(1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.try(t.Context(), 5*time.Minute, "bhctl", "up", "--no-bootstrap", "--name", n.name, "--image", image, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort),
+		"--kubernetes-port", fmt.Sprint(n.kubePort), "-f", file); err != nil {
+		t.Fatalf("bhctl up: %v", err)
+	}
+	conn := n.connect(t)
+	answers := map[string]map[string]string{}
+	for _, d := range twin.Daemons() {
+		answers[d] = map[string]string{}
+	}
+	for stage := 1; stage <= 2; stage++ {
+		if _, err := n.apply(t.Context(), conn, twinDocuments(1+stage)); err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range twin.Daemons() {
+			eventually(t, 4*time.Minute, fmt.Sprintf("%s has tried all of stage %d", d, stage), func() error { return n.heard(t, d, stage, answers[d]) })
+		}
+	}
+	for _, d := range twin.Daemons() {
+		t.Run(d, func(t *testing.T) {
+			u, tried := w.Units[d], 0
+			for _, p := range twin.Probes() {
+				answer, ok := answers[d][p.ID()]
+				switch {
+				case twin.Stage(p.Group) > 2:
+					continue
+				case !ok:
+					t.Errorf("%s: not tried", p.ID())
+					continue
+				}
+				if diff := w.Want(u, p).Check(answer); diff != "" {
+					t.Errorf("%s: %s", p.ID(), diff)
+				}
+				tried++
+			}
+			t.Logf("» %s: %d probes", d, tried)
+		})
+	}
+	for stage := 3; stage <= twin.Stages; stage++ {
+		n.twinsEnd(t, stage)
+	}
+}
+
+// twins returns a folder of our programs, built as evil twins.
+func (n *node) twins(t *testing.T) string {
+	t.Helper()
+	bin := t.TempDir()
+	args := append([]string{}, buildFlags...)
+	args[2] += ",twin"
+	cmd := exec.CommandContext(t.Context(), "go", append(args, "-o", bin+"/", "./init", "./cmd/bulkheadd", "./cmd/etcdd", "./cmd/kubeletd")...)
+	cmd.Dir, cmd.Env = n.root, append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	return bin
+}
+
+// heard reads what a twin has written so far; it returns nil when a stage is done.
+func (n *node) heard(t *testing.T, daemon string, stage int, answers map[string]string) error {
+	out, err := n.try(t.Context(), 30*time.Second, "bhctl", "logs", daemon)
+	if err != nil {
+		return err
+	}
+	done := false
+	for line := range strings.Lines(out) {
+		_, text, ok := strings.Cut(line, twin.Prefix+"{")
+		var l twin.Line
+		if !ok {
+			continue
+		}
+		if err := json.Unmarshal([]byte("{"+text), &l); err != nil {
+			t.Fatalf("%s: %v: %s", daemon, err, line)
+		}
+		for id, answer := range l.Answers {
+			answers[id] = answer
+		}
+		done = done || l.Stage == stage && l.Done
+	}
+	if !done {
+		return fmt.Errorf("%d answers so far", len(answers))
+	}
+	return nil
+}
+
+// twinsEnd orders a stage that ends every twin's process, and wants each back, once.
+func (n *node) twinsEnd(t *testing.T, stage int) {
+	t.Helper()
+	before := n.services(t)
+	conn := n.connect(t)
+	// machined itself is one of them: the answer may be lost.
+	_, err := n.apply(t.Context(), conn, twinDocuments(1+stage))
+	t.Logf("» stage %d: apply: %v", stage, err)
+	var after map[string]*machinev1.Service
+	eventually(t, 3*time.Minute, fmt.Sprintf("every daemon is back after stage %d", stage), func() error {
+		if out, err := n.try(t.Context(), 20*time.Second, "bhctl", "services", "-o", "json"); err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		after = n.services(t)
+		for _, d := range twin.Daemons() {
+			if s := after[d]; s.State != "up" || s.Restarts == before[d].Restarts {
+				return fmt.Errorf("%s is %s, restarted %d times, last exit %q", d, s.State, s.Restarts-before[d].Restarts, s.LastExit)
+			}
+		}
+		return nil
+	})
+	for _, d := range twin.Daemons() {
+		t.Logf("» stage %d: %s: %d, %q", stage, d, after[d].Restarts-before[d].Restarts, after[d].LastExit)
+	}
+}
+
+// page is the file of a daemon's page.
+func (n *node) page(daemon string) string {
+	return filepath.Join(n.root, "docs/confinement", daemon+".md")
+}
