@@ -22,7 +22,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison dist reproducible test test-vm test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison twin dist reproducible test test-vm test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,11 @@ poison: build kubernetes ## an image with a mistake in it, into out/poison: a no
 	@echo '{"Replace": {"$(POISONED_SOURCE)/poison.go": "test/machine/testdata/poison/$(POISON).go"}}' > out/poison/overlay.json
 	@$(GOBUILD) -overlay out/poison/overlay.json -o out/poison/bin/ ./$(POISONED_SOURCE)
 	@out/bin/mkimage build --bin out/poison/bin --kubernetes $(KUBERNETES) --out out/poison/image $(IMAGEFLAGS)
+
+twin: build ## an image whose daemons are evil twins, into out/twin, for work on TestVMTwin; see docs/confinement/README.md
+	@rm -rf out/twin && mkdir -p out/twin/bin
+	@$(GOBUILD:grpcnotrace=grpcnotrace,twin) -o out/twin/bin/ $(NODE)
+	@out/bin/mkimage build --bin out/twin/bin --kubernetes none --out out/twin/image $(IMAGEFLAGS)
 
 dist: image ## other forms of the image, beside it: qcow2 for clouds, an ISO to install from
 	@out/bin/mkimage convert qcow2 $(IMAGE)

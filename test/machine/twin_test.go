@@ -2,10 +2,14 @@ package machine
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -28,7 +32,10 @@ func TestVMTwin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	image := n.build(t, otherImage{version: "9.0.0", bin: n.twins(t)})
+	image := os.Getenv("BULKHEAD_TWIN") // of "make twin", for work on this test
+	if image == "" {
+		image = n.build(t, otherImage{version: "9.0.0", bin: n.twins(t)})
+	}
 	file := filepath.Join(n.dir, "node.yaml")
 	if err := os.WriteFile(file, []byte(twinDocuments(1)), 0o600); err != nil {
 		t.Fatal(err)
@@ -70,8 +77,12 @@ func TestVMTwin(t *testing.T) {
 			t.Logf("» %s: %d probes", d, tried)
 		})
 	}
+	ended := map[string]map[string]string{}
 	for stage := 3; stage <= twin.Stages; stage++ {
-		n.twinsEnd(t, stage)
+		n.twinsEnd(t, w, stage, ended)
+	}
+	for _, d := range twin.Daemons() {
+		n.page(t, d, derive.Page(w.Units[d], answers[d], ended[d]))
 	}
 }
 
@@ -116,17 +127,17 @@ func (n *node) heard(t *testing.T, daemon string, stage int, answers map[string]
 	return nil
 }
 
-// twinsEnd orders a stage that ends every twin's process, and wants each back, once.
-func (n *node) twinsEnd(t *testing.T, stage int) {
+// twinsEnd orders a stage that ends every twin's process, and wants each back. It notes how each ended, by the stage's probe.
+func (n *node) twinsEnd(t *testing.T, w *derive.World, stage int, ended map[string]map[string]string) {
 	t.Helper()
 	before := n.services(t)
-	conn := n.connect(t)
 	// machined itself is one of them: the answer may be lost.
-	_, err := n.apply(t.Context(), conn, twinDocuments(1+stage))
-	t.Logf("» stage %d: apply: %v", stage, err)
+	if _, err := n.apply(t.Context(), n.connect(t), twinDocuments(1+stage)); err != nil {
+		t.Logf("» stage %d: the apply's answer was lost: %v", stage, err)
+	}
 	var after map[string]*machinev1.Service
 	eventually(t, 3*time.Minute, fmt.Sprintf("every daemon is back after stage %d", stage), func() error {
-		if out, err := n.try(t.Context(), 20*time.Second, "bhctl", "services", "-o", "json"); err != nil {
+		if out, err := n.try(t.Context(), 20*time.Second, "bhctl", "services"); err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}
 		after = n.services(t)
@@ -137,12 +148,48 @@ func (n *node) twinsEnd(t *testing.T, stage int) {
 		}
 		return nil
 	})
-	for _, d := range twin.Daemons() {
-		t.Logf("» stage %d: %s: %d, %q", stage, d, after[d].Restarts-before[d].Restarts, after[d].LastExit)
+	for _, p := range twin.Probes() {
+		if twin.Stage(p.Group) != stage {
+			continue
+		}
+		for _, d := range twin.Daemons() {
+			if again := after[d].Restarts - before[d].Restarts; again != 1 {
+				t.Errorf("%s: %s: restarted %d times, want once", d, p.ID(), again)
+			}
+			how := after[d].LastExit
+			if want := map[string]string{twin.Threads: "exit 2", twin.Memory: "killed by SIGKILL"}[p.Group]; how != want {
+				t.Errorf("%s: %s: it ended with %q, want %q", d, p.ID(), how, want)
+			}
+			if p.Group == twin.Threads {
+				out := n.run(t, "bhctl", "logs", d)
+				m := regexp.MustCompile(`failed to create new OS thread \(have (\d+) already`).FindStringSubmatch(out)
+				if m == nil {
+					t.Errorf("%s: no word of the threads in its log", d)
+				} else if have, _ := strconv.ParseUint(m[1], 10, 64); have > w.Units[d].PidsMax {
+					t.Errorf("%s: %d threads, its unit says %d", d, have, w.Units[d].PidsMax)
+				}
+			}
+			if ended[d] == nil {
+				ended[d] = map[string]string{}
+			}
+			ended[d][p.ID()] = how + ", and started again"
+		}
 	}
 }
 
-// page is the file of a daemon's page.
-func (n *node) page(daemon string) string {
-	return filepath.Join(n.root, "docs/confinement", daemon+".md")
+// page writes a daemon's page, and fails if that changes it.
+func (n *node) page(t *testing.T, daemon, text string) {
+	t.Helper()
+	file := filepath.Join(n.root, "docs/confinement", daemon+".md")
+	old, err := os.ReadFile(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	if string(old) == text {
+		return
+	}
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Errorf("docs/confinement/%s.md was another: it is written anew; commit it, after you have read what changed", daemon)
 }

@@ -23,30 +23,32 @@ import (
 
 // Internal are the daemons behind whose sockets services without a served_by option are. TestServices holds it to the daemons' lists.
 var Internal = map[string][]string{
-	"control.v1.Control":                  Daemons(),
-	"grpc.health.v1.Health":               Daemons(),
-	"kubernetes.v1.Drain":                 {"kubeletd"},
-	"keys.v1.KeyService":                  nil, // of a machine elsewhere
-	"keys.v1.Relay":                       {"updated"},
-	"network.v1.Pods":                     {"networkd"},
-	"network.v1.Virtual":                  {"networkd"},
-	"outbound.v1.Outbound":                {"apid"},
-	"slot.v1.Slots":                       {"storaged"},
-	"storage.v1.Attestation":              {"storaged"},
-	"storage.v1.Disposal":                 {"storaged"},
-	"store.v1.Store":                      {"etcdd"},
-	"trust.v1.Signer":                     {"trustd"},
-	"v1.ExternalJWTSigner":                {"trustd"},
-	"v2.KeyManagementService":             {"trustd"},
-	"grpc.reflection.v1.ServerReflection": {"apid"},
+	"control.v1.Control":                       Daemons(),
+	"grpc.health.v1.Health":                    Daemons(),
+	"kubernetes.v1.Drain":                      {"kubeletd"},
+	"keys.v1.KeyService":                       nil, // of a machine elsewhere
+	"keys.v1.Relay":                            {"updated"},
+	"network.v1.Pods":                          {"networkd"},
+	"network.v1.Virtual":                       {"networkd"},
+	"outbound.v1.Outbound":                     {"apid"},
+	"slot.v1.Slots":                            {"storaged"},
+	"storage.v1.Attestation":                   {"storaged"},
+	"storage.v1.Disposal":                      {"storaged"},
+	"store.v1.Store":                           {"etcdd"},
+	"trust.v1.Signer":                          {"trustd"},
+	"v1.ExternalJWTSigner":                     {"trustd"},
+	"v2.KeyManagementService":                  {"trustd"},
+	"grpc.reflection.v1.ServerReflection":      {"apid"},
+	"grpc.reflection.v1alpha.ServerReflection": {"apid"},
 }
 
 // Strange are methods that are not of our protos, by service.
 var Strange = map[string][]string{
-	"grpc.health.v1.Health":               {"Check", "Watch"},
-	"grpc.reflection.v1.ServerReflection": {"ServerReflectionInfo"},
-	"v1.ExternalJWTSigner":                {"Sign", "FetchKeys", "Metadata"},
-	"v2.KeyManagementService":             {"Status", "Decrypt", "Encrypt"},
+	"grpc.health.v1.Health":                    {"Check", "Watch"},
+	"grpc.reflection.v1.ServerReflection":      {"ServerReflectionInfo"},
+	"grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo"},
+	"v1.ExternalJWTSigner":                     {"Sign", "FetchKeys", "Metadata"},
+	"v2.KeyManagementService":                  {"Status", "Decrypt", "Encrypt"},
 }
 
 // Behind returns the full names of all methods that the socket of a daemon has, sorted.
