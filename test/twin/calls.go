@@ -13,8 +13,11 @@ import (
 // lastCall is beyond the last system call of any kernel that this may run on; what lies between is tried too.
 const lastCall = 480
 
-// untriedCalls are those that cannot be tried where the filter has nothing against them: they end the thread, or leave the caller's stack in two hands.
-var untriedCalls = map[string]bool{"rt_sigreturn": true, "exit": true, "exit_group": true, "vfork": true}
+// untriedCalls are those that cannot be tried where the filter has nothing against them: they end the thread or the process, or leave the caller's stack in two hands.
+var untriedCalls = map[string]bool{"rt_sigreturn": true, "exit": true, "exit_group": true, "vfork": true, uretprobe: true, uprobe: true}
+
+// uretprobe and uprobe are for the kernel's own code in a process: a signal answers everybody else.
+const uretprobe, uprobe = "uretprobe", "number 336"
 
 // harmless are arguments of system calls for which -1 everywhere is not refused by the kernel, or would do something.
 var harmless = map[string][6]uintptr{
@@ -39,7 +42,7 @@ func calls() (out []Probe) {
 		if call == "" {
 			label = "number " + itoa(n)
 		}
-		out = append(out, Probe{Group: Calls, Name: label, Calls: []string{call}, run: func(*env) string { return callProbe(uintptr(n), call) }})
+		out = append(out, Probe{Group: Calls, Name: label, Calls: []string{call}, run: func(*env) string { return callProbe(uintptr(n), label) }})
 	}
 	for _, n := range []uintptr{512, 547} { // of the ABI x32, whose numbers these are when its bit is forgotten
 		out = append(out, Probe{Group: Calls, Name: "number " + itoa(int(n)), Calls: []string{""}, run: func(*env) string { return callProbe(n, "") }})

@@ -40,7 +40,7 @@ func mounts() (out []Probe) {
 	mount("mount /sys once more", nobody("mount", "umount2"), "sysfs", "sysfs", 0) // of a network namespace that belongs to somebody else, or with SYS_ADMIN
 	out[len(out)-1].Nobody, out[len(out)-1].Caps = false, []string{"SYS_ADMIN"}
 	mount("show / elsewhere", admin("mount", "umount2"), "/", "", unix.MS_BIND)
-	add("make / writable", nobody("mount"), func(*env) string { return says(unix.Mount("", "/", "", unix.MS_REMOUNT, "")) })
+	add("make / writable", Probe{Calls: []string{"mount"}, Nobody: true, Node: true}, func(*env) string { return says(unix.Mount("", "/", "", unix.MS_REMOUNT, "")) })
 	add("share mounts with everybody", admin("mount"), func(e *env) string {
 		return says(unix.Mount("", e.place(), "", unix.MS_SHARED, ""))
 	})
@@ -105,6 +105,7 @@ func kernel() (out []Probe) {
 	add("remove a module", nobody("delete_module"), func() string { return says(unix.DeleteModule("nosuch", unix.O_NONBLOCK)) })
 	add("load another kernel", nobody("kexec_load"), func() string { return raw(unix.SYS_KEXEC_LOAD, 0, 0, 0, 0) })
 	add("load another kernel from a file", nobody("kexec_file_load"), func() string { return raw(unix.SYS_KEXEC_FILE_LOAD, none, none, 0, 0, 0) })
+	caps = func(call string, caps ...string) Probe { return Probe{Calls: []string{call}, Caps: caps, Node: true} }
 	add("make a map for eBPF", caps("bpf", "BPF", "SYS_ADMIN"), func() string {
 		attr := [16]uint32{1, 4, 4, 1} // BPF_MAP_TYPE_HASH
 		fd, _, errno := unix.Syscall(unix.SYS_BPF, 0, uintptr(unsafe.Pointer(&attr[0])), unsafe.Sizeof(attr))
@@ -136,6 +137,7 @@ func kernel() (out []Probe) {
 		}
 		return name(errno)
 	})
+	caps = func(call string, caps ...string) Probe { return Probe{Calls: []string{call}, Caps: caps} }
 	add("make a file that is memory", Probe{Calls: []string{"memfd_create"}}, func() string { return opened(unix.MemfdCreate("twin", unix.MFD_CLOEXEC)) })
 	add("set the clock", caps("clock_settime", "SYS_TIME"), func() string {
 		var now unix.Timespec
@@ -157,7 +159,7 @@ func kernel() (out []Probe) {
 	add("restart the machine", nobody("reboot"), func() string { return says(unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)) })
 	add("use ports of the machine", nobody("iopl"), func() string { return raw(unix.SYS_IOPL, 3) })
 	add("use one port of the machine", nobody("ioperm"), func() string { return raw(unix.SYS_IOPERM, 0x80, 1, 1) })
-	add("read the kernel's log", caps("syslog", "SYSLOG"), func() string {
+	add("read the kernel's log", Probe{Calls: []string{"syslog"}, Caps: []string{"SYSLOG"}, Node: true}, func() string {
 		_, err := unix.Klogctl(unix.SYSLOG_ACTION_SIZE_BUFFER, nil)
 		return says(err)
 	})
@@ -181,13 +183,14 @@ func namespaces() (out []Probe) {
 		{"mounts", unix.CLONE_NEWNS, "mnt"}, {"the network", unix.CLONE_NEWNET, "net"}, {"processes", unix.CLONE_NEWPID, "pid"}, {"users", unix.CLONE_NEWUSER, "user"}, {"IPC", unix.CLONE_NEWIPC, "ipc"},
 		{"names", unix.CLONE_NEWUTS, "uts"}, {"control groups", unix.CLONE_NEWCGROUP, "cgroup"}, {"time", unix.CLONE_NEWTIME, "time"},
 	} {
-		p := Probe{Group: Namespaces, Name: "make one of " + n.name, Calls: []string{"unshare"}, Caps: []string{"SYS_ADMIN"}, Maybe: n.name == "users"} // of users: not with several threads
+		p := Probe{Group: Namespaces, Name: "make one of " + n.name, Calls: []string{"unshare"}, Caps: []string{"SYS_ADMIN"}, Maybe: n.name == "users", Node: n.name == "users"} // of users: not with several threads
 		p.run = func(*env) string { return says(unix.Unshare(n.flag)) }
 		out = append(out, p)
 		for _, where := range []string{"1", "thread-self"} {
-			enter := Probe{Group: Namespaces, Name: "enter that of " + n.name + " of " + map[string]string{"1": "PID 1", "thread-self": "oneself"}[where], Calls: []string{"openat", "setns"}, Kind: Other, Nobody: true}
+			enter := Probe{Group: Namespaces, Name: "enter that of " + n.name + " of " + map[string]string{"1": "PID 1", "thread-self": "oneself"}[where], Calls: []string{"openat", "setns"}, Kind: Other, Nobody: true, Node: true}
 			if where != "1" {
-				enter.Kind, enter.Path, enter.Nobody, enter.Caps, enter.Maybe = Own, "/proc/thread-self/ns/"+n.file, false, []string{"SYS_ADMIN"}, true
+				enter.Kind, enter.Path, enter.Caps, enter.Maybe = Own, "/proc/thread-self/ns/"+n.file, []string{"SYS_ADMIN"}, true
+				enter.Nobody, enter.Node = n.file == "mnt", false // that needs SYS_CHROOT too
 			}
 			enter.run = func(*env) string {
 				fd, err := unix.Open("/proc/"+where+"/ns/"+n.file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
@@ -216,7 +219,7 @@ func keys() (out []Probe) {
 	add("look at the user's keyring", "keyctl", false, func() error { _, err := unix.KeyctlGetKeyringID(unix.KEY_SPEC_USER_KEYRING, true); return err })
 	add("make a key of the group", "keyctl", true, func() error { _, err := unix.KeyctlGetKeyringID(unix.KEY_SPEC_GROUP_KEYRING, true); return err })
 	add("ask for a key that there is not", "request_key", true, func() error { _, err := unix.RequestKey("user", "twin-nosuch", "", 0); return err })
-	add("give a key to root", "keyctl", true, func() error {
+	add("give a key to root", "keyctl", false, func() error {
 		k, err := unix.AddKey("user", "twin-chown", []byte("x"), unix.KEY_SPEC_THREAD_KEYRING)
 		if err != nil {
 			return err
@@ -224,5 +227,6 @@ func keys() (out []Probe) {
 		_, err = unix.KeyctlInt(unix.KEYCTL_CHOWN, k, 0, 0, 0)
 		return err
 	})
+	out[len(out)-1].Calls, out[len(out)-1].Caps = []string{"add_key", "keyctl"}, []string{"SYS_ADMIN"}
 	return out
 }

@@ -65,7 +65,7 @@ func (t *Twin) order(n uint64) { // mu is held
 	}
 }
 
-// try runs a stage's probes on a thread of its own, which ends with them: what was let through changed that thread and no other.
+// try runs a stage's probes.
 func (t *Twin) try(stage int) {
 	var limit unix.Rlimit
 	_ = unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
@@ -83,18 +83,32 @@ func (t *Twin) try(stage int) {
 		if p.Group == Threads || p.Group == Memory {
 			t.say(Line{Unit: t.name, Stage: stage, Begins: p.ID()})
 		}
-		answer := make(chan string, 1)
-		go func() {
-			runtime.LockOSThread()
-			answer <- p.run(e)
-		}()
-		answers[p.ID()] = <-answer
+		answers[p.ID()] = e.try(p)
 		if len(answers) == perLine {
 			flush(false)
 		}
 	}
 	e.close()
 	flush(true)
+}
+
+// try runs a probe on a thread of its own, which ends with it: what was let through changed that thread and no other.
+func (e *env) try(p Probe) string {
+	answer := make(chan string, 1)
+	go func() {
+		runtime.LockOSThread()
+		answer <- p.run(e)
+	}()
+	return <-answer
+}
+
+// Try runs the probes of Anywhere in this process, as a unit's, and returns the answers by ID.
+func Try(name string) map[string]string {
+	e, out := &env{name: name}, map[string]string{}
+	for _, p := range Anywhere() {
+		out[p.ID()] = e.try(p)
+	}
+	return out
 }
 
 func (t *Twin) say(l Line) {

@@ -78,6 +78,7 @@ type Probe struct {
 	Family string // of a socket, as in a unit; "" if no unit can have it
 	Port   uint16
 	Number uint32 // of an ioctl or prctl
+	Node   bool   // the answer depends on the node's kernel parameters, or it is harmless only there
 
 	run func(*env) string
 }
@@ -115,6 +116,18 @@ func Stage(group string) int {
 		return 4
 	}
 	return 1
+}
+
+// Anywhere returns the probes that need no node: they may be tried in namespaces of any machine. Try runs one in this process.
+func Anywhere() (out []Probe) {
+	for _, p := range Probes() {
+		if slices.Contains([]string{Calls, Arguments, Identity, Mounts, Kernel, Namespaces, Keys}, p.Group) || p.Group == Network && p.Verb == "" {
+			if !p.Node {
+				out = append(out, p)
+			}
+		}
+	}
+	return out
 }
 
 // Stages is the last one's number.

@@ -1,0 +1,129 @@
+package derive
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/bulkhead-os/bulkhead/init/confine"
+	"github.com/bulkhead-os/bulkhead/internal/testns"
+	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/test/twin"
+)
+
+// twinKey is the environment's word for this program when it is to become a unit's twin.
+const twinKey = "BULKHEAD_HOST_TWIN"
+
+// program is where that is, in its own mount namespace, for users who see nothing of root's folders.
+const program = "/run/twin"
+
+func TestMain(m *testing.M) {
+	if name := os.Getenv("BULKHEAD_UNIT"); name != "" && os.Getuid() != 0 { // confined, and started again
+		if err := json.NewEncoder(os.Stdout).Encode(twin.Try(name)); err != nil {
+			panic(err)
+		}
+		os.Exit(0)
+	}
+	if name := os.Getenv(twinKey); name != "" {
+		runtime.LockOSThread()
+		units, err := confined()
+		if err == nil {
+			confine.Main(units, name) // exits
+		}
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(m.Run())
+}
+
+// confined prepares the namespaces that this process was started in, and returns the units with this program in place of theirs.
+func confined() ([]unit.Unit, error) {
+	w, err := New(os.DirFS("../../.."))
+	if err != nil {
+		return nil, err
+	}
+	var out []unit.Unit
+	err = errors.Join(
+		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+		unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""),
+		unix.Mount("tmpfs", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755"),
+		os.Mkdir(unit.RunDir, 0o755),
+		copyFile(program, "/proc/self/exe"),
+	)
+	for _, d := range twin.Daemons() {
+		u := w.Units[d]
+		dir := unit.RunDir + "/" + d
+		err = errors.Join(err, os.Mkdir(dir, 0o755), os.Chown(dir, int(u.UID), int(u.UID)))
+		out = append(out, here(u))
+	}
+	return out, err
+}
+
+// here is a unit without what only a node has, and without capabilities that this machine's root cannot give.
+func here(u unit.Unit) unit.Unit {
+	u.Exec, u.MountNamespace, u.Listen, u.Console, u.Hide, u.OOMScoreAdj = []string{program}, "", nil, false, nil, 0
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil {
+		u.NoFile = min(nofile(u), files.Max)
+	}
+	for c := range 64 {
+		if n, err := unix.PrctlRetInt(unix.PR_CAPBSET_READ, uintptr(c), 0, 0, 0); err != nil || n == 0 {
+			u.Capabilities &^= 1 << c
+		}
+	}
+	return u
+}
+
+func copyFile(to, from string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o755)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close(), os.Chmod(to, 0o755))
+}
+
+// TestHost has PID 1's own code confine a process as each daemon's unit says, in namespaces of its own on this machine's kernel, and tries there what needs no node.
+// It is the quick part of TestVMTwin.
+func TestHost(t *testing.T) {
+	testns.Root(t)
+	w := world(t)
+	for _, d := range twin.Daemons() {
+		t.Run(d, func(t *testing.T) {
+			cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
+			cmd.Env = append(os.Environ(), twinKey+"="+d)
+			cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC}
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			out, err := cmd.Output()
+			if err != nil {
+				t.Fatalf("%v\n%s", err, stderr.String())
+			}
+			var answers map[string]string
+			if err := json.Unmarshal(out, &answers); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			for _, p := range twin.Anywhere() {
+				answer, ok := answers[p.ID()]
+				if diff := w.Want(here(w.Units[d]), p).Check(answer); diff != "" || !ok {
+					t.Errorf("%s: %s", p.ID(), diff)
+				}
+			}
+			t.Logf("» %d probes", len(answers))
+		})
+	}
+}
