@@ -90,6 +90,7 @@ func kernel() (out []Probe) {
 	}
 	nobody := func(calls ...string) Probe { return Probe{Calls: calls, Nobody: true} }
 	caps := func(call string, caps ...string) Probe { return Probe{Calls: []string{call}, Caps: caps} }
+	hardened := func(call string, caps ...string) Probe { return Probe{Calls: []string{call}, Caps: caps, Node: true} }
 	raw := func(call uintptr, args ...uintptr) string {
 		var a [6]uintptr
 		copy(a[:], args)
@@ -105,8 +106,7 @@ func kernel() (out []Probe) {
 	add("remove a module", nobody("delete_module"), func() string { return says(unix.DeleteModule("nosuch", unix.O_NONBLOCK)) })
 	add("load another kernel", nobody("kexec_load"), func() string { return raw(unix.SYS_KEXEC_LOAD, 0, 0, 0, 0) })
 	add("load another kernel from a file", nobody("kexec_file_load"), func() string { return raw(unix.SYS_KEXEC_FILE_LOAD, none, none, 0, 0, 0) })
-	caps = func(call string, caps ...string) Probe { return Probe{Calls: []string{call}, Caps: caps, Node: true} }
-	add("make a map for eBPF", caps("bpf", "BPF", "SYS_ADMIN"), func() string {
+	add("make a map for eBPF", hardened("bpf", "BPF", "SYS_ADMIN"), func() string {
 		attr := [16]uint32{1, 4, 4, 1} // BPF_MAP_TYPE_HASH
 		fd, _, errno := unix.Syscall(unix.SYS_BPF, 0, uintptr(unsafe.Pointer(&attr[0])), unsafe.Sizeof(attr))
 		if errno == 0 {
@@ -114,22 +114,22 @@ func kernel() (out []Probe) {
 		}
 		return name(errno)
 	})
-	add("measure the kernel", caps("perf_event_open", "PERFMON", "SYS_ADMIN"), func() string {
+	add("measure the kernel", hardened("perf_event_open", "PERFMON", "SYS_ADMIN"), func() string {
 		attr := unix.PerfEventAttr{Type: unix.PERF_TYPE_SOFTWARE, Size: uint32(unsafe.Sizeof(unix.PerfEventAttr{}))}
 		return opened(unix.PerfEventOpen(&attr, 0, -1, -1, unix.PERF_FLAG_FD_CLOEXEC))
 	})
-	add("measure everybody", caps("perf_event_open", "PERFMON", "SYS_ADMIN"), func() string {
+	add("measure everybody", hardened("perf_event_open", "PERFMON", "SYS_ADMIN"), func() string {
 		attr := unix.PerfEventAttr{Type: unix.PERF_TYPE_SOFTWARE, Size: uint32(unsafe.Sizeof(unix.PerfEventAttr{}))}
 		return opened(unix.PerfEventOpen(&attr, -1, 0, -1, unix.PERF_FLAG_FD_CLOEXEC))
 	})
-	add("serve page faults of the kernel", caps("userfaultfd", "SYS_PTRACE"), func() string {
+	add("serve page faults of the kernel", hardened("userfaultfd", "SYS_PTRACE"), func() string {
 		fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC, 0, 0)
 		if errno == 0 {
 			_ = unix.Close(int(fd))
 		}
 		return name(errno)
 	})
-	add("make a ring of io_uring", caps("io_uring_setup", "SYS_ADMIN"), func() string {
+	add("make a ring of io_uring", hardened("io_uring_setup", "SYS_ADMIN"), func() string {
 		var params [30]uint32
 		fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, uintptr(unsafe.Pointer(&params[0])), 0)
 		if errno == 0 {
@@ -137,7 +137,6 @@ func kernel() (out []Probe) {
 		}
 		return name(errno)
 	})
-	caps = func(call string, caps ...string) Probe { return Probe{Calls: []string{call}, Caps: caps} }
 	add("make a file that is memory", Probe{Calls: []string{"memfd_create"}}, func() string { return opened(unix.MemfdCreate("twin", unix.MFD_CLOEXEC)) })
 	add("set the clock", caps("clock_settime", "SYS_TIME"), func() string {
 		var now unix.Timespec
