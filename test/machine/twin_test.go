@@ -8,13 +8,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
+	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/bulkhead-os/bulkhead/test/twin"
 	"github.com/bulkhead-os/bulkhead/test/twin/derive"
 )
@@ -110,15 +109,7 @@ func (n *node) heard(t *testing.T, daemon string, stage int, answers map[string]
 		return err
 	}
 	done := false
-	for line := range strings.Lines(out) {
-		_, text, ok := strings.Cut(line, twin.Prefix+"{")
-		var l twin.Line
-		if !ok {
-			continue
-		}
-		if err := json.Unmarshal([]byte("{"+text), &l); err != nil {
-			t.Fatalf("%s: %v: %s", daemon, err, line)
-		}
+	for _, l := range twinLines(t, out) {
 		for id, answer := range l.Answers {
 			answers[id] = answer
 		}
@@ -128,6 +119,23 @@ func (n *node) heard(t *testing.T, daemon string, stage int, answers map[string]
 		return fmt.Errorf("%d answers so far", len(answers))
 	}
 	return nil
+}
+
+// twinLines are the lines of a unit's log that its twin wrote.
+func twinLines(t *testing.T, log string) (out []twin.Line) {
+	t.Helper()
+	for line := range strings.Lines(log) {
+		_, text, ok := strings.Cut(line, twin.Prefix+"{")
+		if !ok {
+			continue
+		}
+		var l twin.Line
+		if err := json.Unmarshal([]byte("{"+text), &l); err != nil {
+			t.Fatalf("%v: %s", err, line)
+		}
+		out = append(out, l)
+	}
+	return out
 }
 
 // twinsEnd orders a stage that ends every twin's process, and wants each back. It notes how each ended, by the stage's probe.
@@ -164,19 +172,26 @@ func (n *node) twinsEnd(t *testing.T, w *derive.World, stage int, ended map[stri
 				t.Errorf("%s: %s: it ended with %q, want %q", d, p.ID(), how, want)
 			}
 			if p.Group == twin.Threads {
-				out := n.run(t, "bhctl", "logs", d)
-				m := regexp.MustCompile(`failed to create new OS thread \(have (\d+) already`).FindStringSubmatch(out)
-				if m == nil {
-					t.Errorf("%s: no word of the threads in its log", d)
-				} else if have, _ := strconv.ParseUint(m[1], 10, 64); have > w.Units[d].PidsMax {
-					t.Errorf("%s: %d threads, its unit says %d", d, have, w.Units[d].PidsMax)
-				}
+				n.threads(t, w.Units[d])
 			}
 			if ended[d] == nil {
 				ended[d] = map[string]string{}
 			}
 			ended[d][p.ID()] = how + ", and started again"
 		}
+	}
+}
+
+// threads wants a twin to have started as many threads as its unit allows, its own from before included.
+func (n *node) threads(t *testing.T, u unit.Unit) {
+	t.Helper()
+	out := n.run(t, "bhctl", "logs", u.Name)
+	most := 0
+	for _, l := range twinLines(t, out) {
+		most = max(most, l.Count)
+	}
+	if most >= int(u.PidsMax) || most < int(u.PidsMax)/2 || !strings.Contains(out, "runtime: failed to create new OS thread") {
+		t.Errorf("%s: %d threads were started, its unit allows %d in all; the runtime's word of it is in its log: %v", u.Name, most, u.PidsMax, strings.Contains(out, "runtime: failed to create new OS thread"))
 	}
 }
 

@@ -79,8 +79,11 @@ func files() (out []Probe) {
 	}
 	for _, p := range []string{"/state", "/var", "/var/lib", "/var/lib/etcd", "/var/lib/kubelet", "/var/lib/containerd", "/var/log"} {
 		f := Probe{Path: p, Mode: 0o755, Maybe: p != "/state" && p != "/var"}
-		if p == "/var/lib/etcd" {
+		switch p {
+		case "/var/lib/etcd":
 			f.Owner, f.Mode = "etcdd", 0o700
+		case "/var/lib/kubelet", "/var/lib/containerd":
+			f.Mode = 0o700
 		}
 		list(f)
 		create(f)
@@ -98,7 +101,7 @@ func files() (out []Probe) {
 		read(f)
 		write(f)
 	}
-	for _, p := range []string{"/etc/passwd", "/etc/os-release", "/etc/machine-id", "/run/bulkhead/boot/sysctls", "/sbin/init", "/usr/lib/bulkhead/bulkheadd", "/usr/lib/bulkhead/etcdd", "/usr/lib/bulkhead/kubeletd", "/usr/share/bulkhead/release.pub", "/usr/share/bulkhead/pcr.pub"} {
+	for _, p := range []string{"/etc/passwd", "/etc/os-release", "/run/bulkhead/etc/machine-id", "/run/bulkhead/boot/sysctls", "/sbin/init", "/usr/lib/bulkhead/bulkheadd", "/usr/lib/bulkhead/etcdd", "/usr/lib/bulkhead/kubeletd", "/usr/share/bulkhead/release.pub", "/usr/share/bulkhead/pcr.pub"} {
 		f := Probe{Path: p, Mode: 0o644, Maybe: true}
 		read(f)
 		write(f)
@@ -142,7 +145,7 @@ func create(path string) string {
 }
 
 // open to all who may see them; others are root's, mode 0600.
-var openDevices = []string{"null", "zero", "full", "random", "urandom", "tty", "ptmx", "net/tun", "fuse", "vsock"}
+var openDevices = []string{"null", "zero", "full", "random", "urandom", "tty", "ptmx", "net/tun", "vsock"}
 
 // devices opens devices for reading and, those that keep what they are told, for writing.
 func devices() (out []Probe) {
@@ -160,7 +163,7 @@ func devices() (out []Probe) {
 				p.Mode = 0o666
 			case d == "kmsg" && !write:
 				p.Mode, p.Caps = 0o644, []string{"SYSLOG"}
-			case d == "mem" || d == "kmem" || d == "port" || strings.HasPrefix(d, "cpu/"):
+			case d == "mem" || d == "kmem" || d == "port" || d == "snapshot" || strings.HasPrefix(d, "cpu/"):
 				p.Nobody = true // RAWIO, and the kernel's lockdown
 			}
 			p.run = func(*env) string { return open(p.Path, flags) }
@@ -207,14 +210,26 @@ func settings() (out []Probe) {
 		}
 	}
 	add(Pseudo, false, "/proc/kcore", "/proc/kpagecount", "/proc/vmallocinfo", "/proc/slabinfo", "/sys/kernel/security/lockdown", "/sys/kernel/notes")
+	for i := range out {
+		switch out[i].Name {
+		case "read /proc/kcore":
+			out[i].Nobody = true // RAWIO, and the kernel's lockdown
+		case "read /sys/kernel/security/lockdown", "read /sys/kernel/notes":
+			out[i].Mode = 0o444
+		}
+	}
 	for _, path := range []string{"/sys/fs/pstore", "/sys/fs/bpf", "/sys/kernel/tracing", "/sys/kernel/debug"} {
 		p := Probe{Group: Settings, Name: "list " + path, Path: path, Mode: 0o700, Maybe: true, Kind: Pseudo, Calls: []string{"openat", "getdents64"}, run: func(*env) string { return says(listFolder(path)) }}
-		if path == "/sys/fs/pstore" {
+		switch path {
+		case "/sys/fs/pstore":
 			p.Owner = "machined"
+		case "/sys/kernel/tracing": // nothing is mounted there
+			p.Mode = 0o755
 		}
 		out = append(out, p)
 	}
 	add(Own, true, "/proc/self/oom_score_adj", "/proc/self/coredump_filter", "/proc/self/clear_refs", "/proc/self/mem", "/proc/self/comm", "/proc/self/uid_map", "/proc/self/setgroups")
+	out[len(out)-1].Caps = []string{"SYS_ADMIN"}
 	return out
 }
 

@@ -32,7 +32,7 @@ func limits() (out []Probe) {
 	fill("/dev/shm", "", 0o1777)
 	fill("/tmp", "", 0o1777)
 	return append(out,
-		Probe{Group: Threads, Name: "start as many as there can be", run: func(*env) string { return threads() }},
+		Probe{Group: Threads, Name: "start as many as there can be", run: threads},
 		Probe{Group: Memory, Name: "take as much as there is", Calls: []string{"mmap"}, run: func(*env) string { return memory() }},
 	)
 }
@@ -73,9 +73,10 @@ func fill(path string) string {
 	return OK
 }
 
-// threads starts threads until Go's runtime gives up, which ends the process and says how many there were.
-func threads() string {
-	for range 100_000 {
+// threads starts threads, and says how many, until Go's runtime gives up, which ends the process.
+func threads(e *env) string {
+	for n := range 100_000 {
+		e.count(n)
 		started := make(chan bool)
 		go func() {
 			runtime.LockOSThread()

@@ -98,7 +98,7 @@ func processes() (out []Probe) {
 		add("list the descriptors of", Probe{Calls: []string{"openat", "getdents64"}, Kind: Other, Nobody: true, Path: "fd"}, func(pid int) string { return says(listFolder("/proc/" + itoa(pid) + "/fd")) })
 		add("list the root of", Probe{Calls: []string{"openat", "getdents64"}, Kind: Other, Nobody: true, Path: "root"}, func(pid int) string { return says(listFolder("/proc/" + itoa(pid) + "/root/")) })
 	}
-	return append(out, Probe{Group: Processes, Name: "signal everybody", Calls: []string{"kill"}, Nobody: true, run: func(*env) string { return says(unix.Kill(-1, 0)) }})
+	return out
 }
 
 // identity tries to become somebody else, and to have more than the unit says.

@@ -19,7 +19,7 @@ const Prefix = "twin "
 type Line struct {
 	Unit    string
 	Stage   int
-	Begins  string            `json:",omitempty"` // a probe that may well end the process
+	Count   int               `json:",omitempty"` // how far it has come that ends the process
 	Answers map[string]string `json:",omitempty"` // by ID
 	Done    bool              `json:",omitempty"` // the stage's last line
 }
@@ -80,9 +80,7 @@ func (t *Twin) try(stage int) {
 		if Stage(p.Group) != stage {
 			continue
 		}
-		if p.Group == Threads || p.Group == Memory {
-			t.say(Line{Unit: t.name, Stage: stage, Begins: p.ID()})
-		}
+		e.count = func(n int) { t.say(Line{Unit: t.name, Stage: stage, Count: n}) }
 		answers[p.ID()] = e.try(p)
 		if len(answers) == perLine {
 			flush(false)

@@ -60,7 +60,10 @@ var extra = map[string]func() peer.List{
 // complete is the list that a daemon's socket has: machined may control, apid and machined may ask for its health, apid may call what is served for the
 // world outside, those on the daemon's own list what stands there. A method's entry goes before its service's.
 func complete(daemon string, own peer.List) peer.List {
-	out := peer.List{"control.v1.Control": {uid.Machined}, "grpc.health.v1.Health": {uid.Apid, uid.Machined}}
+	out := peer.List{"grpc.health.v1.Health": {uid.Apid, uid.Machined}}
+	if slices.Contains(twin.Internal["control.v1.Control"], daemon) {
+		out["control.v1.Control"] = []uid.ID{uid.Machined}
+	}
 	for k, v := range own {
 		out[k] = append(slices.Clone(out[k]), v...)
 	}
