@@ -59,7 +59,27 @@ func Page(u unit.Unit, answers map[string]string, ended map[string]string) strin
 		if g == nil || len(g.through) == 0 {
 			continue
 		}
-		fmt.Fprintf(&b, "\n**%s**: %s\n", name, g.list())
+		fmt.Fprintf(&b, "\n%s\n", wrap("**"+name+"**: "+g.list()))
+	}
+	return b.String()
+}
+
+// wrap breaks a text into lines of at most 160 characters.
+func wrap(text string) string {
+	var b strings.Builder
+	column := 0
+	for i, word := range strings.Fields(text) {
+		if n := len([]rune(word)); i > 0 && column+1+n > 160 {
+			b.WriteByte('\n')
+			column = n
+		} else {
+			if i > 0 {
+				b.WriteByte(' ')
+				column++
+			}
+			column += n
+		}
+		b.WriteString(word)
 	}
 	return b.String()
 }
