@@ -21,15 +21,18 @@ const uretprobe, uprobe = "uretprobe", "number 336"
 
 // harmless are arguments of system calls for which -1 everywhere is not refused by the kernel, or would do something.
 var harmless = map[string][6]uintptr{
-	"alarm":  {0},
-	"brk":    {0},
-	"clone":  {unix.CLONE_SIGHAND}, // without CLONE_VM: invalid
-	"ioctl":  {none, unix.TCGETS, none},
-	"msgget": {none, 0},
-	"prctl":  {unix.PR_SET_VMA, none, none, none, none},
-	"socket": {unix.AF_UNIX, unix.SOCK_STREAM, 1 << 30},
-	"umask":  {0o077},
-	"sync":   {},
+	"alarm":     {0},
+	"brk":       {0},
+	"clone":     {unix.CLONE_SIGHAND}, // without CLONE_VM: invalid
+	"mmap":      {0, 0, 0, unix.MAP_ANON, none, 0},
+	"mprotect":  {1, 0, 0},
+	"prlimit64": {0, none, none, none},
+	"ioctl":     {none, unix.TCGETS, none},
+	"msgget":    {none, 0},
+	"prctl":     {unix.PR_SET_VMA, none, none, none, none},
+	"socket":    {unix.AF_UNIX, unix.SOCK_STREAM, 1 << 30},
+	"umask":     {0o077},
+	"sync":      {},
 }
 
 const none = ^uintptr(0)
@@ -69,6 +72,9 @@ func callProbe(n uintptr, call string) string {
 	r, _, errno := unix.Syscall6(n, args[0], args[1], args[2], args[3], args[4], args[5])
 	if errno == 0 && (strings.HasPrefix(call, "eventfd") || call == "inotify_init" || call == "epoll_create") {
 		_ = unix.Close(int(r))
+	}
+	if call == "clone3" && errno == unix.ENOSYS {
+		return name(errno)
 	}
 	return passed(errno)
 }
@@ -129,13 +135,15 @@ func arguments() (out []Probe) {
 		}})
 	}
 	sortProbes(out)
-	for name, flags := range map[string]uintptr{"a process": unix.CLONE_SIGHAND | uintptr(unix.SIGCHLD), "a process in namespaces of its own": unix.CLONE_SIGHAND | unix.CLONE_NEWNS | unix.CLONE_NEWPID} {
-		out = append(out, Probe{Group: Arguments, Name: "clone " + name, Calls: []string{"clone"}, Verb: "process", run: func(*env) string {
-			_, _, errno := unix.RawSyscall6(unix.SYS_CLONE, flags, 0, 0, 0, 0, 0) // CLONE_SIGHAND without CLONE_VM: invalid
+	for _, c := range []struct {
+		name, verb string
+		flags      uintptr
+	}{{"a process", "process", uintptr(unix.SIGCHLD)}, {"a process in namespaces of its own", "namespaces", unix.CLONE_NEWNS | unix.CLONE_NEWPID}} {
+		out = append(out, Probe{Group: Arguments, Name: "clone " + c.name, Calls: []string{"clone"}, Verb: c.verb, run: func(*env) string {
+			_, _, errno := unix.RawSyscall6(unix.SYS_CLONE, unix.CLONE_SIGHAND|c.flags, 0, 0, 0, 0, 0) // without CLONE_VM: invalid
 			return passed(errno)
 		}})
 	}
-	sortProbes(out[len(out)-2:])
 	return append(out,
 		Probe{Group: Arguments, Name: "mmap of memory that is written and run", Calls: []string{"mmap"}, Verb: "exec", run: func(*env) string {
 			b, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE|unix.PROT_EXEC, unix.MAP_ANON|unix.MAP_PRIVATE)

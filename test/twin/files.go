@@ -101,7 +101,7 @@ func files() (out []Probe) {
 		read(f)
 		write(f)
 	}
-	for _, p := range []string{"/etc/passwd", "/etc/os-release", "/run/bulkhead/etc/machine-id", "/run/bulkhead/boot/sysctls", "/sbin/init", "/usr/lib/bulkhead/bulkheadd", "/usr/lib/bulkhead/etcdd", "/usr/lib/bulkhead/kubeletd", "/usr/share/bulkhead/release.pub", "/usr/share/bulkhead/pcr.pub"} {
+	for _, p := range []string{"/etc/passwd", "/etc/os-release", "/run/bulkhead/etc/machine-id", "/run/bulkhead/boot/sysctls", "/usr/sbin/init", "/usr/lib/bulkhead/bulkheadd", "/usr/lib/bulkhead/etcdd", "/usr/lib/bulkhead/kubeletd", "/usr/share/bulkhead/release.pub", "/usr/share/bulkhead/pcr.pub"} {
 		f := Probe{Path: p, Mode: 0o644, Maybe: true}
 		read(f)
 		write(f)

@@ -129,10 +129,28 @@ func (w *World) Want(u unit.Unit, p twin.Probe) Want {
 	if p.Calls != nil && (p.Calls[0] == "ioctl" && !slices.Contains(u.Ioctls, number(p, unix.TCGETS)) || p.Calls[0] == "prctl" && !slices.Contains(u.Prctls, number(p, unix.PR_SET_VMA))) {
 		first = 0
 	}
-	if first == 0 || first > 0 && out.May {
+	if first == 0 || first > 0 && out.May || arguments(u, p) {
 		return Want{Answer: twin.Filter}
 	}
+	if p.Group == twin.Calls && p.Name == "clone3" { // its flags lie in memory, where no filter looks: the filter says that there is no such call
+		return Want{Answer: "ENOSYS"}
+	}
 	return out
+}
+
+// arguments reports whether the filter ends the process for the arguments of a call that it lets through with others: who starts no programs makes no
+// processes and no code, nobody makes namespaces by clone, or asks for others' limits.
+func arguments(u unit.Unit, p twin.Probe) bool {
+	programs := unitfile.Programs(u)
+	switch {
+	case p.Group == twin.Calls && p.Name == "clone":
+		return !programs
+	case p.Group == twin.Arguments:
+		return p.Verb == "namespaces" || p.Verb != "" && !programs
+	case p.Group == twin.Processes:
+		return p.Calls[0] == "prlimit64"
+	}
+	return false
 }
 
 // number is the one of an ioctl or prctl, or that of the probe of the system call itself.
@@ -174,6 +192,9 @@ func (w *World) beyond(u unit.Unit, p twin.Probe) Want {
 		return Want{May: network(u, p)}
 	case twin.Descriptors:
 		return Want{May: true, Answer: strconv.FormatUint(nofile(u), 10)}
+	}
+	if p.Group == twin.Mounts && !u.FilesAll { // whom Landlock keeps from a file, it keeps from mounting
+		return Want{}
 	}
 	return Want{May: !p.Nobody && able(u, p.Caps) && (p.Path == "" || file(u, p))}
 }
