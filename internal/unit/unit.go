@@ -55,6 +55,10 @@ type Unit struct {
 	Bind, Connect []uint16
 	// BindAll and ConnectAll mean every port.
 	BindAll, ConnectAll bool
+	// Landlock is a struct landlock_ruleset_attr (files, ports, scopes), and Rules what of it is allowed: what the fields above come to, for the kernel.
+	// Only package main of init has them; zero means no restriction.
+	Landlock [3]uint64
+	Rules    []Rule
 
 	// Listen lists the listening sockets that PID 1 binds at boot and keeps: "unix" is
 	// /run/bulkhead/sock/<name>.sock (SOCK_STREAM, mode 0666), "tcp:PORT" is all addresses of the host's network,
@@ -96,6 +100,13 @@ type Unit struct {
 	Umask uint32
 }
 
+// Rule allows Access, Landlock's bits, to a path with what is below, or, if there is none, to a TCP port.
+type Rule struct {
+	Access uint64
+	Path   string
+	Port   uint16
+}
+
 // Paths that PID 1 and the daemons agree on.
 const (
 	// RunDir holds one folder for each unit that asks for one.
@@ -118,4 +129,6 @@ const (
 	FirstListener = 4
 	// DoNotRestart is the exit code that ends a unit for good.
 	DoNotRestart = 125
+	// NotConfined is the exit code of a unit's process that could not be confined, or its program not started: it may work the next time.
+	NotConfined = 126
 )

@@ -48,7 +48,7 @@ func (s *machineServer) GetHealth(ctx context.Context, _ *machinev1.GetHealthReq
 
 // health asks everybody now. open is what is wrong with the node's own protection.
 func (d *Daemon) health(open string) *machinev1.GetHealthResponse {
-	units, err := d.cfg.init.Status()
+	units, err := d.units()
 	now, _ := d.running.Get()
 	reports := map[string]report{}
 	for _, h := range d.hands {
@@ -68,7 +68,7 @@ func (s *machineServer) GetSecurity(context.Context, *machinev1.GetSecurityReque
 
 func (s *machineServer) ListServices(ctx context.Context, _ *machinev1.ListServicesRequest) (*machinev1.ListServicesResponse, error) {
 	s.d.witness(ctx)
-	units, err := s.d.cfg.init.Status()
+	units, err := s.d.units()
 	if err != nil {
 		return nil, errs.New(errs.Unavailable, "ask PID 1 for its units: %w", err)
 	}
@@ -100,7 +100,7 @@ func (s *machineServer) RestartService(ctx context.Context, r *machinev1.Restart
 
 // known returns an error that helps if there is no such unit.
 func (d *Daemon) known(name string) error {
-	units, err := d.cfg.init.Status()
+	units, err := d.units()
 	if err != nil {
 		return errs.New(errs.Unavailable, "ask PID 1 for its units: %w", err)
 	}

@@ -78,12 +78,17 @@ type Daemon struct {
 	skew      atomic.Int64 // how far the control plane's clock was ahead at the last report, in nanoseconds
 	answered  atomic.Bool  // a call with credentials has come through apid since the start of this process
 
+	look chan struct{} // holds one word: the kernel's log has something new
+	told atomic.Int64  // when the last event of an earlier process was, in nanoseconds: what the kernel said before is not told again
+
 	mu      sync.Mutex
 	store   *store.Store         // guarded by mu; nil until STATE is there
 	history *boots.History       // guarded by mu; the same, and nil if it cannot be opened
 	logs    map[string]*logs.Log // guarded by mu; by unit
 	state   map[string]string    // guarded by mu; each unit's last state, for events
 	falls   map[string]fall      // guarded by mu; when each unit's trouble began
+	lives   map[string][]int     // guarded by mu; the last processes of each unit, the newest last
+	denied  map[string]denied    // guarded by mu; what each unit was ended for last
 }
 
 // running is the configuration that is handed out. It is never changed, only replaced.
@@ -156,7 +161,8 @@ func New(cfg Config) (*Daemon, error) {
 		power:   make(chan func() error, 1),
 		streams: make(chan struct{}, maxStreams),
 		apply:   make(chan struct{}, 1),
-		logs:    map[string]*logs.Log{}, state: map[string]string{}, falls: map[string]fall{},
+		logs:    map[string]*logs.Log{}, state: map[string]string{}, falls: map[string]fall{}, lives: map[string][]int{}, denied: map[string]denied{},
+		look:  make(chan struct{}, 1),
 		audit: audit.New(cfg.past.ID()),
 	}
 	ev.log.Tap = func(at time.Time, text string) { d.journal.Add(at, "events", strings.ReplaceAll(text, "\t", " ")) }

@@ -153,7 +153,7 @@ func (d *Daemon) snapshot(ctx context.Context, open string) (why.Snapshot, error
 		}
 		out.Daemons = append(out.Daemons, e)
 	}
-	units, err := d.cfg.init.Status()
+	units, err := d.units()
 	out.Init = errs.Text(err)
 	for _, u := range units {
 		ok, detail := unitHealth(u, needed[u.Name], time.Now())

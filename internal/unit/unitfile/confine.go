@@ -8,8 +8,9 @@ import (
 	"sort"
 	"strings"
 
-	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/elastic/go-seccomp-bpf/arch"
+
+	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
 // all stands for everything, where a list may.
