@@ -63,7 +63,9 @@ poison: build kubernetes ## an image with a mistake in it, into out/poison: a no
 
 twin: build ## an image whose daemons are evil twins, into out/twin, for work on TestVMTwin; see docs/confinement/README.md
 	@rm -rf out/twin && mkdir -p out/twin/bin
-	@$(GOBUILD:grpcnotrace=grpcnotrace,twin) -o out/twin/bin/ $(NODE)
+	@go run ./internal/unit/gen -errno 4090 -out out/twin/units.go
+	@echo '{"Replace": {"init/units.go": "out/twin/units.go"}}' > out/twin/overlay.json
+	@$(GOBUILD:grpcnotrace=grpcnotrace,twin) -overlay out/twin/overlay.json -o out/twin/bin/ $(NODE)
 	@out/bin/mkimage build --bin out/twin/bin --kubernetes none --out out/twin/image $(IMAGEFLAGS)
 
 dist: image ## other forms of the image, beside it: qcow2 for clouds, an ISO to install from

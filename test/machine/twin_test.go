@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -91,13 +92,26 @@ func TestVMTwin(t *testing.T) {
 // twins returns a folder of our programs, built as evil twins.
 func (n *node) twins(t *testing.T) string {
 	t.Helper()
-	bin := t.TempDir()
-	args := append([]string{}, buildFlags...)
+	bin, dir := t.TempDir(), t.TempDir()
+	units, overlay := filepath.Join(dir, "units.go"), filepath.Join(dir, "overlay.json")
+	text, err := json.Marshal(map[string]map[string]string{"Replace": {filepath.Join(n.root, "init/units.go"): units}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(overlay, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := slices.Clone(buildFlags)
 	args[2] += ",twin"
-	cmd := exec.CommandContext(t.Context(), "go", append(args, "-o", bin+"/", "./init", "./cmd/bulkheadd", "./cmd/etcdd", "./cmd/kubeletd")...)
-	cmd.Dir, cmd.Env = n.root, append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+	for _, args := range [][]string{
+		{"run", "./internal/unit/gen", "-errno", fmt.Sprint(int(twin.Killed)), "-out", units},
+		append(args, "-overlay", overlay, "-o", bin+"/", "./init", "./cmd/bulkheadd", "./cmd/etcdd", "./cmd/kubeletd"),
+	} {
+		cmd := exec.CommandContext(t.Context(), "go", args...)
+		cmd.Dir, cmd.Env = n.root, append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("go %s: %v\n%s", args[0], err, out)
+		}
 	}
 	return bin
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"sync"
 	"syscall"
@@ -100,11 +101,13 @@ func (e *env) try(p Probe) string {
 	return <-answer
 }
 
-// Try runs the probes of Anywhere in this process, as a unit's, and returns the answers by ID.
-func Try(name string) map[string]string {
+// Try runs the probes of Anywhere in this process, as a unit's, or those of them that are named, and returns the answers by ID.
+func Try(name string, only ...string) map[string]string {
 	e, out := &env{name: name}, map[string]string{}
 	for _, p := range Anywhere() {
-		out[p.ID()] = e.try(p)
+		if len(only) == 0 || slices.Contains(only, p.ID()) {
+			out[p.ID()] = e.try(p)
+		}
 	}
 	return out
 }

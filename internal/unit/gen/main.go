@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/elastic/go-seccomp-bpf/arch"
+	"golang.org/x/sys/unix"
 
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
@@ -23,6 +24,7 @@ func main() {
 	tree := flag.String("tree", ".", "source tree to search for unit.json and *.unit.json")
 	out := flag.String("out", "", "Go file to write")
 	learn := flag.Bool("learn", false, "system calls that no unit lists are written to the kernel's log instead of ending the process; never for an image that others get")
+	errno := flag.Uint("errno", 0, "system calls that no unit lists fail with this error instead of ending the process, for evil twins; never for an image that others get")
 	names := flag.String("names", "", "Go file to write the names of system calls to, by number, instead of units")
 	flag.Parse()
 	if *names != "" {
@@ -32,13 +34,13 @@ func main() {
 		}
 		return
 	}
-	if err := run(*tree, *out, *learn); err != nil {
+	if err := run(*tree, *out, *learn, unix.Errno(*errno)); err != nil {
 		fmt.Fprintln(os.Stderr, "gen:", err)
 		os.Exit(1)
 	}
 }
 
-func run(tree, out string, learn bool) error {
+func run(tree, out string, learn bool, errno unix.Errno) error {
 	units, err := unitfile.Load(os.DirFS(tree))
 	if err != nil {
 		return err
@@ -46,6 +48,9 @@ func run(tree, out string, learn bool) error {
 	for i := range units {
 		if units[i].Filter, err = unitfile.Filter(units[i], learn); err != nil {
 			return fmt.Errorf("%s: %w", units[i].Name, err)
+		}
+		if errno != 0 {
+			units[i].Filter = unitfile.Answer(units[i].Filter, errno)
 		}
 		units[i].Landlock, units[i].Rules = unitfile.Landlock(units[i])
 	}

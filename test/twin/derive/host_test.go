@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"syscall"
 	"testing"
 
@@ -17,18 +18,22 @@ import (
 	"github.com/bulkhead-os/bulkhead/init/confine"
 	"github.com/bulkhead-os/bulkhead/internal/testns"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
+	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
 	"github.com/bulkhead-os/bulkhead/test/twin"
 )
 
 // twinKey is the environment's word for this program when it is to become a unit's twin.
 const twinKey = "BULKHEAD_HOST_TWIN"
 
+// killKey is the word for a filter that ends the process, as that of a real image; its value is the probe that is to be tried then.
+const killKey = "BULKHEAD_HOST_TWIN_KILL"
+
 // program is where that is, in its own mount namespace, for users who see nothing of root's folders.
 const program = "/run/twin"
 
 func TestMain(m *testing.M) {
 	if name := os.Getenv("BULKHEAD_UNIT"); name != "" && os.Getuid() != 0 { // confined, and started again
-		if err := json.NewEncoder(os.Stdout).Encode(twin.Try(name)); err != nil {
+		if err := json.NewEncoder(os.Stdout).Encode(twin.Try(name, os.Args[1:]...)); err != nil {
 			panic(err)
 		}
 		os.Exit(0)
@@ -63,14 +68,26 @@ func confined() ([]unit.Unit, error) {
 		u := w.Units[d]
 		dir := unit.RunDir + "/" + d
 		err = errors.Join(err, os.Mkdir(dir, 0o755), os.Chown(dir, int(u.UID), int(u.UID)))
-		out = append(out, here(u))
+		u = here(u)
+		var bad error
+		u.Filter, bad = unitfile.Filter(u, false)
+		if os.Getenv(killKey) == "" {
+			u.Filter = unitfile.Answer(u.Filter, twin.Killed)
+		}
+		u.Landlock, u.Rules = unitfile.Landlock(u)
+		err = errors.Join(err, bad)
+		out = append(out, u)
 	}
 	return out, err
 }
 
 // here is a unit without what only a node has, and without capabilities that this machine's root cannot give.
 func here(u unit.Unit) unit.Unit {
-	u.Exec, u.MountNamespace, u.Listen, u.Console, u.Hide, u.OOMScoreAdj = []string{program}, "", nil, false, nil, 0
+	u.Exec = []string{program}
+	if probe := os.Getenv(killKey); probe != "" {
+		u.Exec = append(u.Exec, probe)
+	}
+	u.MountNamespace, u.Listen, u.Console, u.Hide, u.OOMScoreAdj = "", nil, false, nil, 0
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil {
 		u.NoFile = min(nofile(u), files.Max)
@@ -97,6 +114,21 @@ func copyFile(to, from string) error {
 	return errors.Join(err, out.Close(), os.Chmod(to, 0o755))
 }
 
+// start makes the process of a unit's twin, in namespaces of its own.
+func start(t *testing.T, daemon string, env ...string) (out []byte, state *os.ProcessState) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
+	cmd.Env = append(append(os.Environ(), twinKey+"="+daemon), env...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil && (len(env) == 0 || cmd.ProcessState == nil) {
+		t.Fatalf("%v\n%s", err, stderr.String())
+	}
+	return out, cmd.ProcessState
+}
+
 // TestHost has PID 1's own code confine a process as each daemon's unit says, in namespaces of its own on this machine's kernel, and tries there what needs no node.
 // It is the quick part of TestVMTwin.
 func TestHost(t *testing.T) {
@@ -104,15 +136,7 @@ func TestHost(t *testing.T) {
 	w := world(t)
 	for _, d := range twin.Daemons() {
 		t.Run(d, func(t *testing.T) {
-			cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
-			cmd.Env = append(os.Environ(), twinKey+"="+d)
-			cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC}
-			var stderr bytes.Buffer
-			cmd.Stderr = &stderr
-			out, err := cmd.Output()
-			if err != nil {
-				t.Fatalf("%v\n%s", err, stderr.String())
-			}
+			out, _ := start(t, d)
 			var answers map[string]string
 			if err := json.Unmarshal(out, &answers); err != nil {
 				t.Fatalf("%v: %s", err, out)
@@ -126,4 +150,27 @@ func TestHost(t *testing.T) {
 			t.Logf("» %d probes", len(answers))
 		})
 	}
+}
+
+// TestHostKill: the filter of a real image ends the process where that of a twin answers.
+func TestHostKill(t *testing.T) {
+	testns.Root(t)
+	w := world(t)
+	for _, d := range twin.Daemons() {
+		for _, p := range twin.Anywhere() {
+			if !slices.Contains(killing, p.ID()) || w.Want(here(w.Units[d]), p).Answer != twin.Filter {
+				continue
+			}
+			out, state := start(t, d, killKey+"="+p.ID())
+			if status, ok := state.Sys().(syscall.WaitStatus); !ok || status.Signal() != unix.SIGSYS {
+				t.Errorf("%s: %s: %v, want it to be killed by SIGSYS; it said %s", d, p.ID(), state, out)
+			}
+		}
+	}
+}
+
+// killing are the probes that are also tried with the filter of a real image: a call by its number, by another ABI, and for its arguments.
+var killing = []string{
+	"system calls: ptrace", "system calls: number 450", "system calls: getpid by the ABI x32", "system calls: getpid by the ABI i386", "arguments of system calls: clone a process",
+	"arguments of system calls: mprotect of written memory to be run", "network: socket: vsock",
 }
