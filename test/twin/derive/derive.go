@@ -126,8 +126,13 @@ func (w *World) Want(u unit.Unit, p twin.Probe) Want {
 	if p.Family != "" && !slices.Contains(u.Sockets, p.Family) || p.Group == twin.Network && strings.HasPrefix(p.Name, "socket: ") && p.Family == "" {
 		first = 0
 	}
-	if p.Calls != nil && (p.Calls[0] == "ioctl" && !slices.Contains(u.Ioctls, number(p, unix.TCGETS)) || p.Calls[0] == "prctl" && !slices.Contains(u.Prctls, number(p, unix.PR_SET_VMA))) {
-		first = 0
+	for i, c := range p.Calls {
+		if first < 0 && (c == "ioctl" && !slices.Contains(u.Ioctls, number(p, unix.TCGETS)) || c == "prctl" && !slices.Contains(u.Prctls, number(p, unix.PR_SET_VMA))) {
+			first = i
+		}
+	}
+	if p.Group == twin.Calls && p.Verb == "x32" { // the filter says that there is no such ABI
+		return Want{Answer: "ENOSYS"}
 	}
 	if first == 0 || first > 0 && out.May || arguments(u, p) {
 		return Want{Answer: twin.Filter}
@@ -146,7 +151,7 @@ func arguments(u unit.Unit, p twin.Probe) bool {
 	case p.Group == twin.Calls && p.Name == "clone":
 		return !programs
 	case p.Group == twin.Arguments:
-		return p.Verb == "namespaces" || p.Verb != "" && !programs
+		return p.Verb == "namespaces" || p.Verb != "" && !programs // where there may be code, it may not be written: see beyond
 	case p.Group == twin.Processes:
 		return p.Calls[0] == "prlimit64"
 	}
@@ -168,7 +173,9 @@ func (w *World) beyond(u unit.Unit, p twin.Probe) Want {
 		if slices.Contains(untried, p.Name) {
 			return Want{May: true, Answer: twin.Untried}
 		}
-		return Want{May: true, Answer: twin.OK}
+		return Want{May: true, Answer: map[bool]string{false: twin.OK}[p.Verb == "x32"]}
+	case twin.Arguments:
+		return Want{May: p.Verb != "exec" || u.Syscalls == nil}
 	case twin.Files, twin.Devices, twin.Settings, twin.Disk:
 		return Want{May: file(u, p)}
 	case twin.Sockets:

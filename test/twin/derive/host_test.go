@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"syscall"
@@ -22,8 +23,11 @@ import (
 	"github.com/bulkhead-os/bulkhead/test/twin"
 )
 
-// twinKey is the environment's word for this program when it is to become a unit's twin.
-const twinKey = "BULKHEAD_HOST_TWIN"
+// twinKey is the environment's word for this program when it is to become a unit's twin; builtKey says where that program is.
+const (
+	twinKey  = "BULKHEAD_HOST_TWIN"
+	builtKey = "BULKHEAD_HOST_TWIN_BUILT"
+)
 
 // killKey is the word for a filter that ends the process, as that of a real image; its value is the probe that is to be tried then.
 const killKey = "BULKHEAD_HOST_TWIN_KILL"
@@ -32,12 +36,6 @@ const killKey = "BULKHEAD_HOST_TWIN_KILL"
 const program = "/run/twin"
 
 func TestMain(m *testing.M) {
-	if name := os.Getenv("BULKHEAD_UNIT"); name != "" && os.Getuid() != 0 { // confined, and started again
-		if err := json.NewEncoder(os.Stdout).Encode(twin.Try(name, os.Args[1:]...)); err != nil {
-			panic(err)
-		}
-		os.Exit(0)
-	}
 	if name := os.Getenv(twinKey); name != "" {
 		runtime.LockOSThread()
 		units, err := confined()
@@ -62,7 +60,7 @@ func confined() ([]unit.Unit, error) {
 		unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""),
 		unix.Mount("tmpfs", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755"),
 		os.Mkdir(unit.RunDir, 0o755),
-		copyFile(program, "/proc/self/exe"),
+		copyFile(program, os.Getenv(builtKey)),
 	)
 	for _, d := range twin.Daemons() {
 		u := w.Units[d]
@@ -114,11 +112,23 @@ func copyFile(to, from string) error {
 	return errors.Join(err, out.Close(), os.Chmod(to, 0o755))
 }
 
+// build makes the twin's program: this one may be linked with libraries, which a unit must not load. The flags are the Makefile's, so that little is compiled again.
+func build(t *testing.T) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "twin")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-tags", "grpcnotrace", "-trimpath", "-buildvcs=false", "-o", file, "./testdata/twin")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	return file
+}
+
 // start makes the process of a unit's twin, in namespaces of its own.
-func start(t *testing.T, daemon string, env ...string) (out []byte, state *os.ProcessState) {
+func start(t *testing.T, built, daemon string, env ...string) (out []byte, state *os.ProcessState) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
-	cmd.Env = append(append(os.Environ(), twinKey+"="+daemon), env...)
+	cmd.Env = append(append(os.Environ(), twinKey+"="+daemon, builtKey+"="+built), env...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -133,10 +143,10 @@ func start(t *testing.T, daemon string, env ...string) (out []byte, state *os.Pr
 // It is the quick part of TestVMTwin.
 func TestHost(t *testing.T) {
 	testns.Root(t)
-	w := world(t)
+	w, built := world(t), build(t)
 	for _, d := range twin.Daemons() {
 		t.Run(d, func(t *testing.T) {
-			out, _ := start(t, d)
+			out, _ := start(t, built, d)
 			var answers map[string]string
 			if err := json.Unmarshal(out, &answers); err != nil {
 				t.Fatalf("%v: %s", err, out)
@@ -155,13 +165,13 @@ func TestHost(t *testing.T) {
 // TestHostKill: the filter of a real image ends the process where that of a twin answers.
 func TestHostKill(t *testing.T) {
 	testns.Root(t)
-	w := world(t)
+	w, built := world(t), build(t)
 	for _, d := range twin.Daemons() {
 		for _, p := range twin.Anywhere() {
 			if !slices.Contains(killing, p.ID()) || w.Want(here(w.Units[d]), p).Answer != twin.Filter {
 				continue
 			}
-			out, state := start(t, d, killKey+"="+p.ID())
+			out, state := start(t, built, d, killKey+"="+p.ID())
 			if status, ok := state.Sys().(syscall.WaitStatus); !ok || status.Signal() != unix.SIGSYS {
 				t.Errorf("%s: %s: %v, want it to be killed by SIGSYS; it said %s", d, p.ID(), state, out)
 			}
@@ -171,6 +181,6 @@ func TestHostKill(t *testing.T) {
 
 // killing are the probes that are also tried with the filter of a real image: a call by its number, by another ABI, and for its arguments.
 var killing = []string{
-	"system calls: ptrace", "system calls: number 450", "system calls: getpid by the ABI x32", "system calls: getpid by the ABI i386", "arguments of system calls: clone a process",
+	"system calls: ptrace", "system calls: number 450", "system calls: getpid by the ABI i386", "arguments of system calls: clone a process",
 	"arguments of system calls: mprotect of written memory to be run", "network: socket: vsock",
 }
