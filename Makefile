@@ -63,8 +63,8 @@ poison: build kubernetes ## an image with a mistake in it, into out/poison: a no
 
 twin: build ## an image whose daemons are evil twins, into out/twin, for work on TestVMTwin; see docs/confinement/README.md
 	@rm -rf out/twin && mkdir -p out/twin/bin
-	@go run ./internal/unit/gen -errno 4090 -out out/twin/units.go
-	@echo '{"Replace": {"init/units.go": "out/twin/units.go"}}' > out/twin/overlay.json
+	@go run ./internal/unit/gen -errno 4090 -out out/twin/units.txt
+	@echo '{"Replace": {"init/units.go": "out/twin/units.txt"}}' > out/twin/overlay.json
 	@$(GOBUILD:grpcnotrace=grpcnotrace,twin) -overlay out/twin/overlay.json -o out/twin/bin/ $(NODE)
 	@out/bin/mkimage build --bin out/twin/bin --kubernetes none --out out/twin/image $(IMAGEFLAGS)
 

@@ -69,7 +69,7 @@ func (t *Twin) order(n uint64) { // mu is held
 // try runs a stage's probes.
 func (t *Twin) try(stage int) {
 	var limit unix.Rlimit
-	_ = unix.Getrlimit(unix.RLIMIT_NOFILE, &limit)
+	_ = unix.Prlimit(0, unix.RLIMIT_NOFILE, nil, &limit) // getrlimit is another system call, which no unit has
 	e := &env{name: t.name, limit: limit.Cur, conns: map[string]*way{}}
 	e.meet()
 	answers := map[string]string{}
