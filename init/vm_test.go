@@ -50,6 +50,13 @@ func TestVM(t *testing.T) {
 	}
 	t.Log(console)
 
+	// A kernel that cannot restrict files: what is to be restricted does not start, and the console says so.
+	console = m.boot(t, m.disk, "lsm=lockdown,yama test.nolandlock", "")
+	if strings.Contains(console, "TEST WRONG") || !strings.Contains(console, "TEST done") || !strings.Contains(console, "init: confine caged: landlock: operation not supported") ||
+		!strings.Contains(console, "unit caged: exit 126: it could not be confined, again in") {
+		t.Errorf("without Landlock:\n%s", console)
+	}
+
 	// A root of which every block is damaged does not come up, whatever the superblock says.
 	damaged := bytes.Clone(m.disk)
 	for i := m.root; i < m.root+m.rootSize; i += 4096 {

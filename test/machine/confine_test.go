@@ -78,6 +78,16 @@ func testConfinement(t *testing.T, n *node) {
 		for _, diff := range compare(u, p, root) {
 			t.Errorf("%s: %s", u.Name, diff)
 		}
+		// 2: it has a filter of system calls. What that lets pass, internal/unit/unitfile knows.
+		want := "Seccomp:\t2\n"
+		if u.Syscalls == nil {
+			want = "Seccomp:\t0\n"
+		}
+		// hello reports that the file is shorter than that; what it read counts.
+		status, err := n.try(t.Context(), time.Minute, "kubectl", "exec", "-n", "kube-system", "inspect", "--", "/hello", "read", fmt.Sprintf("/proc/%d/status", s.Pid), "0", "4096")
+		if !strings.Contains(status, want) {
+			t.Errorf("%s: its status lacks %q: %v\n%s", u.Name, want, err, status)
+		}
 		if u.MountNamespace == "workload" {
 			if workload == "" {
 				workload = p.Namespaces["mnt"]

@@ -71,6 +71,16 @@ func TestLoadRefusesTwins(t *testing.T) {
 	}
 }
 
+// maxCalls is for a daemon without privileges, Go's runtime included.
+const maxCalls = 70
+
+var (
+	// starts are the daemons that start programs: iptables, and ext4's tools.
+	starts = map[string]bool{"networkd": true, "storaged": true}
+	// waits are those that run before the volume with their folder is mounted. Landlock's rules are for a folder that is there.
+	waits = map[string]bool{"machined": true, "trustd": true, "updated": true, "etcdd": true}
+)
+
 // TestUnits reads the units of this tree. Rules that hold for all of them stand here, once.
 func TestUnits(t *testing.T) {
 	units, err := Load(os.DirFS("../../.."))
@@ -87,6 +97,28 @@ func TestUnits(t *testing.T) {
 			t.Errorf("%s and %s share user %d", first, u.Name, u.UID)
 		}
 		users[u.UID] = u.Name
+		if u.Syscalls == nil && !workload[u.Name] {
+			t.Errorf("%s may make every system call", u.Name)
+		}
+		privileged := u.Capabilities&^unit.Capability("SYSLOG") != 0
+		if len(u.Syscalls) > maxCalls && !privileged && !strings.HasPrefix(u.Name, "kube-") {
+			t.Errorf("%s may make %d system calls, a daemon without privileges at most %d", u.Name, len(u.Syscalls), maxCalls)
+		}
+		if Programs(u) && !workload[u.Name] && !starts[u.Name] {
+			t.Errorf("%s may start programs", u.Name)
+		}
+		if u.FilesAll && !workload[u.Name] && u.Name != "storaged" { // which mounts: Landlock would not let it
+			t.Errorf("%s may use every file", u.Name)
+		}
+		if slices.Contains(append(u.Read, u.Write...), "/") && !waits[u.Name] {
+			t.Errorf("%s may use everything below /: only those may that wait for a volume", u.Name)
+		}
+		if (u.Network == "none" && !workload[u.Name]) && (u.BindAll || u.ConnectAll || len(u.Bind)+len(u.Connect) > 0) {
+			t.Errorf("%s has no network, and ports", u.Name)
+		}
+		if len(u.Bind) > 0 && !slices.Contains(u.Sockets, "netlink:route") {
+			t.Errorf("%s has TCP and no netlink:route: a caller from a link-local address would end it", u.Name)
+		}
 		if u.NewPrivileges && !workload[u.Name] {
 			t.Errorf("%s may gain privileges", u.Name)
 		}
