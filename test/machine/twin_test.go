@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	configv1 "github.com/bulkhead-os/bulkhead/api/config/v1"
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 	"github.com/bulkhead-os/bulkhead/test/twin"
@@ -45,6 +46,16 @@ func TestVMTwin(t *testing.T) {
 		t.Fatalf("bhctl up: %v", err)
 	}
 	conn := n.connect(t)
+	// The node is there before its last folders are made: what is tried then would be another thing each time.
+	eventually(t, 2*time.Minute, "all is as configured", func() error {
+		r, err := configv1.NewConfigClient(conn).ListSpecs(t.Context(), &configv1.ListSpecsRequest{})
+		for _, s := range r.GetSpecs() {
+			if !s.GetConverged() && s.GetDaemon() != "etcdd" { // which has no cluster to be a member of
+				err = errors.Join(err, fmt.Errorf("%s: %v", s.GetDaemon(), s.GetPending()))
+			}
+		}
+		return err
+	})
 	answers := map[string]map[string]string{}
 	for _, d := range twin.Daemons() {
 		answers[d] = map[string]string{}

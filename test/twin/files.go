@@ -82,7 +82,9 @@ func files() (out []Probe) {
 		switch p {
 		case "/var/lib/etcd":
 			f.Owner, f.Mode = "etcdd", 0o700
-		case "/var/lib/kubelet", "/var/lib/containerd":
+		case "/var/lib/kubelet":
+			f.Mode = 0o750
+		case "/var/lib/containerd":
 			f.Mode = 0o700
 		}
 		list(f)
