@@ -22,7 +22,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison observer dist reproducible test test-vm test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison observer twin dist reproducible test test-vm test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -68,6 +68,13 @@ observer: build kubernetes ## the tests' image, into out/observer/image: one wit
 	@echo '{"Replace": {"init/units.go": "out/observer/units.txt"}}' > out/observer/overlay.json
 	@$(GOBUILD) -overlay out/observer/overlay.json -o out/observer/bin/ ./init ./test/observer
 	@out/bin/mkimage build --bin out/observer/bin --program out/observer/bin/observer --kubernetes $(KUBERNETES) --out out/observer/image $(IMAGEFLAGS)
+
+twin: build ## an image whose daemons are evil twins, into out/twin, for work on TestVMTwin; see docs/confinement/README.md
+	@rm -rf out/twin && mkdir -p out/twin/bin
+	@go run ./internal/unit/gen -errno 4090 -out out/twin/units.txt
+	@echo '{"Replace": {"init/units.go": "out/twin/units.txt"}}' > out/twin/overlay.json
+	@$(GOBUILD:grpcnotrace=grpcnotrace,twin) -overlay out/twin/overlay.json -o out/twin/bin/ $(NODE)
+	@out/bin/mkimage build --bin out/twin/bin --kubernetes none --out out/twin/image $(IMAGEFLAGS)
 
 dist: image ## other forms of the image, beside it: qcow2 for clouds, an ISO to install from
 	@out/bin/mkimage convert qcow2 $(IMAGE)
@@ -122,7 +129,7 @@ lint: ## gofmt, vet, staticcheck; generated code is what gen makes
 	@test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
 	@go vet ./...
 	@go tool staticcheck ./...
-	@$(MAKE) -s gen && git diff --exit-code -- '*.pb.go' '*.pb.gw.go' gateway/openapi.json init/units.go internal/methods/table.go config/methods.go || { echo "lint: commit what \"make gen\" made" >&2; exit 1; }
+	@$(MAKE) -s gen && git diff --exit-code -- '*.pb.go' '*.pb.gw.go' gateway/openapi.json init/units.go internal/syscalls/names.go internal/methods/table.go config/methods.go || { echo "lint: commit what \"make gen\" made" >&2; exit 1; }
 
 gen: ## generated code: protocols, units
 	@go run ./api/gen

@@ -90,12 +90,22 @@ func (d *Daemon) publicServer(stop context.Context) *grpc.Server {
 
 // localServer answers on the Unix socket: gateway, whose callers show tokens; daemons that call control planes; machined and trustd.
 func (d *Daemon) localServer(stop context.Context) *grpc.Server {
+	s := d.server(stop, append(peer.ServerOptions(callers(d.routes), d.cfg.Env.Who), grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute}))...)
+	controlv1.RegisterControlServer(s, controlServer{d: d})
+	outboundv1.RegisterOutboundServer(s, &outbound{dial: d.cfg.Dial, slots: make(chan struct{}, maxExchanges), stop: stop, count: d.count})
+	return s
+}
+
+// Callers is all of who may call what on the Unix socket: for the test that asks every daemon everything (test/twin).
+func Callers() peer.List { return callers(madeRoutes()) }
+
+func callers(routes map[string]*route) peer.List {
 	list := peer.List{
 		controlv1.Control_ServiceDesc.ServiceName:   {uid.Machined},
 		healthv1.Health_ServiceDesc.ServiceName:     {uid.Machined},
 		outboundv1.Outbound_ServiceDesc.ServiceName: {uid.Trustd},
 	}
-	for _, r := range d.routes {
+	for _, r := range routes {
 		if !slices.Contains(list[r.service], uid.Gateway) {
 			list[r.service] = append(list[r.service], uid.Gateway)
 		}
@@ -103,10 +113,7 @@ func (d *Daemon) localServer(stop context.Context) *grpc.Server {
 			list[r.name()] = []uid.ID{uid.Gateway, uid.Machined, uid.Etcdd, uid.Kubeletd}
 		}
 	}
-	s := d.server(stop, append(peer.ServerOptions(list, d.cfg.Env.Who), grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute}))...)
-	controlv1.RegisterControlServer(s, controlServer{d: d})
-	outboundv1.RegisterOutboundServer(s, &outbound{dial: d.cfg.Dial, slots: make(chan struct{}, maxExchanges), stop: stop, count: d.count})
-	return s
+	return list
 }
 
 func (d *Daemon) server(stop context.Context, opts ...grpc.ServerOption) *grpc.Server {

@@ -50,6 +50,13 @@ func TestVM(t *testing.T) {
 	}
 	t.Log(console)
 
+	// A kernel that cannot restrict files: what is to be restricted does not start, and the console says so.
+	console = m.boot(t, m.disk, "lsm=lockdown,yama test.nolandlock", "")
+	if strings.Contains(console, "TEST WRONG") || !strings.Contains(console, "TEST done") || !strings.Contains(console, "init: confine caged: landlock: operation not supported") ||
+		!strings.Contains(console, "unit caged: exit 126: it could not be confined, again in") {
+		t.Errorf("without Landlock:\n%s", console)
+	}
+
 	// A root of which every block is damaged does not come up, whatever the superblock says.
 	damaged := bytes.Clone(m.disk)
 	for i := m.root; i < m.root+m.rootSize; i += 4096 {
@@ -227,7 +234,7 @@ func (m *machine) boot(t *testing.T, disk []byte, word, drive string) string {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-cx16" /* QEMU before 8 leaves rubbish in the flags after cmpxchg16b, and the kernel falls over it */, "-smp", "2", "-m", "1024",
 		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", m.kernel, "-initrd", m.dir+"/initramfs",
-		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no5lvl tsc=reliable nokaslr apparmor=0 audit=0 cryptomgr.notests bulkhead bulkhead.verity="+m.hash+" "+hardening.CommandLine()+" "+word,
+		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no5lvl tsc=reliable nokaslr apparmor=0 cryptomgr.notests bulkhead bulkhead.verity="+m.hash+" "+hardening.CommandLine()+" "+word,
 		"-drive", "if=virtio,format=raw,file="+path+drive, "-drive", "if=virtio,format=raw,file="+m.dir+"/volume",
 		"-fw_cfg", "name=opt/dev.bulkhead/claim-key,string=the-claim", "-device", "i6300esb")
 	out, err := cmd.Output()

@@ -136,6 +136,9 @@ var callers = peer.List{
 	networkv1.Virtual_ServiceDesc.ServiceName: {uid.Kubeletd},
 }
 
+// Callers lists who may call what, besides apid (public services) and machined (control).
+func Callers() peer.List { return callers }
+
 func (d *Daemon) metrics() *metrics.Set { return d.cfg.Env.Metrics }
 
 // defaultHostname is "bulkhead-" and six digits that follow from the machine's id.

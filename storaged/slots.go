@@ -28,6 +28,9 @@ var callers = peer.List{
 	storagev1.Attestation_ServiceDesc.ServiceName: {uid.Trustd},
 }
 
+// Callers is who may call what, besides apid and machined's Control: for the test that asks every daemon everything (test/twin).
+func Callers() peer.List { return callers }
+
 // newSlots returns the service for updated. The table is edited by the same function as for volumes, which takes one edit at a time.
 func newSlots(l *linux, log *slog.Logger) *slots.Server {
 	disk := slots.NewLinux(func(disk string, change func(*gpt.Table) error) error {

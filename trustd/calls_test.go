@@ -15,5 +15,5 @@ func FuzzCalls(f *testing.F) {
 	m.cfg.Socket = func(name string) string { return m.cfg.StateDir + "/none-" + name }
 	d, err := New(m.cfg)
 	m.must(err)
-	s.Fuzz(f, func(ctx context.Context) error { return d.Run(ctx) }, callers())
+	s.Fuzz(f, func(ctx context.Context) error { return d.Run(ctx) }, Callers())
 }

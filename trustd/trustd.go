@@ -166,7 +166,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	g.Go(func() error { return d.keepRecord(ctx) })
 	g.Go(func() error { return d.rotate(ctx) })
 	g.Go(func() error {
-		return daemon.Serve(ctx, d.cfg.Env, callers(), func(s *grpc.Server) {
+		return daemon.Serve(ctx, d.cfg.Env, Callers(), func(s *grpc.Server) {
 			trustv1.RegisterClaimServer(s, claimServer{d: d})
 			trustv1.RegisterTrustServer(s, trustServer{d: d})
 			trustv1.RegisterAuthoritiesServer(s, authoritiesServer{d: d})
@@ -183,8 +183,8 @@ func (d *Daemon) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// callers lists who may call what, besides apid (public services) and machined (control).
-func callers() peer.List {
+// Callers lists who may call what, besides apid (public services) and machined (control).
+func Callers() peer.List {
 	return peer.List{
 		trustv1.Signer_ServiceDesc.ServiceName:                  {uid.Apid, uid.Gateway, uid.Etcdd, uid.Kubeletd},
 		externaljwtv1.ExternalJWTSigner_ServiceDesc.ServiceName: {uid.KubeAPIServer},

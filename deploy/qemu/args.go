@@ -18,7 +18,7 @@ const board = "q35,sata=off,smbus=off,i8042=off,hpet=off"
 
 // emulated is added to the command line where every instruction is emulated: it turns off what guards against real
 // hardware's flaws and against nothing here, and what costs seconds at boot. It never belongs to the image.
-const emulated = "mitigations=off no5lvl nokaslr apparmor=0 audit=0 cryptomgr.notests"
+const emulated = "mitigations=off no5lvl nokaslr apparmor=0 cryptomgr.notests"
 
 // args returns QEMU's arguments. It is pure: cmdline is the image's, accel is decided, tsc is the rate of the host's time stamp counter (tscRate), ports are known,
 // claimed says whether there is a claim key; a TPM's connection is the descriptor tpmFD. Names of files are relative to the machine's folder, in which QEMU is started, but for

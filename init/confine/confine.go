@@ -21,18 +21,18 @@ import (
 // Name is argv[0] of the trampoline; argv[1] is the unit.
 const Name = "confine"
 
-// transient is the exit code for what may work the next time. unit.DoNotRestart is for what cannot.
-const transient = 126
-
-// Main becomes the named unit, or says on descriptor 2 why it cannot, and exits. The caller is locked to its thread: namespaces, ids
+// Main becomes the named unit, or says on descriptor 2 and in the kernel's log why it cannot, and exits. The caller is locked to its thread: namespaces, ids
 // and capabilities belong to a thread, and execve keeps those of the thread that calls it. inside says that this is the second half of the
 // way into a holder's namespaces.
 func Main(units []unit.Unit, what string, inside bool) {
+	kmsg, _ := unix.Open("/dev/kmsg", unix.O_WRONLY|unix.O_CLOEXEC, 0) // now, for later it may not be allowed
 	code, err := unit.DoNotRestart, errors.New("no such unit")
 	if i := slices.IndexFunc(units, func(u unit.Unit) bool { return u.Name == what }); i >= 0 {
 		code, err = become(&units[i], inside)
 	}
-	os.Stderr.WriteString("confine " + what + ": " + err.Error() + "\n")
+	text := "confine " + what + ": " + err.Error() + "\n"
+	os.Stderr.WriteString(text)
+	unix.Write(kmsg, []byte("<27>init: "+text)) // the console too, for perhaps no daemon is there to show the log
 	os.Exit(code)
 }
 
@@ -44,7 +44,7 @@ func become(u *unit.Unit, inside bool) (code int, err error) {
 	case inside:
 		_, err = unix.Setsid()
 	case u.Inside != "":
-		return transient, enter(u, end, end+1) // PID 1 passes them behind all others
+		return unit.NotConfined, enter(u, end, end+1) // PID 1 passes them behind all others
 	case u.Holds:
 		err = furnish(u)
 	default:
@@ -63,18 +63,14 @@ func become(u *unit.Unit, inside bool) (code int, err error) {
 	unix.Umask(umask(u))
 	f.Try("change to /", unix.Chdir("/"))
 	if f.Err == nil {
-		f.Err = identify(u)
+		f.Err = restrict(u)
 	}
-	if !u.NewPrivileges {
-		f.Try("forbid new privileges", unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-	}
-	// Here belong the unit's Landlock rules and, last, its seccomp filter: both outlive execve and need no_new_privs.
 	if f.Err != nil {
-		return transient, f.Err
+		return unit.NotConfined, f.Err
 	}
 	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "BULKHEAD_UNIT=" + u.Name, "BULKHEAD_FDS=" + strings.Join(fds, ",")}
 	err = unix.Exec(u.Exec[0], append([]string{u.Name}, u.Exec[1:]...), append(env, u.Env...))
-	code = transient
+	code = unit.NotConfined
 	if err == unix.ENOENT || err == unix.EACCES || err == unix.ENOEXEC {
 		code = unit.DoNotRestart // the image is read-only: the program will not appear
 	}
@@ -105,6 +101,9 @@ func separate(u *unit.Unit) error {
 		if i := slices.IndexFunc(u.Hide, onVolume); i >= 0 {
 			f.Try("hide "+u.Hide[i], errors.New("it would be hidden from everybody, for mounts there are shared"))
 		}
+	}
+	if f.Err == nil && u.Proc == "" { // processes of others do not exist in it; a kernel that does not know the word refuses
+		f.Try("make /proc", unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "hidepid=invisible"))
 	}
 	return hide(f, u.Hide)
 }

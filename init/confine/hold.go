@@ -152,7 +152,7 @@ func fork(program string, argv, env []string) (int, error) {
 	if errno == 0 && pid == 0 {
 		unix.RawSyscall(unix.SYS_EXECVE, uintptr(unsafe.Pointer(name)), uintptr(unsafe.Pointer(&args[0])), uintptr(unsafe.Pointer(&vars[0])))
 		for {
-			unix.RawSyscall(unix.SYS_EXIT_GROUP, transient, 0, 0)
+			unix.RawSyscall(unix.SYS_EXIT_GROUP, unit.NotConfined, 0, 0)
 		}
 	}
 	if errno != 0 {

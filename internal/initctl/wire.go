@@ -141,10 +141,14 @@ func DecodeRecord(p []byte) (Record, error) {
 	return r, nil
 }
 
-// Ending is how the last process ended, for people: "", "exit 1", "killed by SIGKILL", "not started: no such file or directory".
+// Ending is how the last process ended, for people: "", "exit 1", "killed by SIGKILL", "not started: no such file or directory",
+// "killed by SIGSYS: a system call that its unit does not allow".
 func (r Record) Ending() string {
 	switch r.End {
 	case Exited:
+		if r.Value == 126 { // unit.NotConfined
+			return "exit 126: it could not be confined"
+		}
 		return "exit " + strconv.Itoa(int(r.Value))
 	case Killed:
 		return "killed by " + signalName(r.Value)
@@ -177,14 +181,14 @@ func signalName(n uint8) string {
 		return "SIGKILL"
 	case syscall.SIGSEGV:
 		return "SIGSEGV"
+	case syscall.SIGSYS:
+		return "SIGSYS: a system call that its unit does not allow"
 	case syscall.SIGPIPE:
 		return "SIGPIPE"
 	case syscall.SIGALRM:
 		return "SIGALRM"
 	case syscall.SIGTERM:
 		return "SIGTERM"
-	case syscall.SIGSYS:
-		return "SIGSYS"
 	}
 	return "signal " + strconv.Itoa(int(n))
 }

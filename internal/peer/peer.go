@@ -58,8 +58,8 @@ func (info) AuthType() string { return "peercred" }
 // ("/trust.v1.Signer/SignCertificate"), which goes before its service. Unlisted means nobody.
 type List map[string][]uid.ID
 
-// allows reports whether id may call the method "/service/Method".
-func (l List) allows(id uid.ID, method string) bool {
+// Allows reports whether id may call the method "/service/Method".
+func (l List) Allows(id uid.ID, method string) bool {
 	ids, ok := l[method]
 	if !ok {
 		service, _, _ := strings.Cut(strings.TrimPrefix(method, "/"), "/")
@@ -73,8 +73,8 @@ func (l List) allows(id uid.ID, method string) bool {
 	return false
 }
 
-// knows reports whether id may call anything at all.
-func (l List) knows(id uid.ID) bool {
+// Knows reports whether id may call anything at all: others are refused at the handshake.
+func (l List) Knows(id uid.ID) bool {
 	for _, ids := range l {
 		for _, a := range ids {
 			if a == id {
@@ -96,7 +96,7 @@ func (c creds) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, e
 	if err != nil {
 		return nil, nil, err
 	}
-	if !c.list.knows(id) {
+	if !c.list.Knows(id) {
 		return nil, nil, fmt.Errorf("peer: user %d may call nothing here", id)
 	}
 	return conn, info{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, id}, nil
@@ -119,12 +119,12 @@ func ServerOptions(list List, who func(net.Conn) (uid.ID, error)) []grpc.ServerO
 	}
 	check := func(ctx context.Context, method string) error {
 		id, ok := From(ctx)
-		if !ok || !list.allows(id, method) {
+		if !ok || !list.Allows(id, method) {
 			return errs.New(errs.Denied, "%s: user %q may not call it", method, id.Name())
 		}
 		return nil
 	}
-	return []grpc.ServerOption{
+	return append([]grpc.ServerOption{
 		grpc.Creds(creds{list, who}),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, si *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
 			if err := check(ctx, si.FullMethod); err != nil {
@@ -138,7 +138,7 @@ func ServerOptions(list List, who func(net.Conn) (uid.ID, error)) []grpc.ServerO
 			}
 			return h(srv, ss)
 		}),
-	}
+	}, probed()...)
 }
 
 // From returns the user id of the calling process.

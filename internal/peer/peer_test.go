@@ -108,7 +108,7 @@ func TestInternalMethodOfPublicService(t *testing.T) {
 		id           uid.ID
 		look, inside bool
 	}{{uid.Apid, true, false}, {uid.Timed, true, true}, {uid.Gateway, false, false}} {
-		if look, inside := list.allows(c.id, "/peertest.Mixed/Look"), list.allows(c.id, "/peertest.Mixed/Inside"); look != c.look || inside != c.inside {
+		if look, inside := list.Allows(c.id, "/peertest.Mixed/Look"), list.Allows(c.id, "/peertest.Mixed/Inside"); look != c.look || inside != c.inside {
 			t.Errorf("%s: Look %v, Inside %v; want %v, %v", c.id.Name(), look, inside, c.look, c.inside)
 		}
 	}

@@ -22,3 +22,13 @@ func Capability(name string) uint64 {
 	}
 	return 0
 }
+
+// CapabilityNames returns the names of a mask's capabilities, in the order of their bits.
+func CapabilityNames(mask uint64) (names []string) {
+	for i, n := range capabilities {
+		if mask&(1<<i) != 0 {
+			names = append(names, n)
+		}
+	}
+	return names
+}

@@ -40,6 +40,32 @@ type Unit struct {
 	Inside string
 	// Hide lists folders over which an empty read-only tmpfs is mounted.
 	Hide []string
+	// Proc is "" (a /proc of its own, in which other users' processes do not exist) or "host" (that of the mount namespace).
+	Proc string
+
+	// Syscalls are the names of the system calls it may make, sorted, each once; nil means all. Any other ends the process.
+	Syscalls []string
+	// Sockets are the socket families it may open ("unix", "inet", "inet6", "packet", "netlink:route"): what socket(2) is allowed for.
+	Sockets []string
+	// Ioctls and Prctls are the requests that ioctl(2) and the options that prctl(2) are allowed for.
+	Ioctls, Prctls []uint32
+	// Filter is the seccomp program that holds it to these four: each instruction is a struct sock_filter as a number. Only package main of
+	// init has it, made by "go generate"; nil means none.
+	Filter []uint64
+
+	// FilesAll is true if Landlock restricts no files; Read, Write and Execute are then empty.
+	FilesAll bool
+	// Read lists files and folders, with all that is below, that it may read; Write those that it may also write, make, rename and remove in;
+	// Execute the programs that it may start besides its own.
+	Read, Write, Execute []string
+	// Bind and Connect are the TCP ports that it may listen on by itself (0: one that the kernel chooses) and connect to.
+	Bind, Connect []uint16
+	// BindAll and ConnectAll mean every port.
+	BindAll, ConnectAll bool
+	// Landlock is a struct landlock_ruleset_attr (files, ports, scopes), and Rules what of it is allowed: what the fields above come to, for the kernel.
+	// Only package main of init has them; zero means no restriction.
+	Landlock [3]uint64
+	Rules    []Rule
 
 	// Listen lists the listening sockets that PID 1 binds at boot and keeps: "unix" is
 	// /run/bulkhead/sock/<name>.sock (SOCK_STREAM, mode 0666), "tcp:PORT" is all addresses of the host's network,
@@ -89,6 +115,13 @@ func (u *Unit) Group() string {
 	return u.Name
 }
 
+// Rule allows Access, Landlock's bits, to a path with what is below, or, if there is none, to a TCP port.
+type Rule struct {
+	Access uint64
+	Path   string
+	Port   uint16
+}
+
 // Paths that PID 1 and the daemons agree on.
 const (
 	// RunDir holds one folder for each unit that asks for one.
@@ -111,4 +144,6 @@ const (
 	FirstListener = 4
 	// DoNotRestart is the exit code that ends a unit for good.
 	DoNotRestart = 125
+	// NotConfined is the exit code of a unit's process that could not be confined, or its program not started: it may work the next time.
+	NotConfined = 126
 )

@@ -157,6 +157,9 @@ var callers = peer.List{
 	storev1.Store_ServiceDesc.ServiceName:    {uid.Trustd, uid.Machined, uid.Kubeletd}, // see prefixes
 }
 
+// Callers is who may call what, besides apid and machined's Control: for the test that asks every daemon everything (test/twin).
+func Callers() peer.List { return callers }
+
 // observe is all of it that the plan and health are made from.
 func (d *Daemon) observe(ctx context.Context) (State, error) {
 	s, err := d.kernel.Read(ctx)

@@ -37,6 +37,9 @@ var callers = peer.List{
 	kubernetesv1.Drain_ServiceDesc.ServiceName: {uid.Etcdd}, // before a node restarts
 }
 
+// Callers is who may call what, besides apid and machined's Control: for the test that asks every daemon everything (test/twin).
+func Callers() peer.List { return callers }
+
 // drainServer is kubernetes.v1.Drain.
 type drainServer struct {
 	kubernetesv1.UnimplementedDrainServer

@@ -129,6 +129,13 @@ func (d *Daemon) noteOrder(text string) {
 
 // keepJournal moves what is said on the node to STATE, until ctx is done.
 func (d *Daemon) keepJournal(ctx context.Context) error {
+	told, err := d.events.last(ctx)
+	if err != nil {
+		return err
+	}
+	if !told.IsZero() {
+		d.told.Store(told.UnixNano())
+	}
 	start := time.Now()
 	said := false
 	for {
@@ -136,7 +143,7 @@ func (d *Daemon) keepJournal(ctx context.Context) error {
 		if time.Since(start) < young {
 			wait = youngPause
 		}
-		err := pause(ctx, wait)
+		err := d.wait(ctx, wait)
 		ferr := errors.Join(d.readKernel(), d.journal.Flush())
 		if ferr != nil && !said {
 			said = true // once: it may fail for as long as STATE is full
@@ -150,9 +157,25 @@ func (d *Daemon) keepJournal(ctx context.Context) error {
 	}
 }
 
+// wait is a pause that ends when the kernel's log is to be looked at.
+func (d *Daemon) wait(ctx context.Context, most time.Duration) error {
+	t := time.NewTimer(most)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-d.look:
+	case <-t.C:
+	}
+	return nil
+}
+
 // readKernel adds to the journal what is new in the kernel's log.
 func (d *Daemon) readKernel() error {
 	return d.cfg.past.Kernel(d.cfg.host.Boot(), func(level int, l logs.Line) {
+		if l.Time.UnixNano() > d.told.Load() {
+			d.noteDenial(l)
+		}
 		if boots.Notable(level, l.Text) && l.Time.UnixNano() > d.since.Load() {
 			d.journal.Add(l.Time, "kernel", l.Text)
 		}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
@@ -85,7 +86,7 @@ func (d *Daemon) noteEnd(u initctl.Status) string {
 	was := d.ends[u.Name]
 	e := was.next(u, kills, limit)
 	if e == was {
-		return e.told(u.LastExit)
+		return d.exitOf(u.Name, u.LastExit)
 	}
 	d.ends[u.Name] = e
 	text, err := json.Marshal(d.ends)
@@ -95,7 +96,15 @@ func (d *Daemon) noteEnd(u initctl.Status) string {
 	if err != nil {
 		d.cfg.Log.Warn("end of a unit not kept", "service", u.Name, "err", err.Error())
 	}
-	return e.told(u.LastExit)
+	return d.exitOf(u.Name, u.LastExit)
+}
+
+// exitOf is how a unit ended last, and why: what the kernel says of it, or its group. mu is held.
+func (d *Daemon) exitOf(name, exit string) string {
+	if n := d.denied[name]; n.call != "" && strings.HasPrefix(exit, deniedSignal) {
+		return deniedSignal + ": it tried the system call " + n.call + ", which its unit does not allow"
+	}
+	return d.ends[name].told(exit)
 }
 
 // units asks PID 1 for its units; last exits have their reasons.
@@ -115,5 +124,5 @@ func (d *Daemon) endedLately(u initctl.Status, now time.Time) string {
 	if u.State != "up" || e.At.IsZero() || now.Sub(e.At) > lately || e.Exit == "" {
 		return ""
 	}
-	return "it ended (" + e.told(e.Exit) + ") and was started again"
+	return "it ended (" + d.exitOf(u.Name, e.Exit) + ") and was started again"
 }

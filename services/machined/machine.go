@@ -103,7 +103,7 @@ func (s *machineServer) RestartService(ctx context.Context, r *machinev1.Restart
 
 // known returns an error that helps if there is no such unit.
 func (d *Daemon) known(name string) error {
-	units, err := d.cfg.init.Status()
+	units, err := d.units()
 	if err != nil {
 		return errs.New(errs.Unavailable, "ask PID 1 for its units: %w", err)
 	}

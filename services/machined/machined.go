@@ -79,6 +79,9 @@ type Daemon struct {
 	skew      atomic.Int64      // how far the control plane's clock was ahead at the last report, in nanoseconds
 	answered  atomic.Bool       // a call with credentials has come through apid since the start of this process
 
+	look chan struct{} // holds one word: the kernel's log has something new
+	told atomic.Int64  // when the last event of an earlier process was, in nanoseconds: what the kernel said before is not told again
+
 	mu      sync.Mutex
 	store   *store.Store         // guarded by mu; nil until STATE is there
 	history *boots.History       // guarded by mu; the same, and nil if it cannot be opened
@@ -86,6 +89,8 @@ type Daemon struct {
 	state   map[string]string    // guarded by mu; each unit's last state, for events
 	falls   map[string]fall      // guarded by mu; when each unit's trouble began
 	ends    map[string]ending    // guarded by mu; how each unit ended last without anybody's wish
+	lives   map[string][]int     // guarded by mu; the last processes of each unit, the newest last
+	denied  map[string]denied    // guarded by mu; what each unit was ended for last
 
 	looked chan struct{} // closed when it is known whether there is a configuration on STATE, or that there is no STATE yet
 }
@@ -160,7 +165,8 @@ func New(cfg Config) (*Daemon, error) {
 		power:   make(chan func() error, 1),
 		streams: make(chan struct{}, maxStreams),
 		apply:   make(chan struct{}, 1),
-		logs:    map[string]*logs.Log{}, state: map[string]string{}, falls: map[string]fall{},
+		logs:    map[string]*logs.Log{}, state: map[string]string{}, falls: map[string]fall{}, lives: map[string][]int{}, denied: map[string]denied{},
+		look:  make(chan struct{}, 1),
 		audit: audit.New(cfg.past.ID()), looked: make(chan struct{}),
 	}
 	d.loadEnds()
@@ -207,6 +213,9 @@ var callers = peer.List{
 	machinev1.Machine_StreamBootLog_FullMethodName:   {uid.Apid, uid.Updated},
 	machinev1.Machine_Reboot_FullMethodName:          {uid.Apid, uid.Updated}, // a version on trial that proved nothing
 }
+
+// Callers is who may call what, besides apid and machined's Control: for the test that asks every daemon everything (test/twin).
+func Callers() peer.List { return callers }
 
 // Register adds machined's services to a server.
 func (d *Daemon) Register(s *grpc.Server) {

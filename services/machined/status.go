@@ -175,7 +175,7 @@ func (d *Daemon) update() {
 	f.converged.Set(truth(all))
 	f.auditDropped.Set(float64(d.audit.Dropped()))
 	f.auditRecords.Set(float64(d.audit.Head().Sequence))
-	units, err := d.cfg.init.Status()
+	units, err := d.units()
 	if err != nil {
 		return // the old figures stand
 	}

@@ -63,8 +63,15 @@ func (d *Daemon) noteUnit(u initctl.Status, told time.Time) {
 	was, seen := d.state[u.Name]
 	d.state[u.Name] = u.State
 	d.falls[u.Name] = d.falls[u.Name].next(u, seen)
+	d.live(u)
 	u.LastExit = d.noteEnd(u)
 	d.mu.Unlock()
+	if was != u.State && strings.HasPrefix(u.LastExit, deniedSignal) {
+		select {
+		case d.look <- struct{}{}:
+		default:
+		}
+	}
 	if was == u.State || !seen && (u.State == "down" && u.LastExit == "" || !u.Since.After(told)) {
 		return
 	}

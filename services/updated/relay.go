@@ -18,6 +18,9 @@ var callers = peer.List{
 	updatev1.Update_GetStatus_FullMethodName: {uid.Apid, uid.Machined}, // which tells the cluster what lies ready here
 }
 
+// Callers is who may call what, besides apid and machined's Control: for the test that asks every daemon everything (test/twin).
+func Callers() peer.List { return callers }
+
 // relayServer makes calls to key services for storaged. It keeps nothing and knows no disk: what passes through it opens nothing alone.
 type relayServer struct {
 	keysv1.UnimplementedRelayServer

@@ -32,6 +32,16 @@ type file struct {
 	Show           []string `json:"show"`
 	Inside         string   `json:"inside"`
 	Hide           []string `json:"hide"`
+	Proc           string   `json:"proc"`
+	Syscalls       []string `json:"syscalls"`
+	Sockets        []string `json:"sockets"`
+	Ioctls         []string `json:"ioctls"`
+	Prctls         []string `json:"prctls"`
+	Read           []string `json:"read"`
+	Write          []string `json:"write"`
+	Execute        []string `json:"execute"`
+	Bind           any      `json:"bind"` // ports, or ["ALL"]
+	Connect        any      `json:"connect"`
 	Listen         []string `json:"listen"`
 	Console        bool     `json:"console"`
 	MemoryMax      string   `json:"memory_max"` // "64M"
@@ -66,7 +76,7 @@ func Parse(data []byte) (unit.Unit, error) {
 	u := unit.Unit{
 		Name: f.Name, Exec: f.Exec, Env: f.Env, NewPrivileges: f.NewPrivileges, Network: f.Network, MountNamespace: f.MountNamespace,
 		Holds: f.Holds, Show: f.Show, Inside: f.Inside,
-		Hide: f.Hide, Listen: f.Listen, Console: f.Console, PidsMax: f.PidsMax, CPUWeight: f.CPUWeight, Delegate: f.Delegate,
+		Hide: f.Hide, Proc: f.Proc, Listen: f.Listen, Console: f.Console, PidsMax: f.PidsMax, CPUWeight: f.CPUWeight, Delegate: f.Delegate,
 		NoFile: f.NoFile, OOMScoreAdj: f.OOMScoreAdj, Restart: f.Restart, Autostart: f.Autostart, Late: f.Late, NotifyReady: f.NotifyReady, KillProcess: f.KillProcess,
 	}
 	var err error
@@ -99,6 +109,7 @@ func Parse(data []byte) (unit.Unit, error) {
 		}
 		u.Capabilities |= bit
 	}
+	keep(f.confine(&u))
 	u.MemoryMax, err = size(err, f.MemoryMax)
 	u.StartTimeout, err = duration(err, "start_timeout", f.StartTimeout)
 	u.StopTimeout, err = duration(err, "stop_timeout", f.StopTimeout)
@@ -166,6 +177,9 @@ func check(u unit.Unit) error {
 		return err
 	}
 	if err := oneOf("mount_namespace", u.MountNamespace, "", "shared"); err != nil {
+		return err
+	}
+	if err := oneOf("proc", u.Proc, "", "host"); err != nil {
 		return err
 	}
 	if err := oneOf("restart", u.Restart, "always", "on-failure", "never"); err != nil {

@@ -73,6 +73,17 @@ func judge() {
 		c.Start("freezer")
 		select {}
 	}
+	if strings.Contains(must(readAll("/proc/cmdline")), "test.nolandlock") { // a kernel that lacks what a unit needs
+		until("caged does not start", 20*time.Second, func(s initctl.Status) bool {
+			return s.Name == "caged" && s.LastExit == "exit 126: it could not be confined"
+		})
+		text := read(must(c.Logs("caged")))
+		expect(strings.Contains(text, "confine caged: landlock: operation not supported") && !strings.Contains(text, "caged:"), "and says why", text)
+		wait("plain", "up")
+		fmt.Fprintln(console, "TEST done")
+		c.Reboot()
+		select {}
+	}
 	plain := wait("plain", "up")
 	confined(plain.PID)
 	answer := ask()
@@ -188,6 +199,17 @@ func judge() {
 	expect(strings.Contains(field(state("work-a").PID, "CapEff"), "1ffffffffff") && field(state("work-b").PID, "CapEff") == "0000000000200001" &&
 		field(state("work-b").PID, "CapBnd") == "0000000000200001" && field(state("work-b").PID, "NoNewPrivs") == "1", "capabilities of root units", field(state("work-b").PID, "CapEff"))
 
+	// Files and system calls.
+	until("caged is ended", 20*time.Second, func(s initctl.Status) bool {
+		return s.Name == "caged" && s.LastExit == "killed by SIGSYS: a system call that its unit does not allow"
+	})
+	expect(c.Stop("caged") == nil && wait("caged", "down").State == "down", "stop caged")
+	text = read(must(c.Logs("caged")))
+	expect(strings.Contains(text, "caged: true false true <nil> true") && !strings.Contains(text, "not ended"), "caged is refused", text)
+	kernel := make([]byte, 1<<20)
+	n := must(unix.Klogctl(unix.SYSLOG_ACTION_READ_ALL, kernel))
+	expect(regexp.MustCompile(`type=1326 .*comm="probe".* syscall=162 `).Match(kernel[:n]), "the kernel's log names the call")
+
 	// Policies.
 	expect(state("ends").State == "down" && state("ends").LastExit == "exit 125", "ends stays down", state("ends"))
 	expect(state("missing").State == "down", "missing stays down", state("missing"), read(must(c.Logs("missing"))))
@@ -213,7 +235,7 @@ func judge() {
 	// The control socket.
 	expect(errors.Is(c.Start("nobody"), initctl.NotFound), "no such unit")
 	garbage()
-	expect(len(must(c.Status())) == 16, "all units", len(must(c.Status())))
+	expect(len(must(c.Status())) == 17, "all units", len(must(c.Status())))
 	id := must(readAll("/etc/machine-id"))
 	expect(regexp.MustCompile("^[0-9a-f]{32}\n$").MatchString(id), "machine id", id)
 	fw, err := os.Stat("/run/bulkhead/claim-key")

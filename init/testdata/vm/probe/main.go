@@ -33,6 +33,8 @@ func main() {
 		mounter()
 	case "loud":
 		loud()
+	case "caged":
+		caged()
 	case "freezer":
 		freeze(1)
 		wait()
@@ -166,4 +168,19 @@ func loud() {
 	for range time.Tick(time.Second) {
 		fmt.Println("tick")
 	}
+}
+
+// caged tries what its unit does not give it: what Landlock and its /proc refuse, and then a system call, which ends it.
+func caged() {
+	_, share := os.ReadFile("/usr/share/something")
+	_, id := os.ReadFile("/etc/machine-id")
+	_, first := os.Stat("/proc/1")
+	_, own := os.ReadFile("/proc/self/status")
+	fmt.Println("caged:", errors.Is(share, os.ErrPermission), errors.Is(id, os.ErrPermission), errors.Is(first, os.ErrNotExist), own,
+		unix.Exec("/sbin/init", []string{"init"}, nil) == unix.EACCES)
+	ready()
+	time.Sleep(time.Second) // so that it is seen to be up
+	unix.Sync()
+	fmt.Println("caged: not ended")
+	wait()
 }
