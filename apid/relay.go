@@ -130,7 +130,8 @@ func (d *Daemon) forwardAny(ctx context.Context, in grpc.ServerStream, c *call) 
 			return nil
 		}
 		all = append(all, n.GetName()+": "+status.Convert(err).Message())
-		if cannot(err) || ctx.Err() != nil { // a caller that has less time than one attempt takes would never get to the next
+		// A caller that has less time than one attempt takes would never get to the next; that one's apid says so a little before this node's.
+		if cannot(err) || status.Code(err) == codes.DeadlineExceeded || ctx.Err() != nil {
 			d.prefer.Set(nodes[(i+1)%len(nodes)].GetName())
 		}
 		if begun || !cannot(err) || ctx.Err() != nil {
