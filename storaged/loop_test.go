@@ -339,7 +339,7 @@ func (b *bench) checkMounts() {
 			b.t.Errorf("%s: %+v", v.target, m)
 		}
 	}
-	text, err := os.ReadFile("/proc/self/mountinfo")
+	text, err := os.ReadFile("/proc/thread-self/mountinfo")
 	if err != nil {
 		b.t.Fatal(err)
 	}
