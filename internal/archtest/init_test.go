@@ -16,7 +16,7 @@ import (
 
 // PID 1 is what everything stands on, so that its size is a promise. To raise a limit is a decision, made in a review.
 const (
-	initLines  = 2320    // lines with code of init/, without tests, comments and the units, which are data
+	initLines  = 2400    // lines with code of init/, without tests, comments and the units, which are data
 	initBinary = 2200000 // bytes, as built for the image
 )
 

@@ -19,7 +19,7 @@ func Daemons() []string {
 
 // Others are units of programs that are not ours: they have no twin, but all daemons try to reach them.
 func Others() []string {
-	return []string{"containerd", "image-load", "kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler", "kubelet"}
+	return []string{"containerd", "image-load", "kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler", "kubelet", "workload"}
 }
 
 // runtimes are the modes of the folders /run/bulkhead/<unit>, by unit: 0 is none. TestRuntimes holds them to the units.
