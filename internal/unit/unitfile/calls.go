@@ -17,8 +17,8 @@ var groups = map[string][]string{
 	},
 	// Sockets that are there, and talking over them. socket(2) itself follows from the unit's families.
 	"@net": {"accept4", "bind", "connect", "getpeername", "getsockname", "getsockopt", "recvfrom", "recvmsg", "sendmsg", "sendto", "setsockopt", "shutdown", "writev"},
-	// Reading files and folders.
-	"@read": {"fstat", "getdents64", "lseek", "newfstatat", "openat", "pread64", "readlinkat"},
+	// Reading files and folders, and asking which file system they are on: who has metrics asks it of /proc (client_golang).
+	"@read": {"fstat", "getdents64", "lseek", "newfstatat", "openat", "pread64", "readlinkat", "statfs"},
 	// Changing them.
 	"@write": {"fsync", "mkdirat", "renameat", "unlinkat"},
 	// Owner and mode, and writing elsewhere than at the end.
@@ -29,7 +29,7 @@ var groups = map[string][]string{
 	"@programs": {"chdir", "dup3", "faccessat2", "getppid", "kill", "pidfd_open", "pidfd_send_signal", "pipe2", "setpgid", "wait4", "waitid"},
 	// What those need that are C programs: glibc, its loader, and what they do that Go does in another way.
 	"@libc": {
-		"access", "brk", "clock_nanosleep", "dup", "dup2", "faccessat", "fadvise64", "fstatfs", "getcwd", "getegid", "geteuid", "getgid", "getuid", "gettimeofday", "lstat", "open", "pipe", "poll", "ppoll", "readlink", "readv",
+		"access", "brk", "clock_nanosleep", "dup", "dup2", "faccessat", "fadvise64", "fallocate", "fstatfs", "getcwd", "getegid", "geteuid", "getgid", "getuid", "gettimeofday", "lstat", "open", "pipe", "poll", "ppoll", "pselect6", "readlink", "readv",
 		"rseq", "select", "set_robust_list", "set_tid_address", "stat", "statfs", "sysinfo", "time", "unlink",
 	},
 }
@@ -37,10 +37,12 @@ var groups = map[string][]string{
 // ioctls are requests of ioctl(2) by name, and groups of them.
 var ioctls = map[string][]uint32{
 	"@terminal": {unix.TCGETS, unix.TIOCGWINSZ},
-	// Sizes of disks and partitions, their table in the kernel, and discarding what is on them.
+	// Sizes of disks and partitions, their table in the kernel, and discarding what is on them; and what libblkid asks to learn that a disk is none of
+	// floppy, CD-ROM, zoned or locked by itself: FDGETFDCSTAT, CDROM_GET_CAPABILITY, CDROM_LAST_WRITTEN, BLKGETZONESZ, IOC_OPAL_GET_STATUS.
 	"@block": {
 		unix.BLKALIGNOFF, unix.BLKBSZGET, unix.BLKBSZSET, unix.BLKDISCARD, unix.BLKDISCARDZEROES, unix.BLKFLSBUF, unix.BLKGETSIZE, unix.BLKGETSIZE64, unix.BLKIOMIN, unix.BLKIOOPT, unix.BLKPBSZGET, unix.BLKPG,
 		unix.BLKROGET, unix.BLKROTATIONAL, unix.BLKRRPART, unix.BLKSECDISCARD, unix.BLKSSZGET, unix.BLKZEROOUT, unix.HDIO_GETGEO,
+		0x80280215, 0x5331, 0x5395, 0x80041284, 0x800870ec,
 	},
 	// Commands of device mapper: from its version to a message to a target (linux/dm-ioctl.h).
 	"@devmapper": {
