@@ -21,7 +21,7 @@ type process struct {
 	Groups                            []uint32
 	Inheritable, Permitted, Effective uint64
 	Bounding, Ambient                 uint64
-	NoNewPrivs                        bool
+	NoNewPrivs, Filtered              bool // by seccomp
 	Cgroup                            string
 	Namespaces                        map[string]string // "net": "net:[4026531840]"
 	Limits                            map[string]string // of its control group: "memory.max": "67108864"
@@ -106,6 +106,7 @@ func compare(u unit.Unit, p, root process) (diffs []string) {
 		want("ambient", hex(p.Ambient), hex(u.Capabilities))
 	}
 	want("NoNewPrivs", p.NoNewPrivs, !u.NewPrivileges)
+	want("filtered", p.Filtered, u.Syscalls != nil) // what it lets pass, internal/unit/unitfile knows
 	want("own mount namespace", p.Namespaces["mnt"] != root.Namespaces["mnt"], true)
 	want("own network namespace", p.Namespaces["net"] != root.Namespaces["net"], u.Network == "none")
 	group := "/bulkhead/" + u.Group()

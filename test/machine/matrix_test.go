@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -41,8 +42,8 @@ type blow struct {
 	calm      time.Duration // how long the node must be as before to have settled
 }
 
-// TestNodeMatrix has each daemon of a node killed, stopped, out of memory, out of room, flooded, and without what it depends on: the others
-// answer in their time, a pod goes on serving, "bhctl why" names the cause, and afterwards everything is as before. See docs/faults.md.
+// TestNodeMatrix looks at every process of a node from outside, and then has each daemon killed, stopped, out of memory, out of room, flooded, and without what it
+// depends on: the others answer in their time, a pod goes on serving, "bhctl why" names the cause, and afterwards everything is as before. See docs/faults.md.
 func TestNodeMatrix(t *testing.T) {
 	n := newNode(t)
 	if at := os.Getenv("BULKHEAD_MATRIX_AT"); at != "" { // for work on rows: a machine that is up already, and stays
@@ -57,6 +58,7 @@ func TestNodeMatrix(t *testing.T) {
 	if n.observed(t)[1].Name == "" {
 		t.Fatal("the observer does not see PID 1")
 	}
+	t.Run("confinement", func(t *testing.T) { testConfinement(t, n) })
 	before := n.stand(t)
 	for what, state := range before {
 		t.Logf("before, %s: %.300s", what, state)
@@ -65,7 +67,8 @@ func TestNodeMatrix(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	done := make(chan bool)
 	go func() { a.run(ctx, n.askers(t)); close(done) }()
-	defer func() { stop(); <-done; a.report(t) }()
+	rest := sync.OnceFunc(func() { stop(); <-done; a.report(t) })
+	defer rest()
 	start, rows := time.Now(), 0
 	for _, f := range blows() {
 		if !strings.Contains(f.name, os.Getenv("BULKHEAD_MATRIX")) {
@@ -84,6 +87,8 @@ func TestNodeMatrix(t *testing.T) {
 		return err
 	})
 	t.Logf("» %d faults in %s", rows, time.Since(start).Round(time.Second))
+	rest()
+	t.Run("the workload side killed", func(t *testing.T) { testKillWorkload(t, n) }) // the pod too
 }
 
 // suffer is one row.

@@ -28,7 +28,7 @@ func blows() (rows []blow) {
 	for _, name := range slices.Concat(daemons, workers) {
 		rows = append(rows, killed(name))
 	}
-	for _, names := range [][]string{{"networkd", "gateway", "storaged", "updated"}, {"trustd", "kubelet"}, {"etcdd"}, {"kubeletd", "containerd"}, {"machined"}, {"apid"}} {
+	for _, names := range [][]string{{"networkd", "gateway", "storaged", "updated", "kubeletd"}, {"trustd", "kubelet"}, {"etcdd", "containerd"}, {"machined"}, {"apid"}} {
 		rows = append(rows, stopped(names...))
 	}
 	for _, name := range daemons {
@@ -50,10 +50,11 @@ func blows() (rows []blow) {
 	return rows
 }
 
-// settles is how long a unit's trouble may need to show afterwards: a kubelet that stood still tells seconds later that containerd was down.
+// settles is how long a unit's trouble may need to show afterwards: a kubelet that stood still tells seconds later that containerd was down, and a kube-proxy takes the
+// rules of its last life over some seconds after its start, when Services would end if it did not understand them.
 func settles(unit string) time.Duration {
 	switch unit {
-	case "containerd", "kubelet":
+	case "containerd", "kubelet", "kube-proxy":
 		return 15 * time.Second
 	case "kubeletd":
 		return 5 * time.Second

@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -45,17 +44,6 @@ func TestNode(t *testing.T) {
 		{"secrets at rest", testSecretsAtRest},
 		{"reboot", testReboot},
 		{"flipped bit", testFlippedBit},
-	})
-}
-
-// TestNodeObserved is the life of a node whose processes are looked at from outside, and killed: nothing that runs on a real node could do either.
-func TestNodeObserved(t *testing.T) {
-	live(t, []step{
-		{"up", testUpObserved},
-		{"workload", testWorkload},
-		{"confinement", testConfinement},
-		{"kill every daemon", testKill},
-		{"kill the workload side", testKillWorkload},
 	})
 }
 
@@ -96,12 +84,6 @@ func testUp(t *testing.T, n *node) {
 	if out := n.run(t, "kubectl", "get", "nodes", "--no-headers"); !strings.Contains(out, " Ready ") {
 		t.Errorf("kubectl get nodes: %s", out)
 	}
-}
-
-func testUpObserved(t *testing.T, n *node) {
-	n.upObserved(t)
-	n.run(t, "bhctl", "health", "--wait=2m")
-	n.run(t, "bhctl", "kubeconfig", "--file", n.kubeconfig)
 }
 
 func testUpAgain(t *testing.T, n *node) {
@@ -385,81 +367,6 @@ func testSecretsAtRest(t *testing.T, n *node) {
 	}
 }
 
-// testKill ends each daemon with SIGKILL while calls and requests go on: none of them may fail, and the daemon must be back.
-func testKill(t *testing.T, n *node) {
-	conn, err := client.Dial(fmt.Sprintf("127.0.0.1:%d", n.apiPort), n.credentials(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	var calls, asks, failedCalls, failedAsks atomic.Int64
-	ctx, stop := context.WithCancel(t.Context())
-	defer stop()
-	done := make(chan struct{}, 2)
-	loop := func(count, failed *atomic.Int64, what string, f func(context.Context) error) {
-		defer func() { done <- struct{}{} }()
-		for ctx.Err() == nil {
-			limit, cancel := context.WithTimeout(ctx, 20*time.Second)
-			err := f(limit)
-			cancel()
-			if ctx.Err() != nil {
-				return
-			}
-			count.Add(1)
-			if err != nil {
-				failed.Add(1)
-				t.Errorf("%s: %v", what, err)
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(100 * time.Millisecond):
-			}
-		}
-	}
-	go loop(&calls, &failedCalls, "API call", func(ctx context.Context) error {
-		_, err := machinev1.NewMachineClient(conn).GetVersion(ctx, &machinev1.GetVersionRequest{})
-		return err
-	})
-	go loop(&asks, &failedAsks, "request to the pod", n.ask)
-	for _, name := range []string{"machined", "apid", "gateway", "networkd", "storaged", "trustd", "etcdd", "kubeletd", "kube-proxy", "containerd", "kubelet"} {
-		before := n.services(t)[name]
-		if before == nil || before.State != "up" {
-			t.Errorf("%s is not up before it is killed: %v", name, before)
-			continue
-		}
-		n.kill(t, before.Pid)
-		eventually(t, time.Minute, name+" is back", func() error {
-			if s := n.services(t)[name]; s.State != "up" || s.Pid == before.Pid {
-				return fmt.Errorf("%s: %s, process %d", name, s.State, s.Pid)
-			}
-			return nil
-		})
-		eventually(t, 2*time.Minute, "Kubernetes answers", func() error {
-			_, err := n.try(t.Context(), 30*time.Second, "kubectl", "exec", "-n", "kube-system", "inspect", "--", "/hello", "env")
-			return err
-		})
-	}
-	stop()
-	<-done
-	<-done
-	t.Logf("» %d API calls, %d failed; %d requests to the pod, %d failed", calls.Load(), failedCalls.Load(), asks.Load(), failedAsks.Load())
-	n.run(t, "bhctl", "health", "--wait=3m")
-	testTakeOver(t, n)
-}
-
-// testTakeOver starts kube-proxy anew while nothing else changes: it finds the rules of its last life, takes them over some seconds later, and Services answer all the time.
-func testTakeOver(t *testing.T, n *node) {
-	n.run(t, "bhctl", "service", "restart", "kube-proxy")
-	asks := 0
-	for end := time.Now().Add(25 * time.Second); time.Now().Before(end); asks++ {
-		if err := n.ask(t.Context()); err != nil {
-			t.Fatalf("after kube-proxy was started anew, request %d to the pod: %v", asks, err)
-		}
-		wait(t.Context(), 250*time.Millisecond)
-	}
-	t.Logf("» kube-proxy was started anew; %d requests to the pod, 0 failed", asks)
-}
-
 // kill sends SIGKILL to a unit's process.
 func (n *node) kill(t *testing.T, pid uint32) {
 	t.Helper()
@@ -489,7 +396,7 @@ func testKillWorkload(t *testing.T, n *node) {
 		}
 	}
 	n.run(t, "bhctl", "health", "--wait=3m")
-	testConfinement(t, n)
+	testConfinement(t, n) // of the new processes
 }
 
 func testReboot(t *testing.T, n *node) {

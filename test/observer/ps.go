@@ -19,7 +19,7 @@ type process struct {
 	Groups                            []uint32
 	Inheritable, Permitted, Effective uint64
 	Bounding, Ambient                 uint64
-	NoNewPrivs                        bool
+	NoNewPrivs, Filtered              bool              // by seccomp
 	Cgroup                            string            // "0::/bulkhead/apid"
 	Namespaces                        map[string]string // "net": "net:[4026531840]"
 	Limits                            map[string]string // of its control group: "memory.max": "67108864"
@@ -124,6 +124,8 @@ func parseStatus(text string) (p process) {
 			p.Ambient = parse(fields[0], 16)
 		case "NoNewPrivs":
 			p.NoNewPrivs = fields[0] == "1"
+		case "Seccomp":
+			p.Filtered = fields[0] == "2" // SECCOMP_MODE_FILTER
 		}
 	}
 	return p
