@@ -78,7 +78,7 @@ func judge() {
 			return s.Name == "caged" && s.LastExit == "exit 126: it could not be confined"
 		})
 		text := read(must(c.Logs("caged")))
-		expect(strings.Contains(text, "confine caged: landlock: operation not supported") && !strings.Contains(text, "caged:"), "and says why", text)
+		expect(strings.HasPrefix(text, "confine caged: landlock: operation not supported\n") && !strings.Contains(text, "\ncaged:"), "and says why", text)
 		wait("plain", "up")
 		fmt.Fprintln(console, "TEST done")
 		c.Reboot()
