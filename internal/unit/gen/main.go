@@ -22,7 +22,7 @@ import (
 
 func main() {
 	var trees []string
-	flag.Func("tree", "source `folder` to search for unit.json and *.unit.json; may be given more than once", func(s string) error {
+	flag.Func("tree", "source `folder` to search for unit.json and *.unit.json; may be given more than once; none is this folder", func(s string) error {
 		trees = append(trees, s)
 		return nil
 	})
@@ -38,6 +38,9 @@ func main() {
 			os.Exit(1)
 		}
 		return
+	}
+	if len(trees) == 0 {
+		trees = []string{"."}
 	}
 	if err := run(trees, *out, how{*open, *learn, unix.Errno(*errno)}); err != nil {
 		fmt.Fprintln(os.Stderr, "gen:", err)
