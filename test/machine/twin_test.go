@@ -193,7 +193,8 @@ func (n *node) twinsEnd(t *testing.T, w *derive.World, stage int, ended map[stri
 				t.Errorf("%s: %s: restarted %d times, want once", d, p.ID(), again)
 			}
 			how := after[d].LastExit
-			if want := map[string]string{twin.Threads: "exit 2", twin.Memory: "killed by SIGKILL"}[p.Group]; how != want {
+			limit := fmt.Sprintf("killed by SIGKILL: it ran into its memory limit of %d MiB", w.Units[d].MemoryMax>>20)
+			if want := map[string]string{twin.Threads: "exit 2", twin.Memory: limit}[p.Group]; how != want {
 				t.Errorf("%s: %s: it ended with %q, want %q", d, p.ID(), how, want)
 			}
 			if p.Group == twin.Threads {
