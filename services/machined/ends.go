@@ -25,24 +25,24 @@ type ending struct {
 	At       time.Time
 }
 
-// next is the ending after news of the unit. kills is how often its group ran into its memory limit by now, which begins anew with each group. It is pure.
+// next is the ending after news of the unit. kills is how often its group ran into its memory limit by now, which begins anew with each group. Kills that are
+// counted before PID 1 has told of an end belong to the one that is told next. It is pure.
 func (e ending) next(u initctl.Status, kills, limit uint64) ending {
 	if kills < e.Kills { // another group
 		e.Kills = 0
 	}
-	switch {
-	case u.Restarts != e.Restarts:
-		e.At, e.Exit, e.Limit = u.Since, u.LastExit, 0
-		if u.Restarts < e.Restarts { // another boot; its folder is another one, too
-			e.At = time.Time{}
-		}
-		fallthrough
-	case kills > e.Kills:
-		if kills > e.Kills && u.LastExit == killed {
-			e.Limit = limit
-		}
+	if u.Restarts == e.Restarts {
+		return e
 	}
-	e.Restarts, e.Kills = u.Restarts, kills
+	at := u.Since
+	if u.Restarts < e.Restarts { // another boot; its folder is another one, too
+		at = time.Time{}
+	}
+	was := e.Kills
+	e = ending{Restarts: u.Restarts, Kills: kills, Exit: u.LastExit, At: at}
+	if kills > was && u.LastExit == killed {
+		e.Limit = limit
+	}
 	return e
 }
 

@@ -25,6 +25,9 @@ func TestEnding(t *testing.T) {
 		{4, "exit 1", 2, "exit 1"}, // a child of its was killed
 		{5, killed, 2, killed},
 		{6, killed, 1, killed + ": it ran into its memory limit of 64 MiB"}, // its group was made anew
+		{6, killed, 2, killed + ": it ran into its memory limit of 64 MiB"}, // PID 1 has not told of the next end yet
+		{7, killed, 2, killed + ": it ran into its memory limit of 64 MiB"},
+		{8, killed, 2, killed},
 	} {
 		u := initctl.Status{Name: "x", Restarts: c.restarts, LastExit: c.exit, Since: at.Add(time.Duration(i) * time.Second)}
 		e = e.next(u, c.kills, 64<<20)
@@ -32,7 +35,7 @@ func TestEnding(t *testing.T) {
 			t.Errorf("%d: %q, want %q", i, got, c.want)
 		}
 	}
-	if e.At != at.Add(7*time.Second) || e.Exit != killed {
+	if e.At != at.Add(10*time.Second) || e.Exit != killed {
 		t.Errorf("the last end is %+v", e)
 	}
 }
