@@ -10,6 +10,7 @@ import (
 	"time"
 
 	trustv1 "github.com/bulkhead-os/bulkhead/api/trust/v1"
+	"github.com/bulkhead-os/bulkhead/test/twin"
 )
 
 // daemons are ours; workers are what runs below them and can be taken away too. Not the API server: when all its clients come back at once, an emulated machine takes
@@ -201,6 +202,9 @@ func alone(unit, on string) blow {
 
 // Every daemon is in each kind of row that it can be in.
 func TestMatrixIsWhole(t *testing.T) {
+	if all := twin.Daemons(); !slices.Equal(daemons, all) { // which the units are compared with
+		t.Errorf("the matrix has %v, the node %v", daemons, all)
+	}
 	seen := map[string]bool{}
 	for _, f := range blows() {
 		if seen[f.name] {
