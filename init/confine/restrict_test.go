@@ -17,7 +17,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/unit/unitfile"
 )
 
-// The test's own program is started again, confines itself as a unit named in the environment, and then is that unit.
+// The test's program is started again, confines itself as a unit named in the environment, and then is that unit.
 const (
 	wordConfine = "BULKHEAD_TEST_CONFINE"
 	wordUnit    = "BULKHEAD_TEST_UNIT"
@@ -99,6 +99,13 @@ func TestRestrict(t *testing.T) {
 		t.Skipf("this kernel has no Landlock: %v", errno)
 	}
 	dir := t.TempDir()
+	// This one may be linked with libraries, which a unit must not load.
+	program := filepath.Join(dir, "program")
+	build := exec.CommandContext(t.Context(), "go", "test", "-c", "-o", program, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("go test -c: %v\n%s", err, out)
+	}
 	for _, d := range []string{"read", "write", "other"} {
 		if err := errors.Join(os.Mkdir(filepath.Join(dir, d), 0o700), os.WriteFile(filepath.Join(dir, d, "file"), []byte(d), 0o600)); err != nil {
 			t.Fatal(err)
@@ -120,7 +127,7 @@ func TestRestrict(t *testing.T) {
 		{"no such scope", "not started: landlock: invalid argument", false, 3},
 		{"broken filter", "not started: filter system calls: invalid argument", false, 3},
 	} {
-		cmd := exec.Command(os.Args[0])
+		cmd := exec.Command(program)
 		cmd.Env = []string{wordConfine + "=" + c.what, "DIR=" + dir}
 		var stderr strings.Builder
 		cmd.Stderr = &stderr
