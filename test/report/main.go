@@ -128,9 +128,12 @@ func unfinished(c *counts, pkg string, output map[string][]string) {
 
 // finish counts a test, or prints a package's line. A test with subtests counts as one more.
 func finish(c *counts, e event, out []string) {
+	took := time.Duration(e.Elapsed * float64(time.Second)).Round(10 * time.Millisecond)
+	if e.Action == "pass" && os.Getenv("REPORT_LIVE") != "" && took > 10*time.Second && e.Test != "" { // where the time goes
+		fmt.Printf("pass %s (%s)\n", e.Test, took)
+	}
 	if e.Test == "" {
 		if e.Action != "skip" { // no test files
-			took := time.Duration(e.Elapsed * float64(time.Second)).Round(10 * time.Millisecond)
 			fmt.Printf("%-4s %s (%s)\n", e.Action, e.Package, took)
 		}
 		if e.Action == "fail" {
