@@ -22,9 +22,9 @@ const (
 	rotatePause  = 1200 * time.Millisecond // of each client, as in TestFaults: three emulated machines on two cores are busy with a handful of calls a second
 )
 
-// TestNodesRotate replaces all authorities of three control planes at once while clients make, revoke and list join tokens at all of them: no call fails, no write is lost, and then
+// TestRotate replaces all authorities of three control planes at once while clients make, revoke and list join tokens at all of them: no call fails, no write is lost, and then
 // each node is as well as before, with the second generation of each authority.
-func TestNodesRotate(t *testing.T) {
+func TestRotate(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
 	c := &cluster{n: n, image: n.build(t, otherImage{version: "9.1.0"}), nodes: []string{"test-1", "test-2", "test-3"}}
