@@ -39,13 +39,16 @@ func (s standing) same(now standing) error {
 	return errors.Join(all...)
 }
 
-// stand is the standing of a node that must answer.
+// stand is the standing of a node that must answer, once all its pods are ready.
 func (n *node) stand(t *testing.T) (s standing) {
 	t.Helper()
 	eventually(t, 2*time.Minute, "the node tells how it is", func() (err error) {
 		s, err = n.standing(t.Context())
 		if err == nil && s["health"] != "" {
 			err = errors.New(s["health"])
+		}
+		if err == nil && strings.Contains(s["pods"], " false}") {
+			err = fmt.Errorf("not ready: %s", s["pods"])
 		}
 		return err
 	})
