@@ -96,7 +96,7 @@ test: ## every test that needs no virtual machine
 VMTEST = BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 75m
 # Tests of one machine without Kubernetes that measure nothing: two of them at a time, for one leaves most of a processor idle. All others have the host for themselves.
 BESIDE = 'CutDisk|TestCut$$|BootEnds'
-CALM   = 'BootSecurity|Firmware|Install|KeyServer|Reset'
+CALM   = 'BootSecurity|Firmware|Full|Install|KeyServer|Reset'
 
 test-vm: image observer ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
 	@test/tools/install.sh

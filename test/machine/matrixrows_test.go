@@ -35,16 +35,13 @@ func blows() (rows []blow) {
 	for _, name := range daemons {
 		rows = append(rows, exhausted(name))
 	}
-	for _, name := range []string{"kube-scheduler", "kube-proxy"} {
-		rows = append(rows, exhausted(name))
-	}
 	for _, name := range daemons {
 		rows = append(rows, flooded(name))
 	}
 	rows = append(rows, full("STATE"))
 	for _, r := range [][2]string{
 		{"gateway", "apid"}, {"apid", "trustd"}, {"machined", "storaged"}, {"networkd", "machined"}, {"storaged", "trustd"}, {"trustd", "etcdd"},
-		{"etcdd", "trustd"}, {"kubeletd", "networkd"}, {"updated", "storaged"}, {"kubelet", "containerd"},
+		{"etcdd", "trustd"}, {"kubeletd", "networkd"}, {"updated", "storaged"},
 	} {
 		rows = append(rows, alone(r[0], r[1]))
 	}
@@ -194,7 +191,7 @@ func alone(unit, on string) blow {
 		},
 		relieve: func(t *testing.T, n *node) { group(t, n, "0") },
 	}
-	if unit == "machined" || unit == "apid" || on == "containerd" { // who is asked is not there, or takes no notice in so short a time
+	if unit == "machined" || unit == "apid" { // who is asked is not there
 		f.why = nil
 	}
 	return f
