@@ -22,7 +22,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison observer twin dist reproducible test test-vm test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison observer twin dist reproducible test test-vm test-matrix test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -95,8 +95,8 @@ test: ## every test that needs no virtual machine
 
 VMTEST = BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 75m
 # Tests of one machine without Kubernetes that measure nothing: two of them at a time, for one leaves most of a processor idle. All others have the host for themselves.
-BESIDE = 'CutDisk|TestCut$$|BootEnds'
-CALM   = 'BootSecurity|Firmware|Full|Install|KeyServer|Reset'
+BESIDE = 'CutDisk|TestCut$$|BootEnds|VMTwin'
+CALM   = 'BootSecurity|Firmware|Full|Install|KeyServer|Poison|Reset'
 
 test-vm: image observer ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
 	@test/tools/install.sh
@@ -104,6 +104,9 @@ test-vm: image observer ## the tests that need a kernel: PID 1 by itself, then t
 	@{ $(VMTEST) -run $(BESIDE) ./test/machine > out/test-vm.json & \
 	  $(VMTEST) -p 1 -run 'VM|Boot|Node' ./init ./storaged ./services/kubeletd ./deploy/qemu ./deploy/image; $(VMTEST) -run $(CALM) ./test/machine; wait; cat out/test-vm.json; \
 	  $(VMTEST) -run 'VM|Boot|Node|Fault|Cut|Flood|Full|Firmware|Upgrade|Poison|Install|Reset' -skip $(BESIDE)'|'$(CALM) ./test/machine; } | REPORT_LIVE=1 go run ./test/report
+
+test-matrix: observer ## one node, every daemon killed, stopped, starved, flooded and without what it needs (a quarter of an hour); see docs/faults.md
+	@BULKHEAD_VM=1 go test -json -count=1 -timeout 60m -run 'TestNodeMatrix$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
 
 test-faults: KUBERNETES = none
 test-faults: IMAGE = out/image-none

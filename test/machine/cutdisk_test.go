@@ -36,7 +36,7 @@ func TestCutDisk(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
 	start := time.Now()
-	r := &rebuilding{n: n, states: number("BULKHEAD_CUT_STATES", 2000), boots: number("BULKHEAD_CUT_BOOTS", 10), count: map[string]*tally{}}
+	r := &rebuilding{n: n, states: number("BULKHEAD_CUT_STATES", 2000), boots: number("BULKHEAD_CUT_BOOTS", 5), count: map[string]*tally{}}
 	r.prepare(t)
 	t.Logf("» recorded %d events, %d flushes, after %s", len(r.rec.Events), r.flushes, time.Since(start).Round(time.Second))
 	start = time.Now()

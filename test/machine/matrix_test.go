@@ -86,7 +86,7 @@ func TestNodeMatrix(t *testing.T) {
 		}
 		return err
 	})
-	t.Logf("» %d faults in %s", rows, time.Since(start).Round(time.Second))
+	t.Logf("» %d faults of %d in %s", rows, len(blows()), time.Since(start).Round(time.Second))
 	rest()
 	t.Run("the workload side killed", func(t *testing.T) { testKillWorkload(t, n) }) // the pod too
 }
