@@ -94,7 +94,7 @@ test: ## every test that needs no virtual machine
 	@{ go test -race -json ./...; cd test/issuer && go test -race -json ./...; } | go run ./test/report
 
 VMTEST = BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 75m
-# Tests of one machine without Kubernetes that measure nothing: two of them at a time, for one leaves most of a processor idle. All others have the host for themselves.
+# Tests of one machine without Kubernetes that measure nothing: two of them at a time, which takes a quarter less than one by one. All others have the host for themselves.
 BESIDE = 'CutDisk|TestCut$$|BootEnds|VMTwin'
 CALM   = 'BootSecurity|Firmware|Full|Install|KeyServer|Poison|Reset'
 

@@ -32,7 +32,9 @@ type step struct {
 
 // TestNode is one life of one node, in order: each part stands on the one before.
 func TestNode(t *testing.T) {
-	live(t, []step{
+	n := newNode(t)
+	only := os.Getenv("BULKHEAD_VM_STEPS") // for work on one step: "up,workload,reboot"
+	for _, s := range []step{
 		{"up", testUp},
 		{"up again changes nothing", testUpAgain},
 		{"strangers are refused", testStrangers},
@@ -44,13 +46,7 @@ func TestNode(t *testing.T) {
 		{"secrets at rest", testSecretsAtRest},
 		{"reboot", testReboot},
 		{"flipped bit", testFlippedBit},
-	})
-}
-
-func live(t *testing.T, steps []step) {
-	n := newNode(t)
-	only := os.Getenv("BULKHEAD_VM_STEPS") // for work on one step: "up,workload,reboot"
-	for _, s := range steps {
+	} {
 		if only != "" && !strings.Contains(","+only+",", ","+s.name+",") {
 			continue
 		}
