@@ -25,7 +25,9 @@ func (b *bench) answerPieces(head bundle.Head, data []byte, edit func(*updatev1.
 	defer cancel()
 	stream, err := b.update.Upload(ctx)
 	must(b.t, err)
-	must(b.t, stream.Send(&updatev1.UploadRequest{Manifest: head.Raw, Signature: head.Signature}))
+	if err := stream.Send(&updatev1.UploadRequest{Manifest: head.Raw, Signature: head.Signature}); err != nil && !errors.Is(err, io.EOF) { // io.EOF: refused already; why is what receive gets
+		b.t.Fatal(err)
+	}
 	err = receive(stream.Recv, func(m *updatev1.UploadResponse) {
 		if m.GetProgress() != nil {
 			last = m.GetProgress()
