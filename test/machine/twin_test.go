@@ -172,7 +172,7 @@ func (n *node) twinsEnd(t *testing.T, w *derive.World, stage int, ended map[stri
 		t.Logf("» stage %d: the apply's answer was lost: %v", stage, err)
 	}
 	var after map[string]*machinev1.Service
-	eventually(t, 3*time.Minute, fmt.Sprintf("every daemon is back after stage %d", stage), func() error {
+	eventually(t, 6*time.Minute, fmt.Sprintf("every daemon is back after stage %d", stage), func() error {
 		if out, err := n.try(t.Context(), 20*time.Second, "bhctl", "services"); err != nil {
 			return fmt.Errorf("%w: %s", err, out)
 		}

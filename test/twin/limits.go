@@ -96,8 +96,9 @@ func memory() string {
 		if err != nil {
 			return says(err)
 		}
-		for i := 0; i < piece; i += 4096 {
-			b[i] = 1
+		// All of it in one call: page by page, an emulated machine takes minutes for nine daemons.
+		if err := unix.Madvise(b, unix.MADV_POPULATE_WRITE); err != nil {
+			return says(err)
 		}
 	}
 	return "no limit"
