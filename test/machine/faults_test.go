@@ -25,7 +25,7 @@ import (
 )
 
 const (
-	usualFaults = 3 * time.Minute // in CI; BULKHEAD_FAULTS says another length
+	usualFaults = 10 * time.Minute // BULKHEAD_FAULTS says another length
 	recovery    = 5 * time.Minute // for all three members after a fault: two starts under emulation
 	bootedTime  = 90 * time.Second
 	leastWrites = 30 // fewer prove nothing

@@ -152,7 +152,7 @@ func eventually(t *testing.T, limit time.Duration, what string, f func() error) 
 		select {
 		case <-t.Context().Done():
 			t.Fatal(t.Context().Err())
-		case <-time.After(500 * time.Millisecond):
+		case <-time.After(min(max(500*time.Millisecond, time.Since(start)/20), 3*time.Second)): // who looks takes the processors from who is looked at
 		}
 	}
 	t.Fatalf("%s: not within %s: %v", what, limit, err)

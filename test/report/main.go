@@ -2,7 +2,7 @@
 // skipped and why. It adds its counts to the file named by REPORT_SUM, so that several runs make one sum, and exits 1 if anything failed.
 //
 //	go test -json ./... | go run ./test/report
-//	go run ./test/report -sum        prints "N passed, N failed, N skipped" of that file
+//	go run ./test/report -sum        prints what failed once more, and "N passed, N failed, N skipped", of that file
 package main
 
 import (
@@ -25,7 +25,23 @@ type event struct {
 	Elapsed float64
 }
 
-type counts struct{ Passed, Failed, Skipped int }
+type counts struct {
+	Passed, Failed, Skipped int
+
+	Failures []string // the end of what each that failed said: who reads a long run's end should not have to look for its middle
+}
+
+// failed counts a test and prints all of what it said.
+func (c *counts) failed(how, name string, out []string) {
+	c.Failed++
+	text := how + " " + name + "\n" + strings.Join(out, "")
+	fmt.Print(text)
+	const most = 2000
+	if len(text) > most {
+		text = how + " " + name + "\n[…]" + text[len(text)-most:]
+	}
+	c.Failures = append(c.Failures, text)
+}
 
 func main() {
 	if err := run(); err != nil {
@@ -41,6 +57,7 @@ func run() error {
 		if err != nil {
 			return err
 		}
+		fmt.Print(strings.Join(c.Failures, ""))
 		fmt.Printf("%d passed, %d failed, %d skipped\n", c.Passed, c.Failed, c.Skipped)
 		if c.Failed > 0 || c.Passed == 0 {
 			os.Exit(1)
@@ -58,6 +75,7 @@ func run() error {
 			return err
 		}
 		sum.Passed, sum.Failed, sum.Skipped = sum.Passed+c.Passed, sum.Failed+c.Failed, sum.Skipped+c.Skipped
+		sum.Failures = append(sum.Failures, c.Failures...)
 		data, err := json.Marshal(sum)
 		if err != nil {
 			return err
@@ -102,8 +120,7 @@ func read() (c counts, err error) {
 				fmt.Print(e.Output)
 			}
 		case "build-fail":
-			c.Failed++
-			fmt.Print(strings.Join(output[key], ""))
+			c.failed("NOT BUILT", e.Package, output[key])
 		case "pass", "skip", "fail":
 			finish(&c, e, output[key])
 			delete(output, key)
@@ -119,8 +136,7 @@ func read() (c counts, err error) {
 func unfinished(c *counts, pkg string, output map[string][]string) {
 	for _, key := range slices.Sorted(maps.Keys(output)) {
 		if test, ok := strings.CutPrefix(key, pkg+" "); ok && test != "" {
-			c.Failed++
-			fmt.Printf("NOT ENDED %s %s\n%s", pkg, test, strings.Join(output[key], ""))
+			c.failed("NOT ENDED", key, output[key])
 			delete(output, key)
 		}
 	}
@@ -137,9 +153,10 @@ func finish(c *counts, e event, out []string) {
 			fmt.Printf("%-4s %s (%s)\n", e.Action, e.Package, took)
 		}
 		if e.Action == "fail" {
-			fmt.Print(strings.Join(out, ""))
 			if len(out) == 0 || strings.Contains(strings.Join(out, ""), "panic") {
-				c.Failed++
+				c.failed("FAILED", e.Package, out)
+			} else {
+				fmt.Print(strings.Join(out, ""))
 			}
 		}
 		return
@@ -151,7 +168,6 @@ func finish(c *counts, e event, out []string) {
 		c.Skipped++
 		fmt.Printf("SKIPPED %s %s\n%s", e.Package, e.Test, strings.Join(out, ""))
 	case "fail":
-		c.Failed++
-		fmt.Printf("FAILED %s %s\n%s", e.Package, e.Test, strings.Join(out, ""))
+		c.failed("FAILED", e.Package+" "+e.Test, out)
 	}
 }
