@@ -104,6 +104,12 @@ func (k *system) serverRequest() x509.CertificateRequest {
 	return r
 }
 
+// absent reports whether the image has no Kubernetes, which no boot changes.
+func (k *system) absent() bool {
+	_, err := os.Stat(k.cfg.Program)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
 // Read reads everything anew, except what the probes found last and, for a minute, the add-ons.
 func (k *system) Read(ctx context.Context) (State, error) {
 	want := k.want()
@@ -119,9 +125,8 @@ func (k *system) Read(ctx context.Context) (State, error) {
 	if s.Trust.Bootstrapped && want.Role != "" {
 		k.once.Do(func() { close(k.begin) })
 	}
-	_, err := os.Stat(k.cfg.Program)
-	s.Absent = errors.Is(err, fs.ErrNotExist)
-	_, err = os.Stat(k.cfg.VolumeMark)
+	s.Absent = k.absent()
+	_, err := os.Stat(k.cfg.VolumeMark)
 	s.Volume = err == nil
 	at, err := k.where()
 	if err != nil {

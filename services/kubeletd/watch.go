@@ -146,6 +146,9 @@ func (k *system) Watch(ctx context.Context, wake func()) error {
 	g.Go(func() error { return k.runLeaves(ctx, wake) })
 	g.Go(func() error { return k.followInit(ctx, wake) })
 	g.Go(func() error { return k.followPlace(ctx, wake) })
+	if k.absent() { // nobody will ever answer
+		return g.Wait()
+	}
 	for _, p := range k.probes() {
 		g.Go(func() error { return k.follow(ctx, p, wake) })
 	}
