@@ -26,7 +26,7 @@ import (
 
 const (
 	usualFaults = 10 * time.Minute // BULKHEAD_FAULTS says another length
-	recovery    = 5 * time.Minute // for all three members after a fault: two starts under emulation
+	recovery    = 5 * time.Minute  // for all three members after a fault: two starts under emulation
 	bootedTime  = 90 * time.Second
 	leastWrites = 30 // fewer prove nothing
 	writers     = 4
