@@ -27,7 +27,7 @@ var initPackages = strings.Fields(`bytes cmp context encoding/binary errors hash
 
 // initOwn is what of ours it links.
 var initOwn = strings.Fields(`init init/boot init/confine init/console init/halt init/supervise init/watchdog
-	internal/hardening internal/initctl internal/uid internal/unit internal/unmap`)
+	internal/hardening internal/initctl internal/landlock internal/uid internal/unit internal/unmap`)
 
 func TestInitImports(t *testing.T) {
 	cmd := exec.Command("go", "list", "-deps", "-f", "{{.ImportPath}}", module+"init")

@@ -48,6 +48,7 @@ func Main(name string, run func(context.Context, Env) error) {
 		os.Exit(unit.DoNotRestart)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	go seal(ctx, log)
 	err = run(ctx, env)
 	stopped := ctx.Err() != nil
 	stop()

@@ -58,6 +58,9 @@ type Unit struct {
 	// Read lists files and folders, with all that is below, that it may read; Write those that it may also write, make, rename and remove in;
 	// Execute the programs that it may start besides its own.
 	Read, Write, Execute []string
+	// Volume is the folder on which a volume is mounted while the process runs already; "" is none. Landlock ties a rule to a folder that is there, so until then it may do
+	// with all files what Write allows, as far as its user may; then the process itself puts Read, Write and Execute on, for good (package daemon).
+	Volume string
 	// Bind and Connect are the TCP ports that it may listen on by itself (0: one that the kernel chooses) and connect to.
 	Bind, Connect []uint16
 	// BindAll and ConnectAll mean every port.
@@ -121,6 +124,12 @@ type Rule struct {
 	Path   string
 	Port   uint16
 }
+
+// Variables in the environment of a unit that has a Volume: its folder, and the unit's own rules for files as package landlock writes them.
+const (
+	VolumeEnv = "BULKHEAD_VOLUME"
+	RulesEnv  = "BULKHEAD_RULES"
+)
 
 // Paths that PID 1 and the daemons agree on.
 const (

@@ -101,6 +101,7 @@ func (h how) confine(u *unit.Unit) (err error) {
 		u.Filter = unitfile.Answer(u.Filter, h.errno)
 	}
 	u.Landlock, u.Rules = unitfile.Landlock(*u)
+	u.Env = append(u.Env, unitfile.Sealed(*u)...)
 	return nil
 }
 
@@ -118,7 +119,7 @@ func callNames() []byte {
 }
 
 // compiled are the fields that the kernel gets as Filter, Landlock and Rules.
-var compiled = strings.Fields("Syscalls Sockets Ioctls Prctls FilesAll Read Write Execute Bind Connect BindAll ConnectAll")
+var compiled = strings.Fields("Syscalls Sockets Ioctls Prctls FilesAll Read Write Execute Volume Bind Connect BindAll ConnectAll")
 
 // source is the generated file. A field with its zero value is left out.
 func source(units []unit.Unit) ([]byte, error) {

@@ -10,13 +10,13 @@ var readable = []string{"/proc", "/sys/kernel/mm/transparent_hugepage"}
 var groups = map[string][]string{
 	// What any Go program does: its runtime (memory, threads, signals, time, its crash), files that are open, epoll, and being started by PID 1.
 	"@basic": {
-		"arch_prctl", "clock_gettime", "clone", "clone3", "close", "epoll_create1", "epoll_ctl", "epoll_pwait", "eventfd2", "execve", "exit",
-		"exit_group", "fcntl", "futex", "getpid", "getrandom", "getrusage", "gettid", "madvise", "mmap", "mprotect", "munmap", "nanosleep",
+		"arch_prctl", "clock_gettime", "clone", "close", "epoll_create1", "epoll_ctl", "epoll_pwait", "eventfd2", "execve", "exit",
+		"exit_group", "fcntl", "futex", "getpid", "getrandom", "gettid", "madvise", "mmap", "mprotect", "munmap", "nanosleep",
 		"prlimit64", "read", "restart_syscall", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sched_getaffinity", "sched_yield", "sigaltstack", "tgkill",
 		"uname", "write",
 	},
 	// Sockets that are there, and talking over them. socket(2) itself follows from the unit's families.
-	"@net": {"accept4", "bind", "connect", "getpeername", "getsockname", "getsockopt", "recvfrom", "recvmsg", "sendmsg", "sendto", "setsockopt", "shutdown", "writev"},
+	"@net": {"accept4", "bind", "connect", "getpeername", "getsockname", "getsockopt", "recvfrom", "recvmsg", "sendto", "setsockopt", "shutdown", "writev"},
 	// Reading files and folders, and asking which file system they are on: who has metrics asks it of /proc (client_golang).
 	"@read": {"fstat", "getdents64", "lseek", "newfstatat", "openat", "pread64", "readlinkat", "statfs"},
 	// Changing them.
@@ -29,7 +29,7 @@ var groups = map[string][]string{
 	"@programs": {"chdir", "dup3", "faccessat2", "getppid", "kill", "pidfd_open", "pidfd_send_signal", "pipe2", "setpgid", "wait4", "waitid"},
 	// What those need that are C programs: glibc, its loader, and what they do that Go does in another way.
 	"@libc": {
-		"access", "brk", "clock_nanosleep", "dup", "dup2", "faccessat", "fadvise64", "fallocate", "fstatfs", "getcwd", "getegid", "geteuid", "getgid", "getuid", "gettimeofday", "lstat", "open", "pipe", "poll", "ppoll", "pselect6", "readlink", "readv",
+		"access", "brk", "clock_nanosleep", "clone3", "dup", "dup2", "faccessat", "fadvise64", "fallocate", "fstatfs", "getcwd", "getegid", "geteuid", "getgid", "getuid", "gettimeofday", "lstat", "open", "pipe", "poll", "ppoll", "pselect6", "readlink", "readv",
 		"rseq", "select", "set_robust_list", "set_tid_address", "stat", "statfs", "sysinfo", "time", "unlink",
 	},
 }

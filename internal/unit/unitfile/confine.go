@@ -53,6 +53,9 @@ func (f *file) calls(u *unit.Unit) error {
 		}
 		u.Syscalls = append(u.Syscalls, group...)
 	}
+	if f.Volume != "" { // it puts its own rules on itself
+		u.Syscalls = append(u.Syscalls, "landlock_add_rule", "landlock_create_ruleset", "landlock_restrict_self")
+	}
 	var err error
 	if u.Ioctls, err = numbers("ioctls", f.Ioctls, ioctls); err != nil {
 		return err
@@ -98,8 +101,12 @@ func numbers(field string, names []string, table map[string][]uint32) ([]uint32,
 
 // files reads the paths.
 func (f *file) files(u *unit.Unit) error {
+	u.Volume = f.Volume
 	if slices.Equal(f.Read, []string{all}) && slices.Equal(f.Write, f.Read) && len(f.Execute) == 0 {
 		u.FilesAll = true
+		if u.Volume != "" {
+			return fmt.Errorf("volume: it means nothing where all files are allowed")
+		}
 		return nil
 	}
 	u.Read, u.Write, u.Execute = append(slices.Clone(readable), f.Read...), f.Write, f.Execute
@@ -112,6 +119,9 @@ func (f *file) files(u *unit.Unit) error {
 				return fmt.Errorf("%s: %q is not a clean absolute path; [\"ALL\"] must stand alone, and both in read and in write", l.field, p)
 			}
 		}
+	}
+	if below := func(p string) bool { return strings.HasPrefix(p, u.Volume+"/") }; u.Volume != "" && !slices.ContainsFunc(f.Read, below) && !slices.ContainsFunc(f.Write, below) {
+		return fmt.Errorf("volume: neither read nor write has anything below %q", u.Volume)
 	}
 	return nil
 }

@@ -40,6 +40,7 @@ type file struct {
 	Read           []string `json:"read"`
 	Write          []string `json:"write"`
 	Execute        []string `json:"execute"`
+	Volume         string   `json:"volume"`
 	Bind           any      `json:"bind"` // ports, or ["ALL"]
 	Connect        any      `json:"connect"`
 	Listen         []string `json:"listen"`

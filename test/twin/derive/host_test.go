@@ -85,7 +85,7 @@ func here(u unit.Unit) unit.Unit {
 	if probe := os.Getenv(killKey); probe != "" {
 		u.Exec = append(u.Exec, probe)
 	}
-	u.MountNamespace, u.Listen, u.Console, u.Hide, u.OOMScoreAdj = "", nil, false, nil, 0
+	u.MountNamespace, u.Listen, u.Console, u.Hide, u.OOMScoreAdj, u.Volume = "", nil, false, nil, 0, "" // without a volume to wait for, all rules are in force at once
 	var files unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err == nil {
 		u.NoFile = min(nofile(u), files.Max)

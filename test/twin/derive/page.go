@@ -170,6 +170,9 @@ func rights(u unit.Unit) (out [][2]string) {
 	add("hidden from it", u.Hide, "nothing")
 	paths("reads, by Landlock", u.Read)
 	paths("writes, by Landlock", u.Write)
+	if u.Volume != "" {
+		add("these rules of Landlock are in force", []string{"from when " + u.Volume + " is mounted"}, "")
+	}
 	paths("runs besides itself", u.Execute)
 	ports("listens on TCP by itself", u.BindAll, u.Bind)
 	ports("connects by TCP", u.ConnectAll, u.Connect)
