@@ -32,6 +32,7 @@ const DefaultMaxConnections = 1024
 const (
 	period       = time.Second            // between two probes of a backend that is well
 	probeTimeout = 900 * time.Millisecond // of connect, handshake and answer together
+	freshPeriod  = time.Minute            // after which a probe has a new connection
 	retryPause   = 200 * time.Millisecond // from the start of a failed probe to the next one, if it failed earlier than that
 	dialTimeout  = time.Second            // of one backend, for a client
 	strikes      = 2                      // failed probes in a row that drop a backend

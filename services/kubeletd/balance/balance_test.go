@@ -16,6 +16,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -54,6 +55,7 @@ type server struct {
 	mu     sync.Mutex
 	thawed chan struct{} // guarded by mu; closed while it runs
 	ready  int           // guarded by mu; status of /readyz
+	asked  []string      // guarded by mu; who asked for /readyz, in order: the other end of each connection
 	http   *http.Server  // guarded by mu; nil while it is closed
 }
 
@@ -118,6 +120,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 	case "/readyz":
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		s.asked = append(s.asked, r.RemoteAddr)
 		w.WriteHeader(s.ready)
 	case "/watch": // a line now, and then nothing until the client goes
 		fmt.Fprintln(w, s.name)
@@ -317,6 +320,46 @@ func TestDropsTheDead(t *testing.T) {
 				t.Errorf("%s answers, want the preferred one again", who)
 			}
 		})
+	}
+}
+
+// A probe takes the connection of the one before, and a new one without a pause when the server closed that: nobody is dropped for it.
+func TestProbesKeepTheirConnection(t *testing.T) {
+	t.Parallel()
+	ca := testca.New(t)
+	a := start(t, ca, "127.0.0.2")
+	r := run(t, ca, 0)
+	r.set(t, netip.AddrPort{}, a)
+	probes := func(n int) []string {
+		late := time.After(20 * time.Second)
+		for {
+			a.mu.Lock()
+			asked := slices.Clone(a.asked)
+			a.mu.Unlock()
+			if len(asked) >= n {
+				return asked
+			}
+			select {
+			case <-time.After(10 * time.Millisecond):
+			case <-late:
+				t.Fatalf("%d probes, want %d", len(asked), n)
+			}
+		}
+	}
+	if asked := probes(3); asked[0] != asked[2] {
+		t.Errorf("three probes came from %v, want one connection", asked)
+	}
+	for len(r.changed) > 0 {
+		<-r.changed
+	}
+	a.close()
+	a.open(t)
+	n := len(probes(0))
+	if asked := probes(n + 2); asked[n] == asked[0] {
+		t.Errorf("the probe after the server's restart came from %v", asked[n:])
+	}
+	if s := r.State(); !s.Backends[0].Up || len(r.changed) > 0 {
+		t.Errorf("%+v: it was dropped meanwhile", s)
 	}
 }
 

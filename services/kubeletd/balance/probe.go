@@ -1,7 +1,6 @@
 package balance
 
 import (
-	"bufio"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -46,13 +45,21 @@ func (b *Balancer) probeAll(ctx context.Context) error {
 	}
 }
 
-// probeOne asks one backend until ctx is done.
+// probeOne asks one backend until ctx is done, over one connection as long as that is good: a handshake each second by every node would be most of what a large cluster's
+// API servers do. Now and then it begins a new one, as a new client would.
 func (b *Balancer) probeOne(ctx context.Context, k *backend, cfg *tls.Config) {
 	cfg = cfg.Clone()
 	cfg.ServerName = k.address.Addr().String()
+	tr := &http.Transport{DialContext: b.dialer.DialContext, TLSClientConfig: cfg, MaxIdleConnsPerHost: 1, MaxResponseHeaderBytes: maxAnswer}
+	defer tr.CloseIdleConnections()
+	fresh := time.Now()
 	for {
 		start := time.Now()
-		answered, err := b.probe(ctx, k.address, cfg)
+		if start.Sub(fresh) >= freshPeriod {
+			tr.CloseIdleConnections()
+			fresh = start
+		}
+		answered, err := probe(ctx, k.address, tr)
 		if ctx.Err() != nil {
 			return
 		}
@@ -79,7 +86,7 @@ func (b *Balancer) doubted(k *backend) bool {
 const maxAnswer = 16 << 10
 
 // probe asks one backend once whether it is ready. answered is false if it said nothing that can be trusted.
-func (b *Balancer) probe(ctx context.Context, address netip.AddrPort, cfg *tls.Config) (answered bool, err error) {
+func probe(ctx context.Context, address netip.AddrPort, tr *http.Transport) (answered bool, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, probeTimeout, fmt.Errorf("no answer within %s", probeTimeout))
 	defer cancel()
 	defer func() {
@@ -87,30 +94,18 @@ func (b *Balancer) probe(ctx context.Context, address netip.AddrPort, cfg *tls.C
 			err = context.Cause(ctx)
 		}
 	}()
-	raw, err := b.dialer.DialContext(ctx, "tcp", address.String())
-	if err != nil {
-		return false, err
-	}
-	defer raw.Close()
-	stop := context.AfterFunc(ctx, func() { raw.Close() })
-	defer stop()
-	conn := tls.Client(raw, cfg)
-	if err := conn.HandshakeContext(ctx); err != nil {
-		return false, err
-	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+address.String()+"/readyz", nil)
 	if err != nil {
 		return false, err
 	}
-	req.Close = true
-	if err := req.Write(conn); err != nil {
+	answer, err := tr.RoundTrip(req)
+	if err != nil {
 		return false, err
 	}
-	answer, err := http.ReadResponse(bufio.NewReader(io.LimitReader(conn, maxAnswer)), req)
-	if err != nil {
+	defer answer.Body.Close()
+	if _, err := io.Copy(io.Discard, io.LimitReader(answer.Body, maxAnswer)); err != nil { // or the connection could not be used again
 		return false, fmt.Errorf("GET /readyz: %w", err)
 	}
-	answer.Body.Close()
 	switch answer.StatusCode {
 	case http.StatusOK, http.StatusUnauthorized, http.StatusForbidden: // it lives, and does not tell us more
 		return true, nil
