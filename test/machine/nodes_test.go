@@ -13,7 +13,7 @@ import (
 )
 
 // TestNodes is the life of a cluster of three control planes and a worker, without Kubernetes, on an Ethernet between their machines: each node answers through any other,
-// one is killed, one burns down and is replaced, what would lose the quorum is refused, and all restart in turn.
+// one is killed, one burns down and is replaced, what would lose the quorum is refused, and two restart in turn.
 func TestNodes(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
@@ -36,7 +36,7 @@ func TestNodes(t *testing.T) {
 		{"a control plane is killed", c.survives},
 		{"a machine burns down", func(t *testing.T) { c.replaces(t, before) }},
 		{"no quorum is lost by order", c.keepsQuorum},
-		{"all restart, one after the other", c.rolls},
+		{"a rolling restart", c.rolls},
 		{"a reset leaves the cluster", c.resets},
 	} {
 		if !t.Run(part.name, part.run) {
