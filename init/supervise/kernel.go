@@ -12,6 +12,7 @@ import (
 
 	"github.com/bulkhead-os/bulkhead/init/confine"
 	"github.com/bulkhead-os/bulkhead/init/console"
+	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/unit"
 )
 
@@ -247,11 +248,25 @@ func (k linux) kill(v *service, sig unix.Signal) {
 }
 
 func (k linux) sweep(v *service) {
+	memory, _ := os.ReadFile(v.dir() + "/memory.events") // before the group is made anew, and its counts with it
+	kills := memoryKills(string(memory))
+	if kills > v.kills && v.end == initctl.Killed && v.value == uint8(unix.SIGKILL) {
+		v.end = initctl.Exhausted
+	}
+	v.kills = kills
 	events, _ := os.ReadFile(v.dir() + "/cgroup.events")
 	if !v.KillProcess && strings.Contains(string(events), "populated 1") {
 		os.WriteFile(v.dir()+"/cgroup.kill", []byte("1"), 0)
 		v.killed = true
 	}
+}
+
+// memoryKills is how many processes the kernel has killed for a group's limit, by its memory.events.
+func memoryKills(events string) int {
+	_, rest, _ := strings.Cut(events, "\noom_kill ")
+	digits, _, _ := strings.Cut(rest, "\n")
+	n, _ := strconv.Atoi(digits)
+	return n
 }
 
 // renew makes a control group anew in which cgroup.kill was used. Linux, 6.12 at least, kills whatever is cloned straight into
@@ -264,7 +279,7 @@ func (v *service) renew() error {
 	if v.cgroup > 0 {
 		unix.Close(v.cgroup)
 	}
-	v.cgroup, v.killed = 0, false
+	v.cgroup, v.killed, v.kills = 0, false, 0
 	var f console.First
 	if v.Inside != "" {
 		f.Try("control group", handDown(v.holder.dir()))

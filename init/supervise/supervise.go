@@ -32,7 +32,7 @@ const (
 type processes interface {
 	spawn(v *service, ready int) (pid int, err error)
 	kill(v *service, s unix.Signal)          // the main process
-	sweep(v *service)                        // the main process has ended: nothing else of the unit may stay
+	sweep(v *service)                        // the main process has ended: nothing else of the unit may stay; it knows whether memory was why
 	wait() (pid int, status unix.WaitStatus) // one that has ended; pid 0: none
 }
 
@@ -45,6 +45,7 @@ type service struct {
 	holder *service // whose namespaces it lives in, or nil
 	told   int      // read end of the pipe in which its trampoline says which process it has become; 0: none
 	killed bool     // cgroup.kill was used
+	kills  int      // of processes of its group, for its memory limit, so far
 	broken error    // what it lacks, and does not start without
 
 	state    State

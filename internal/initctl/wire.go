@@ -55,8 +55,12 @@ const (
 	Exited           // Value is its exit code
 	Killed           // Value is the signal
 	NotStarted       // Value is the errno of the fork
+	Exhausted        // by the kernel, because the unit had reached its memory limit; Value is the signal
 	endings
 )
+
+// MemoryLimit is what Ending says of a unit that was Exhausted.
+const MemoryLimit = "killed by SIGKILL: it ran into its memory limit"
 
 // States, as numbers on the wire; the order is that of Status.State's texts.
 var states = [...]string{"down", "starting", "up", "stopping", "cycling", "waiting"}
@@ -101,7 +105,7 @@ func DecodeRequest(p []byte) (Request, error) {
 type Record struct {
 	Code     Code
 	State    uint8 // index of the state's text: down, starting, up, stopping, cycling, waiting
-	End      uint8 // NeverEnded, Exited, Killed or NotStarted
+	End      uint8 // NeverEnded, Exited, Killed, NotStarted or Exhausted
 	Value    uint8 // see End
 	PID      uint32
 	Restarts uint32
@@ -152,6 +156,8 @@ func (r Record) Ending() string {
 		return "exit " + strconv.Itoa(int(r.Value))
 	case Killed:
 		return "killed by " + signalName(r.Value)
+	case Exhausted:
+		return MemoryLimit
 	case NotStarted:
 		return "not started: " + syscall.Errno(r.Value).Error()
 	}

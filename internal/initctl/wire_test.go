@@ -45,6 +45,7 @@ func TestEnding(t *testing.T) {
 		"killed by SIGKILL":                      {End: Killed, Value: 9},
 		"killed by signal 40":                    {End: Killed, Value: 40},
 		"not started: no such file or directory": {End: NotStarted, Value: 2},
+		MemoryLimit:                              {End: Exhausted, Value: 9},
 	} {
 		if got := r.Ending(); got != want {
 			t.Errorf("%+v: got %q, want %q", r, got, want)

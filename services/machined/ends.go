@@ -19,18 +19,12 @@ const lately = 5 * time.Minute
 // An ending is how a unit ended last without anybody's wish.
 type ending struct {
 	Restarts uint32 // of the unit, by which one is told from the next
-	Kills    uint64 // of processes of its group, because the group had reached its memory limit
-	Limit    uint64 // bytes; that limit, if the unit ended by it. 0: it did not
 	Exit     string
 	At       time.Time
 }
 
-// next is the ending after news of the unit. kills is how often its group ran into its memory limit by now, which begins anew with each group. Kills that are
-// counted before PID 1 has told of an end belong to the one that is told next. It is pure.
-func (e ending) next(u initctl.Status, kills, limit uint64) ending {
-	if kills < e.Kills { // another group
-		e.Kills = 0
-	}
+// next is the ending after news of the unit. It is pure.
+func (e ending) next(u initctl.Status) ending {
 	if u.Restarts == e.Restarts {
 		return e
 	}
@@ -38,23 +32,7 @@ func (e ending) next(u initctl.Status, kills, limit uint64) ending {
 	if u.Restarts < e.Restarts { // another boot; its folder is another one, too
 		at = time.Time{}
 	}
-	was := e.Kills
-	e = ending{Restarts: u.Restarts, Kills: kills, Exit: u.LastExit, At: at}
-	if kills > was && u.LastExit == killed {
-		e.Limit = limit
-	}
-	return e
-}
-
-// killed is how PID 1 names the end of a process that the kernel killed.
-const killed = "killed by SIGKILL"
-
-// told is the unit's last exit, and why.
-func (e ending) told(exit string) string {
-	if e.Limit == 0 || exit != killed {
-		return exit
-	}
-	return exit + ": it ran into its memory limit of " + mebibytes(e.Limit)
+	return ending{Restarts: u.Restarts, Exit: u.LastExit, At: at}
 }
 
 func mebibytes(n uint64) string {
@@ -82,9 +60,8 @@ func (d *Daemon) loadEnds() {
 
 // noteEnd takes note of how a unit ended, and returns its last exit with the reason. mu is held.
 func (d *Daemon) noteEnd(u initctl.Status) string {
-	kills, limit := d.cfg.host.MemoryKills(u.Name)
 	was := d.ends[u.Name]
-	e := was.next(u, kills, limit)
+	e := was.next(u)
 	if e == was {
 		return d.exitOf(u.Name, u.LastExit)
 	}
@@ -99,12 +76,15 @@ func (d *Daemon) noteEnd(u initctl.Status) string {
 	return d.exitOf(u.Name, u.LastExit)
 }
 
-// exitOf is how a unit ended last, and why: what the kernel says of it, or its group. mu is held.
+// exitOf is how a unit ended last, and why: what the kernel says of it, or its limit. mu is held.
 func (d *Daemon) exitOf(name, exit string) string {
 	if n := d.denied[name]; n.call != "" && strings.HasPrefix(exit, deniedSignal) {
 		return deniedSignal + ": it tried the system call " + n.call + ", which its unit does not allow"
 	}
-	return d.ends[name].told(exit)
+	if limit := d.cfg.host.MemoryLimit(name); exit == initctl.MemoryLimit && limit > 0 {
+		return exit + " of " + mebibytes(limit)
+	}
+	return exit
 }
 
 // units asks PID 1 for its units; last exits have their reasons.

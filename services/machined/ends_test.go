@@ -7,35 +7,27 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 )
 
-// An end is by the memory limit if the kernel has killed for it since the end before, and by nothing else.
+// An ending is kept until the unit ends again; what a unit did in another boot was at no time of this one.
 func TestEnding(t *testing.T) {
 	at := time.Unix(1000, 0)
-	e := ending{}
-	for i, c := range []struct {
-		restarts uint32
-		exit     string
-		kills    uint64
-		want     string
-	}{
-		{0, "", 0, ""},
-		{1, killed, 0, killed},
-		{2, killed, 1, killed + ": it ran into its memory limit of 64 MiB"},
-		{2, killed, 1, killed + ": it ran into its memory limit of 64 MiB"}, // up again
-		{3, killed, 1, killed},
-		{4, "exit 1", 2, "exit 1"}, // a child of its was killed
-		{5, killed, 2, killed},
-		{6, killed, 1, killed + ": it ran into its memory limit of 64 MiB"}, // its group was made anew
-		{6, killed, 2, killed + ": it ran into its memory limit of 64 MiB"}, // PID 1 has not told of the next end yet
-		{7, killed, 2, killed + ": it ran into its memory limit of 64 MiB"},
-		{8, killed, 2, killed},
-	} {
-		u := initctl.Status{Name: "x", Restarts: c.restarts, LastExit: c.exit, Since: at.Add(time.Duration(i) * time.Second)}
-		e = e.next(u, c.kills, 64<<20)
-		if got := e.told(u.LastExit); got != c.want {
-			t.Errorf("%d: %q, want %q", i, got, c.want)
-		}
+	e := ending{}.next(initctl.Status{Name: "x", Restarts: 1, LastExit: "exit 1", Since: at})
+	if want := (ending{1, "exit 1", at}); e != want {
+		t.Errorf("got %+v, want %+v", e, want)
 	}
-	if e.At != at.Add(10*time.Second) || e.Exit != killed {
-		t.Errorf("the last end is %+v", e)
+	if again := e.next(initctl.Status{Name: "x", Restarts: 1, LastExit: "exit 1", Since: at.Add(time.Second)}); again != e {
+		t.Errorf("it is up again: got %+v, want %+v", again, e)
+	}
+	if boot := e.next(initctl.Status{Name: "x", Restarts: 0, Since: at.Add(time.Hour)}); boot != (ending{}) {
+		t.Errorf("another boot: got %+v, want nothing", boot)
+	}
+}
+
+// Who reached a memory limit is told with it.
+func TestExitOf(t *testing.T) {
+	d := &Daemon{cfg: Config{host: &modelHost{}}}
+	for exit, want := range map[string]string{"exit 1": "exit 1", "killed by SIGKILL": "killed by SIGKILL", initctl.MemoryLimit: "killed by SIGKILL: it ran into its memory limit of 64 MiB"} {
+		if got := d.exitOf("x", exit); got != want {
+			t.Errorf("%q: got %q, want %q", exit, got, want)
+		}
 	}
 }

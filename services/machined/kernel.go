@@ -41,8 +41,8 @@ type host interface {
 	KernelLog([]byte) (int, error)
 	// Usage returns the memory of a unit's control group in bytes and its processor time in seconds; zeros if unknown.
 	Usage(unit string) (memory uint64, cpu float64)
-	// MemoryKills returns how many processes of a unit's control group the kernel has killed because the group had reached its limit, which is returned too.
-	MemoryKills(unit string) (kills, limit uint64)
+	// MemoryLimit returns the limit of a unit's control group in bytes; 0 if there is none, or it is unknown.
+	MemoryLimit(unit string) uint64
 }
 
 type linux struct{}
@@ -87,13 +87,7 @@ func (linux) KernelLog(buf []byte) (int, error) {
 }
 
 func (linux) Usage(name string) (memory uint64, cpu float64) {
-	if strings.ContainsAny(name, "/.") {
-		return 0, 0
-	}
-	group := "/sys/fs/cgroup/bulkhead/" + name
-	if _, err := os.Stat(group); err != nil {
-		group = "/sys/fs/cgroup/bulkhead/workload/" + name
-	}
+	group := group(name)
 	if data, err := os.ReadFile(group + "/memory.current"); err == nil {
 		if memory, err = strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64); err != nil {
 			memory = 0
@@ -105,32 +99,25 @@ func (linux) Usage(name string) (memory uint64, cpu float64) {
 	return memory, cpu
 }
 
-func (linux) MemoryKills(name string) (kills, limit uint64) {
-	if strings.ContainsAny(name, "/.") {
-		return 0, 0
+func (linux) MemoryLimit(name string) uint64 {
+	data, err := os.ReadFile(group(name) + "/memory.max")
+	if err != nil {
+		return 0
 	}
-	group := "/sys/fs/cgroup/bulkhead/" + name
-	if data, err := os.ReadFile(group + "/memory.events"); err == nil {
-		kills = memoryKills(data)
+	limit, err := strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64)
+	if err != nil { // "max"
+		return 0
 	}
-	if data, err := os.ReadFile(group + "/memory.max"); err == nil {
-		if limit, err = strconv.ParseUint(strings.TrimSpace(string(data)), 10, 64); err != nil { // "max"
-			limit = 0
-		}
-	}
-	return kills, limit
+	return limit
 }
 
-// memoryKills reads oom_kill of a memory.events.
-func memoryKills(data []byte) uint64 {
-	for s := bufio.NewScanner(bytes.NewReader(data)); s.Scan(); {
-		if digits, ok := strings.CutPrefix(s.Text(), "oom_kill "); ok {
-			if n, err := strconv.ParseUint(digits, 10, 64); err == nil {
-				return n
-			}
-		}
+// group is a unit's control group; PID 1 takes no names with slashes or dots.
+func group(name string) string {
+	const groups = "/sys/fs/cgroup/bulkhead/"
+	if _, err := os.Stat(groups + name); err != nil {
+		return groups + "workload/" + name
 	}
-	return 0
+	return groups + name
 }
 
 // cpuSeconds reads usage_usec of a cpu.stat.

@@ -323,7 +323,6 @@ type modelHost struct {
 	mu      sync.Mutex
 	mounted bool              // guarded by mu
 	full    bool              // guarded by mu
-	kills   map[string]uint64 // guarded by mu; by unit
 	files   map[string][]byte // guarded by mu
 }
 
@@ -345,10 +344,7 @@ func (m *modelHost) KernelLogSize() (int, error)     { return 4096, nil }
 func (m *modelHost) KernelLog(b []byte) (int, error) { return copy(b, "<6>[ 1.0] hello\n"), nil }
 func (m *modelHost) Usage(string) (uint64, float64)  { return 4096, 1.5 }
 
-func (m *modelHost) MemoryKills(name string) (kills, limit uint64) {
-	defer m.lock()()
-	return m.kills[name], 64 << 20
-}
+func (m *modelHost) MemoryLimit(string) uint64 { return 64 << 20 }
 
 func (m *modelHost) Names() ([]string, error) {
 	defer m.lock()()
