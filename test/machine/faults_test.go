@@ -46,7 +46,7 @@ func TestFaults(t *testing.T) {
 	t.Logf("» seed %d, for %s; BULKHEAD_FAULTS_SEED=%d repeats it", seed, length, seed)
 	s := &storm{c: c, record: history.Begin(), counts: map[string]int{}}
 	t.Cleanup(func() { s.calm(t) })
-	if out, err := n.try(t.Context(), 10*time.Minute, "bhctl", "up", "--name", n.name, "--controlplanes", "3", "--image", c.image, "--memory", "1024"); err != nil {
+	if out, err := n.try(t.Context(), 10*time.Minute, "bhctl", "up", "--name", n.name, "--controlplanes", "3", "--image", c.image, "--memory", "1024", "--cpus", "1"); err != nil {
 		t.Fatalf("bhctl up: %v\n%s", err, out)
 	}
 	c.states(t, 2*time.Minute, c.ready())

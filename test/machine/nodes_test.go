@@ -54,7 +54,7 @@ type cluster struct {
 
 func (c *cluster) up(t *testing.T) {
 	t.Helper()
-	if out, err := c.n.try(t.Context(), 10*time.Minute, "bhctl", "up", "--name", c.n.name, "--controlplanes", "3", "--workers", "1", "--image", c.image, "--memory", "1024"); err != nil {
+	if out, err := c.n.try(t.Context(), 10*time.Minute, "bhctl", "up", "--name", c.n.name, "--controlplanes", "3", "--workers", "1", "--image", c.image, "--memory", "1024", "--cpus", "1"); err != nil {
 		t.Fatalf("bhctl up: %v\n%s", err, out)
 	}
 }

@@ -30,7 +30,7 @@ func TestRotate(t *testing.T) {
 	c := &cluster{n: n, image: n.build(t, otherImage{version: "9.1.0"}), nodes: []string{"test-1", "test-2", "test-3"}}
 	s := &storm{c: c, record: history.Begin(), counts: map[string]int{}}
 	t.Cleanup(func() { s.calm(t) })
-	if out, err := n.try(t.Context(), 10*time.Minute, "bhctl", "up", "--name", n.name, "--controlplanes", "3", "--image", c.image, "--memory", "1024"); err != nil {
+	if out, err := n.try(t.Context(), 10*time.Minute, "bhctl", "up", "--name", n.name, "--controlplanes", "3", "--image", c.image, "--memory", "1024", "--cpus", "1"); err != nil {
 		t.Fatalf("bhctl up: %v\n%s", err, out)
 	}
 	c.states(t, 2*time.Minute, c.ready())
