@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -62,10 +63,7 @@ func sealedChild(dir string) int {
 		log.Error("not all can be read before")
 		return 1
 	}
-	if err := os.WriteFile(filepath.Join(dir, "begun"), nil, 0o600); err != nil {
-		log.Error("begun", "err", err.Error())
-		return 1
-	}
+	os.Stdout.Close() // it has begun
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	seal(ctx, log)
@@ -92,29 +90,25 @@ func TestSeal(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go test -c: %v\n%s", err, out)
 	}
-	start := func(t *testing.T, rules string) (dir string, said *bytes.Buffer, cmd *exec.Cmd) {
-		dir, said = t.TempDir(), &bytes.Buffer{}
+	child := func(t *testing.T, dir, rules string) (said *bytes.Buffer, cmd *exec.Cmd) {
 		folder(t, filepath.Join(dir, "other"))
-		cmd = exec.CommandContext(t.Context(), program)
+		said, cmd = &bytes.Buffer{}, exec.CommandContext(t.Context(), program)
 		cmd.Env = append(os.Environ(), sealedKey+"="+dir, unit.VolumeEnv+"="+filepath.Join(dir, "volume"), unit.RulesEnv+"="+rules)
-		if rules == "" {
-			cmd.Env = append(cmd.Env, unit.RulesEnv+"="+landlock.Text([]unit.Rule{{Access: landlock.Files, Path: filepath.Join(dir, "volume/mine")}, {Access: unix.LANDLOCK_ACCESS_FS_READ_FILE, Path: "/proc"}}))
-		}
 		cmd.Stderr = said
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		return dir, said, cmd
+		return said, cmd
 	}
 	t.Run("sealed", func(t *testing.T) {
-		dir, said, cmd := start(t, "")
-		for i := 0; ; i++ {
-			if _, err := os.Lstat(filepath.Join(dir, "begun")); err == nil {
-				break
-			} else if i == 1000 {
-				t.Fatalf("it does not begin: %s", said)
-			}
-			time.Sleep(10 * time.Millisecond)
+		dir := t.TempDir()
+		said, cmd := child(t, dir, landlock.Text([]unit.Rule{{Access: landlock.Files, Path: filepath.Join(dir, "volume/mine")}, {Access: unix.LANDLOCK_ACCESS_FS_READ_FILE, Path: "/proc"}}))
+		begun, err := cmd.StdoutPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		if err == nil {
+			_, err = io.Copy(io.Discard, begun) // until the child closes it
+		}
+		if err != nil {
+			t.Fatal(err)
 		}
 		made := filepath.Join(dir, "made") // appears whole, as a mount does
 		folder(t, filepath.Join(made, "other"))
@@ -127,8 +121,8 @@ func TestSeal(t *testing.T) {
 		}
 	})
 	t.Run("it cannot", func(t *testing.T) {
-		_, said, cmd := start(t, "nonsense")
-		err := cmd.Wait()
+		said, cmd := child(t, t.TempDir(), "nonsense")
+		err := cmd.Run()
 		var exit *exec.ExitError
 		if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).ExitStatus() != unit.NotConfined {
 			t.Errorf("it ended with %v, want exit %d: %s", err, unit.NotConfined, said)

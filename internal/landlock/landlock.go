@@ -16,15 +16,6 @@ import (
 // onFiles are those of Landlock's rights that there are for what is no folder.
 const onFiles = unix.LANDLOCK_ACCESS_FS_EXECUTE | unix.LANDLOCK_ACCESS_FS_WRITE_FILE | unix.LANDLOCK_ACCESS_FS_READ_FILE | unix.LANDLOCK_ACCESS_FS_TRUNCATE | unix.LANDLOCK_ACCESS_FS_IOCTL_DEV
 
-// call is a system call that package unix has no function for. What data points to is struct and nothing else.
-func call(number, first, second uintptr, data unsafe.Pointer, fourth uintptr) (uintptr, error) {
-	r, _, errno := unix.RawSyscall6(number, first, second, uintptr(data), fourth, 0, 0)
-	if errno != 0 {
-		return 0, errno
-	}
-	return r, nil
-}
-
 // Ruleset makes rules of a struct landlock_ruleset_attr (files, ports, scopes) and of what of it is allowed, and returns their descriptor, which is the caller's.
 // A kernel that does not know all of it refuses. A path that does not exist gives nothing: a machine may have no TPM.
 func Ruleset(attr [3]uint64, rules []unit.Rule) (set int, err error) {
@@ -42,10 +33,15 @@ func Ruleset(attr [3]uint64, rules []unit.Rule) (set int, err error) {
 }
 
 func allow(set uintptr, rule unit.Rule) error {
+	add := func(kind uintptr, data unsafe.Pointer) error {
+		if _, _, errno := unix.RawSyscall6(unix.SYS_LANDLOCK_ADD_RULE, set, kind, uintptr(data), 0, 0, 0); errno != 0 {
+			return errno
+		}
+		return nil
+	}
 	if rule.Path == "" {
-		port := [2]uint64{rule.Access, uint64(rule.Port)}                            // struct landlock_net_port_attr
-		_, err := call(unix.SYS_LANDLOCK_ADD_RULE, set, 2, unsafe.Pointer(&port), 0) // LANDLOCK_RULE_NET_PORT
-		return err
+		port := [2]uint64{rule.Access, uint64(rule.Port)} // struct landlock_net_port_attr
+		return add(2, unsafe.Pointer(&port))              // LANDLOCK_RULE_NET_PORT
 	}
 	fd, err := unix.Open(rule.Path, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -56,18 +52,20 @@ func allow(set uintptr, rule unit.Rule) error {
 	}
 	defer unix.Close(fd)
 	beneath := unix.LandlockPathBeneathAttr{Allowed_access: rule.Access, Parent_fd: int32(fd)}
-	_, err = call(unix.SYS_LANDLOCK_ADD_RULE, set, unix.LANDLOCK_RULE_PATH_BENEATH, unsafe.Pointer(&beneath), 0)
+	err = add(unix.LANDLOCK_RULE_PATH_BENEATH, unsafe.Pointer(&beneath))
 	if err == unix.EINVAL { // no folder
 		beneath.Allowed_access &= onFiles
-		_, err = call(unix.SYS_LANDLOCK_ADD_RULE, set, unix.LANDLOCK_RULE_PATH_BENEATH, unsafe.Pointer(&beneath), 0)
+		err = add(unix.LANDLOCK_RULE_PATH_BENEATH, unsafe.Pointer(&beneath))
 	}
 	return err
 }
 
 // Restrict puts rules on the calling thread, and on all that it starts. They come on top of those that it has.
 func Restrict(set int) error {
-	_, err := call(unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(set), 0, nil, 0)
-	return err
+	if _, _, errno := unix.RawSyscall(unix.SYS_LANDLOCK_RESTRICT_SELF, uintptr(set), 0, 0); errno != 0 {
+		return errno
+	}
+	return nil
 }
 
 // Text is rules for paths as a text without blanks but those in paths, which Parse reads: "access path", a line each, access in hexadecimal.
