@@ -94,17 +94,18 @@ test: ## every test that needs no virtual machine
 	@{ go test -race -json ./...; cd test/issuer && go test -race -json ./...; } | go run ./test/report
 
 VMTEST = env BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 75m
-# Two lanes side by side, of tests of one machine that measure nothing, and of TestFaults, whose machines wait most of the time. All others take all processors and have the host
-# for themselves: with one of these beside it, a node with Kubernetes takes twice as long and is not well all the time.
-BESIDE = 'CutDisk|TestCut$$|Faults|VMTwin'
-CALM   = 'BootSecurity|BootEnds|Firmware|Full|Install|KeyServer|Poison|Reset|Upgrade'
+# Tests that measure nothing and leave a processor or most of two idle: two at a time, the longest first. All others take all processors and have the host for themselves, after
+# these: with one of these beside it, a node with Kubernetes takes twice as long and is not well all the time.
+CALM = ./test/machine:Faults ./test/machine:Upgrade ./test/machine:Cut ./test/machine:CutDisk ./test/machine:BootEnds ./test/machine:Install ./test/machine:VMTwin \
+  ./test/machine:Firmware ./init:VM ./test/machine:Reset ./test/machine:Poison ./test/machine:Full ./storaged:VMCrypt ./test/machine:NodeKeyServer ./deploy/image:VMMeasured \
+  ./test/machine:BootSecurity ./deploy/qemu:LANInVM ./deploy/qemu:Boot ./services/kubeletd:NodesAndTheRealAPIServer ./services/kubeletd:NodeDrainAndTheRealAPIServer
+CALMHERE := $(shell echo $(patsubst ./test/machine:%,%,$(filter ./test/machine:%,$(CALM))) | tr ' ' '|')
 
 test-vm: image observer ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
 	@test/tools/install.sh
 	@out/bin/mkimage fetch && rm -rf out/test-kernel && dpkg-deb -x $(KERNEL_DEB) out/test-kernel && ln -s usr/lib out/test-kernel/lib
-	@{ $(VMTEST) -run $(BESIDE) ./test/machine > out/test-vm.json & \
-	  $(VMTEST) -p 1 -run 'VM|Boot|Node' ./init ./storaged ./services/kubeletd ./deploy/qemu ./deploy/image; $(VMTEST) -run $(CALM) ./test/machine; wait; cat out/test-vm.json; \
-	  $(VMTEST) -run 'VM|Boot|Node|Fault|Cut|Flood|Full|Firmware|Upgrade|Poison|Install|Reset' -skip $(CALM)'|'$(BESIDE) ./test/machine; } | REPORT_LIVE=1 go run ./test/report
+	@{ printf '%s\n' $(CALM) | xargs -P 2 -I@ sh -c 't=@; f=out/vm-$$$$.json; $(VMTEST) -run "^Test$${t#*:}$$" $${t%:*} > $$f; flock out cat $$f; rm $$f'; \
+	  $(VMTEST) -skip '^Test($(CALMHERE))$$' ./test/machine; } | REPORT_LIVE=1 go run ./test/report
 
 test-matrix: observer ## one node, every daemon killed, stopped, starved, flooded and without what it needs (a quarter of an hour); see docs/faults.md
 	@BULKHEAD_VM=1 go test -json -count=1 -timeout 60m -run 'TestNodeMatrix$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
@@ -112,7 +113,7 @@ test-matrix: observer ## one node, every daemon killed, stopped, starved, floode
 test-faults: KUBERNETES = none
 test-faults: IMAGE = out/image-none
 test-faults: image ## three control planes through ten minutes of faults, and through new authorities, while clients write; see docs/cluster.md
-	@BULKHEAD_VM=1 go test -json -count=1 -timeout 60m -run 'TestFaults$$|TestRotate$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
+	@BULKHEAD_VM=1 BULKHEAD_ROTATE=1 go test -json -count=1 -timeout 60m -run 'TestFaults$$|TestRotate$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
 
 test-ha: image ## three control planes and a worker with Kubernetes: rolling restart under requests, whole machines killed (an hour or two); BULKHEAD_HA=roll,leader,virtual takes parts
 	@BULKHEAD_VM=1 BULKHEAD_HA=$${BULKHEAD_HA:-all} go test -json -count=1 -timeout 6h -run 'TestHA$$' ./test/machine | REPORT_LIVE=1 go run ./test/report

@@ -26,6 +26,9 @@ const (
 // each node is as well as before, with the second generation of each authority.
 func TestRotate(t *testing.T) {
 	n := newNode(t)
+	if os.Getenv("BULKHEAD_ROTATE") == "" {
+		t.Skip("the long run: make test-faults")
+	}
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
 	c := &cluster{n: n, image: n.build(t, otherImage{version: "9.1.0"}), nodes: []string{"test-1", "test-2", "test-3"}}
 	s := &storm{c: c, record: history.Begin(), counts: map[string]int{}}

@@ -78,7 +78,7 @@ func (t *Twin) try(stage int) {
 		answers = map[string]string{}
 	}
 	for _, p := range Probes() {
-		if Stage(p.Group) != stage {
+		if Stage(p.Group, t.name) != stage {
 			continue
 		}
 		e.count = func(n int) { t.say(Line{Unit: t.name, Stage: stage, Count: n}) }

@@ -105,17 +105,22 @@ var refusals = []string{Filter, "EACCES", "EPERM", "EROFS", Door, List}
 // Refused reports whether an answer says that the attempt was not let through.
 func Refused(answer string) bool { return slices.Contains(refusals, answer) }
 
-// Stage is when a group is tried: 1 first; what ends the process comes last, each by itself.
-func Stage(group string) int {
+// Stage is when a unit's twin tries a group: 1 first; what ends the process comes last, each by itself, and machined's end after all others': it keeps
+// what they write, and what it has read and not yet kept when it ends is lost.
+func Stage(group, unit string) int {
+	stage := 1
 	switch group {
 	case Descriptors, Disk:
-		return 2
+		stage = 2
 	case Threads:
-		return 3
+		stage = 3
 	case Memory:
-		return 4
+		stage = 4
 	}
-	return 1
+	if stage > 2 && unit == "machined" {
+		stage += 2
+	}
+	return stage
 }
 
 // Anywhere returns the probes that need no node: they may be tried in namespaces of any machine. Try runs one in this process.
@@ -131,7 +136,7 @@ func Anywhere() (out []Probe) {
 }
 
 // Stages is the last one's number.
-const Stages = 4
+const Stages = 6
 
 // env is what probes share in one process.
 type env struct {
