@@ -358,6 +358,36 @@ func TestOCI(t *testing.T) {
 	}
 }
 
+// A registry that answers with another artifact than the one asked for, though it is as well signed: the digest decides.
+func TestOCISwapped(t *testing.T) {
+	inner := containerregistry.New(containerregistry.Logger(log.New(io.Discard, "", 0)))
+	back := serveHTTP(t, inner.ServeHTTP)
+	digests, heads := map[string]string{}, map[string]bundle.Head{}
+	for _, version := range []string{"0.2.0", "0.3.0"} {
+		head, data := testImage(t, version, 2<<20)
+		digests[version], heads[version] = push(t, back.Client(), back.URL, "os", version, head, data, nil), head
+	}
+	for _, c := range []struct{ name, asked, answered, want string }{
+		{"nothing", "", "", ""},
+		{"the manifest", "/manifests/" + digests["0.2.0"], "/manifests/" + digests["0.3.0"], "sent another manifest than " + digests["0.2.0"]},
+		{"a layer", "/blobs/sha256:" + bundle.Sum(heads["0.2.0"].Raw).String(), "/blobs/sha256:" + bundle.Sum(heads["0.3.0"].Raw).String(), "sent another layer than sha256:" + bundle.Sum(heads["0.2.0"].Raw).String()},
+	} {
+		front := serveHTTP(t, func(w http.ResponseWriter, r *http.Request) {
+			if c.asked != "" && strings.HasSuffix(r.URL.Path, c.asked) {
+				r.URL.Path = strings.TrimSuffix(r.URL.Path, c.asked) + c.answered
+			}
+			inner.ServeHTTP(w, r)
+		})
+		b := newBench(t)
+		stop := b.start()
+		_, _, err := b.upgrade(&updatev1.UpgradeRequest{Source: &updatev1.UpgradeRequest_Oci{Oci: strings.TrimPrefix(front.URL, "http://") + "/os@" + digests["0.2.0"]}})
+		if c.want == "" && err != nil || c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)) {
+			t.Errorf("%s swapped: %v, want …%s…", c.name, err, c.want)
+		}
+		stop()
+	}
+}
+
 // A registry that wants a token, hands blobs out elsewhere, forgets the token on the way, and drops the line.
 func TestOCIWithToken(t *testing.T) {
 	head, data := testImage(t, "0.2.0", 2<<20)

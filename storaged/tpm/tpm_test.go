@@ -1,6 +1,7 @@
 package tpm
 
 import (
+	"bytes"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -387,6 +388,37 @@ func TestPCRsChangeMeanwhile(t *testing.T) {
 	r.left = 1 << 30
 	if _, err := New(r).Unseal(s, image, m.log); !errors.Is(err, tpm2.TPMRCPCRChanged) {
 		t.Errorf("for ever: %v", err)
+	}
+}
+
+// wiretap notes what goes over the bus.
+type wiretap struct {
+	*testtpm.TPM
+	heard []byte
+}
+
+func (w *wiretap) Send(command []byte) ([]byte, error) {
+	answer, err := w.TPM.Send(command)
+	w.heard = append(append(w.heard, command...), answer...)
+	return answer, err
+}
+
+// Who listens on the bus while the key is sealed, and while it comes back, does not hear it.
+func TestBus(t *testing.T) {
+	m := newMachine(t)
+	bus := &wiretap{TPM: m.soft}
+	m.TPM = New(bus)
+	image := m.boot(secure, "bulkhead", signer, 1)
+	key := secret.New(32)
+	s := m.seal(key)
+	m.opens("with a wiretap", s, image, key)
+	if !bytes.Contains(bus.heard, s.Private) {
+		t.Fatal("the sealed key was not heard either: the test listens at the wrong place")
+	}
+	for i := range key.Len() - 7 { // in no piece of it
+		if bytes.Contains(bus.heard, key.Expose()[i:i+8]) {
+			t.Fatalf("bytes %d to %d of the key went over the bus in the clear", i, i+7)
+		}
 	}
 }
 
