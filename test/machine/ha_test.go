@@ -87,7 +87,7 @@ func (h *ha) up(t *testing.T) {
 		}
 	})
 	start := time.Now()
-	if out, err := h.n.try(t.Context(), haUp, "bhctl", "up", "--name", h.n.name, "--controlplanes", "3", "--workers", "1", "--image", h.c.image, "--memory", fmt.Sprint(haMemory),
+	if out, err := h.n.try(t.Context(), haUp, "bhctl", "up", "--name", h.n.name, "--controlplanes", "3", "--workers", "1", "--image", h.c.image, "--memory", fmt.Sprint(haMemory), "--cpus", "1", // eight emulated processors on two are slower than four
 		"--forward", fmt.Sprintf("0:%d", servicePort), "--forward", fmt.Sprintf("0:%d", virtualPort)); err != nil {
 		t.Fatalf("bhctl up: %v\n%s", err, out)
 	}

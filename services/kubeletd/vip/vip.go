@@ -263,15 +263,24 @@ func (k *Keeper) resign(ctx context.Context, why string) {
 		return
 	}
 	k.drop(ctx, why)
-	err := k.call(ctx, func(ctx context.Context) error {
-		_, err := k.cfg.Store.Write(ctx, &storev1.WriteRequest{
-			Conditions: []*storev1.Condition{{Key: Key, Revision: k.revision}},
-			Changes:    []*storev1.Change{{Key: Key, Delete: true}},
-		})
-		return err
-	})
+	own := k.holder
+	err := k.call(ctx, k.free)
+	if errs.Is(err, errs.Conflict) { // an own write may have been done whose answer nobody waited for
+		if err = k.call(ctx, k.look); err == nil && k.holder == own && k.revision != 0 {
+			err = k.call(ctx, k.free)
+		}
+	}
 	k.revision, k.holder, k.since = 0, "", time.Time{} // seen anew in the next round
 	k.tell(err)
+}
+
+// free removes the key, on condition that it is the one that was seen.
+func (k *Keeper) free(ctx context.Context) error {
+	_, err := k.cfg.Store.Write(ctx, &storev1.WriteRequest{
+		Conditions: []*storev1.Condition{{Key: Key, Revision: k.revision}},
+		Changes:    []*storev1.Change{{Key: Key, Delete: true}},
+	})
+	return err
 }
 
 func boottime() time.Duration {

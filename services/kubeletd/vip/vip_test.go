@@ -256,6 +256,22 @@ func TestMoves(t *testing.T) {
 	}
 }
 
+// A process that is told to end while it writes does not know which revision the key has then. It gives the key up all the same.
+func TestEndsWhileItWrites(t *testing.T) {
+	cluster(t, func(t *testing.T, e *etcd) {
+		first := e.holder(t, 2*time.Second, "")
+		seen := func() uint64 { e.mu.Lock(); defer e.mu.Unlock(); return e.revision }
+		before := seen()
+		first.change(func(n *node) { n.lost = true })
+		for seen() == before {
+			time.Sleep(10 * time.Millisecond) // of the test's own time
+		}
+		first.change(func(n *node) { n.lost = false })
+		first.cancel()
+		e.holder(t, 4*time.Second, first.name)
+	})
+}
+
 // Whenever the holder's machine dies, another has the addresses within 8 s, as the page says.
 func TestCrashIsQuick(t *testing.T) {
 	var worst time.Duration
