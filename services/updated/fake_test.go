@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	slotv1 "github.com/bulkhead-os/bulkhead/api/slot/v1"
@@ -95,7 +96,7 @@ func (s *fakeStorage) Get(context.Context, *slotv1.GetRequest) (*slotv1.GetRespo
 	if s.slots == nil {
 		return nil, errs.New(errs.Precondition, "this machine was not started by UEFI")
 	}
-	return s.slots, nil
+	return proto.Clone(s.slots).(*slotv1.GetResponse), nil // it is sent after mu was let go
 }
 
 func (s *fakeStorage) Begin(r *slotv1.BeginRequest, out grpc.ServerStreamingServer[slotv1.BeginResponse]) error {
@@ -188,7 +189,7 @@ func (s *fakeStorage) MarkGood(context.Context, *slotv1.MarkGoodRequest) (*slotv
 			v.Status, v.TriesLeft, v.TriesDone = "good", 0, 0
 		}
 	}
-	return s.slots, nil
+	return proto.Clone(s.slots).(*slotv1.GetResponse), nil // it is sent after mu was let go
 }
 
 func (s *fakeStorage) Rollback(context.Context, *slotv1.RollbackRequest) (*slotv1.RollbackResponse, error) {
