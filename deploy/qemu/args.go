@@ -27,7 +27,7 @@ func (m Machine) args(cmdline, accel string, tsc int, claimed bool) []string {
 	cmdline, machine := strings.TrimSpace(cmdline), board
 	cpu, accelerator := "host", "kvm"
 	if accel == accelTCG {
-		cpu, accelerator = "max,-cx16,-erms,-avx2,-avx,-ssse3,-sse4.1,-sse4.2", "tcg,thread=multi" // both: docs/boot.md, "Traps"
+		cpu, accelerator = "max,-cx16,-erms,-avx2,-avx,-sse4.2", "tcg,thread=multi" // both: docs/boot.md, "Traps"
 		cmdline += " " + emulated + clockArgs(tsc)
 	}
 	if m.Append != "" {
