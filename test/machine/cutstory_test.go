@@ -93,7 +93,7 @@ func recordStory(t *testing.T, n *node) *story {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Memory, m.Firmware, m.SecureBoot, m.TPM, m.Record = 2048, qemu.UEFI, true, true, logFile
+	m.Memory, m.CPUs, m.Firmware, m.SecureBoot, m.TPM, m.Record = 2048, secureCPUs, qemu.UEFI, true, true, logFile
 	m.Forwards = []qemu.Forward{{Name: "api", Host: n.apiPort, Guest: 50000}, {Name: "gateway", Host: n.gatewayPort, Guest: 50001}, {Name: "kubernetes", Host: n.kubePort, Guest: 6443}}
 	if err := m.Create(filepath.Dir(bundles[firstVersion]), []byte(cutKey)); err != nil {
 		t.Fatal(err)

@@ -22,7 +22,7 @@ func TestFirmware(t *testing.T) {
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
 	start := time.Now()
 	if _, err := n.try(t.Context(), 6*time.Minute, "bhctl", "up", "--no-bootstrap", "--name", n.name, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort),
-		"--kubernetes-port", fmt.Sprint(n.kubePort), "--image", filepath.Join(n.root, "out/image"), "--memory", "2048", "--firmware", "uefi", "--secure-boot", "--tpm"); err != nil {
+		"--kubernetes-port", fmt.Sprint(n.kubePort), "--image", filepath.Join(n.root, "out/image"), "--memory", "2048", "--cpus", fmt.Sprint(secureCPUs), "--firmware", "uefi", "--secure-boot", "--tpm"); err != nil {
 		t.Fatalf("bhctl up: %v", err)
 	}
 	t.Logf("» configured %s after power-on, through firmware, Secure Boot and TPM", time.Since(start).Round(100*time.Millisecond))
@@ -206,7 +206,7 @@ func isoBoots(t *testing.T, e *machineESP) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Memory, m.Firmware, m.SecureBoot, m.TPM = 1024, qemu.UEFI, true, true
+	m.Memory, m.CPUs, m.Firmware, m.SecureBoot, m.TPM = 1024, secureCPUs, qemu.UEFI, true, true
 	m.Extra = []string{"-drive", "if=none,id=iso,format=raw,readonly=on,file=" + filepath.Join(e.n.root, "out/image/bulkhead.iso"), "-device", "virtio-blk-pci,drive=iso,bootindex=1"}
 	if err := m.Create(filepath.Join(e.n.root, "out/image"), nil); err != nil {
 		t.Fatal(err)

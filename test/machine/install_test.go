@@ -30,7 +30,7 @@ func TestInstall(t *testing.T) {
 			t.Fatal(err)
 		}
 		return n.try(t.Context(), 6*time.Minute, "bhctl", "up", "--install", "--no-bootstrap", "--name", n.name, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort),
-			"--kubernetes-port", fmt.Sprint(n.kubePort), "--image", image, "--memory", "2048", "--secure-boot", "--tpm", "-f", file)
+			"--kubernetes-port", fmt.Sprint(n.kubePort), "--image", image, "--memory", "2048", "--cpus", fmt.Sprint(secureCPUs), "--secure-boot", "--tpm", "-f", file)
 	}
 	start := time.Now()
 	for _, c := range []struct{ selector, want string }{
