@@ -108,7 +108,7 @@ test-vm: image observer ## the tests that need a kernel: PID 1 by itself, then t
 	  $(VMTEST) -skip '^Test($(CALMHERE))$$' ./test/machine; } | REPORT_LIVE=1 go run ./test/report
 
 test-matrix: observer ## one node, every daemon killed, stopped, starved, flooded and without what it needs (a quarter of an hour); see docs/faults.md
-	@BULKHEAD_VM=1 go test -json -count=1 -timeout 60m -run 'TestNodeMatrix$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
+	@BULKHEAD_VM=1 BULKHEAD_VM_STEPS=up,faults go test -json -count=1 -timeout 60m -run 'TestNode$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
 
 test-faults: KUBERNETES = none
 test-faults: IMAGE = out/image-none

@@ -30,7 +30,7 @@ type step struct {
 	run  func(*testing.T, *node)
 }
 
-// TestNode is one life of one node, in order: each part stands on the one before.
+// TestNode is one life of one node, in order: each part stands on the one before. The node runs the observer's image, which has one unit more than the real one: see docs/faults.md.
 func TestNode(t *testing.T) {
 	n := newNode(t)
 	only := os.Getenv("BULKHEAD_VM_STEPS") // for work on one step: "up,workload,reboot"
@@ -45,6 +45,7 @@ func TestNode(t *testing.T) {
 		{"a privileged pod sees no daemon", testPrivilegedPod},
 		{"secrets at rest", testSecretsAtRest},
 		{"reboot", testReboot},
+		{"faults", testFaults},
 		{"flipped bit", testFlippedBit},
 	} {
 		if only != "" && !strings.Contains(","+only+",", ","+s.name+",") {
@@ -56,19 +57,9 @@ func TestNode(t *testing.T) {
 	}
 }
 
-func (n *node) up(t *testing.T) string {
-	t.Helper()
-	out, err := n.try(t.Context(), 15*time.Minute, "bhctl", "up", "--name", n.name, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort),
-		"--kubernetes-port", fmt.Sprint(n.kubePort), "--forward", fmt.Sprintf("%d:30080", n.nodePort), "--image", filepath.Join(n.root, "out/image"))
-	if err != nil {
-		t.Fatalf("bhctl up: %v", err)
-	}
-	return out
-}
-
 func testUp(t *testing.T, n *node) {
 	start := time.Now()
-	out := n.up(t)
+	out := n.upObserved(t)
 	t.Logf("» up after %s", time.Since(start).Round(time.Second))
 	for _, want := range []string{"bhctl health", "kubectl"} {
 		if !strings.Contains(out, want) {
@@ -86,7 +77,7 @@ func testUpAgain(t *testing.T, n *node) {
 	before := n.run(t, "bhctl", "get", "generations", "-o", "json")
 	boot := n.services(t)["machined"].Pid
 	start := time.Now()
-	n.up(t)
+	n.upObserved(t)
 	t.Logf("» up again after %s", time.Since(start).Round(100*time.Millisecond))
 	if after := n.run(t, "bhctl", "get", "generations", "-o", "json"); after != before {
 		t.Errorf("generations changed: %s, were %s", after, before)
