@@ -38,7 +38,7 @@ func TestBenchConfinement(t *testing.T) {
 		n.name = k.name
 		nodes[i] = n
 		image := n.build(t, otherImage{version: "9.1.0", bin: k.bin(n, t)})
-		if out, err := n.try(t.Context(), 5*time.Minute, "bhctl", "up", "--name", n.name, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort), "--image", image, "--memory", "1024"); err != nil {
+		if out, err := n.try(t.Context(), 5*time.Minute, "bhctl", "up", "--name", n.name, "--api-port", fmt.Sprint(n.apiPort), "--gateway-port", fmt.Sprint(n.gatewayPort), "--kubernetes-port", fmt.Sprint(n.kubePort), "--image", image, "--memory", "1024"); err != nil {
 			t.Fatalf("bhctl up: %v\n%s", err, out)
 		}
 		conn, err := client.Dial(fmt.Sprintf("127.0.0.1:%d", n.apiPort), n.credentials(t))
