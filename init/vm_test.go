@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/bulkhead-os/bulkhead/deploy/qemu"
 	"github.com/bulkhead-os/bulkhead/internal/gpt"
 	"github.com/bulkhead-os/bulkhead/internal/hardening"
 )
@@ -232,7 +233,7 @@ func (m *machine) boot(t *testing.T, disk []byte, word, drive string) string {
 	write(t, path, disk)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-cx16,-erms,-avx2,-avx,-sse4.2" /* docs/boot.md, "Traps" */, "-smp", "2", "-m", "1024",
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", qemu.EmulatedCPU, "-smp", "2", "-m", "1024",
 		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", m.kernel, "-initrd", m.dir+"/initramfs",
 		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no5lvl tsc=reliable nokaslr apparmor=0 cryptomgr.notests bulkhead bulkhead.verity="+m.hash+" "+hardening.CommandLine()+" "+word,
 		"-drive", "if=virtio,format=raw,file="+path+drive, "-drive", "if=virtio,format=raw,file="+m.dir+"/volume",

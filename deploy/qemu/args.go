@@ -20,6 +20,9 @@ const board = "q35,sata=off,smbus=off,i8042=off,hpet=off"
 // hardware's flaws and against nothing here, and what costs seconds at boot. It never belongs to the image.
 const emulated = "mitigations=off no5lvl nokaslr apparmor=0 cryptomgr.notests"
 
+// EmulatedCPU is QEMU's -cpu under software emulation: all that it can do, but for what QEMU 7.2 does wrong (cx16) and what it does slowest. See docs/boot.md, "Traps".
+const EmulatedCPU = "max,-cx16,-erms,-avx2,-avx,-sse4.2"
+
 // args returns QEMU's arguments. It is pure: cmdline is the image's, accel is decided, tsc is the rate of the host's time stamp counter (tscRate), ports are known,
 // claimed says whether there is a claim key; a TPM's connection is the descriptor tpmFD. Names of files are relative to the machine's folder, in which QEMU is started, but for
 // the pid file, whose full name tells this machine's QEMU from all others.
@@ -27,7 +30,7 @@ func (m Machine) args(cmdline, accel string, tsc int, claimed bool) []string {
 	cmdline, machine := strings.TrimSpace(cmdline), board
 	cpu, accelerator := "host", "kvm"
 	if accel == accelTCG {
-		cpu, accelerator = "max,-cx16,-erms,-avx2,-avx,-sse4.2", "tcg,thread=multi" // both: docs/boot.md, "Traps"
+		cpu, accelerator = EmulatedCPU, "tcg,thread=multi"
 		cmdline += " " + emulated + clockArgs(tsc)
 	}
 	if m.Append != "" {

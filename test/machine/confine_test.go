@@ -158,11 +158,11 @@ func testFlippedBit(t *testing.T, n *node) {
 		read := func(offset int64) (string, error) {
 			return n.try(t.Context(), time.Minute, "kubectl", "exec", "-n", "kube-system", "inspect", "--", "/hello", "read", "/dev/dm-0", fmt.Sprint(offset), "4096")
 		}
-		eventually(t, 2*time.Minute, "inspect runs", func() error { // all pods were started anew, if the workload side was killed before
-			_, err := read(0)
+		const offset = 64 << 20                                                      // inside the image, a block that nothing has read by chance alone
+		eventually(t, 2*time.Minute, "an unharmed block can be read", func() error { // all pods were started anew, if the workload side was killed before
+			_, err := read(offset - 1<<20)
 			return err
 		})
-		const offset = 64 << 20 // inside the image, a block that nothing has read by chance alone
 		b := make([]byte, 1)
 		if _, err := disk.ReadAt(b, start+offset+100); err != nil {
 			t.Fatal(err)
