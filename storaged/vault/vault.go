@@ -161,12 +161,12 @@ func keys(h *luks.Header) []Key {
 // ID names a key: "STATE-0".
 func ID(volume string, slot int) string { return volume + "-" + strconv.Itoa(slot) }
 
-// ParseID reads it.
+// ParseID reads it. Only STATE and VAR have keys.
 func ParseID(id string) (volume string, slot int, err error) {
 	volume, number, ok := strings.Cut(id, "-")
 	slot, err = strconv.Atoi(number)
-	if !ok || err != nil || slot < 0 || slot >= luks.MaxKeyslots || ID(volume, slot) != id {
-		return "", 0, fmt.Errorf("key %.64q: a key's id looks like \"STATE-0\"", id)
+	if !ok || volume != "STATE" && volume != "VAR" || err != nil || slot < 0 || slot >= luks.MaxKeyslots || ID(volume, slot) != id {
+		return "", 0, fmt.Errorf("key %.64q: a key's id is that of its volume, STATE or VAR, and a number, like \"STATE-0\"; bhctl storage keys list shows them", id)
 	}
 	return volume, slot, nil
 }

@@ -405,7 +405,7 @@ func TestID(t *testing.T) {
 	if v, n, err := ParseID(ID("STATE", 12)); v != "STATE" || n != 12 || err != nil {
 		t.Errorf("%s %d %v", v, n, err)
 	}
-	for _, bad := range []string{"", "STATE", "STATE-", "STATE-01", "STATE-32", "STATE--1", "STATE-x", strings.Repeat("x", 70000)} {
+	for _, bad := range []string{"", "STATE", "STATE-", "STATE-01", "STATE-32", "STATE--1", "STATE-x", "-11", "é-1", "BOOT-1", strings.Repeat("x", 70000)} {
 		if _, _, err := ParseID(bad); err == nil || len(err.Error()) > 200 {
 			t.Errorf("%.100q: %.300v", bad, err)
 		}
