@@ -17,7 +17,6 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/services/machined/audit"
 	"github.com/bulkhead-os/bulkhead/services/machined/logs"
-	"github.com/bulkhead-os/bulkhead/services/machined/security"
 	"github.com/bulkhead-os/bulkhead/services/machined/store"
 )
 
@@ -78,7 +77,7 @@ func (d *Daemon) auditHead(last bool) *clusterv1.AuditHead {
 
 // lastReport tells the cluster the end of the audit log before the machine goes down, if the cluster listens.
 func (d *Daemon) lastReport() {
-	n := d.self(security.Trouble(security.Report(d.cfg.facts())))
+	n := d.self(d.protection.trouble())
 	if n == nil || d.cfg.cluster == nil {
 		return
 	}

@@ -46,7 +46,7 @@ func (s *machineServer) GetHealth(ctx context.Context, _ *machinev1.GetHealthReq
 		return nil, err
 	}
 	s.d.witness(ctx)
-	return s.d.health(security.Trouble(security.Report(s.d.cfg.facts()))), nil
+	return s.d.health(s.d.protection.trouble()), nil
 }
 
 // health asks everybody now. open is what is wrong with the node's own protection.

@@ -60,18 +60,19 @@ type Config struct {
 
 // Daemon is machined.
 type Daemon struct {
-	cfg     Config
-	running latest.Cell[running]
-	hands   []*handout // in the order of recipients
-	events  *events
-	kernel  *logs.Kernel
-	figures figures
-	power   chan func() error // orders to carry out once they are answered
-	streams chan struct{}     // slots for streams of logs and events
-	apply   chan struct{}     // held by the one Apply or load that runs
-	journal boots.Journal
-	audit   *audit.Log
-	since   atomic.Int64 // when the kernel's lines begin that the journal does not have yet, in nanoseconds as time.Time.UnixNano has them
+	cfg        Config
+	running    latest.Cell[running]
+	hands      []*handout // in the order of recipients
+	events     *events
+	kernel     *logs.Kernel
+	figures    figures
+	power      chan func() error // orders to carry out once they are answered
+	streams    chan struct{}     // slots for streams of logs and events
+	apply      chan struct{}     // held by the one Apply or load that runs
+	journal    boots.Journal
+	audit      *audit.Log
+	protection protection
+	since      atomic.Int64 // when the kernel's lines begin that the journal does not have yet, in nanoseconds as time.Time.UnixNano has them
 
 	ending    latest.Cell[bool] // a reset has the right to change the configuration
 	resetting atomic.Bool       // STATE is not to be used any more
@@ -167,7 +168,7 @@ func New(cfg Config) (*Daemon, error) {
 		apply:   make(chan struct{}, 1),
 		logs:    map[string]*logs.Log{}, state: map[string]string{}, falls: map[string]fall{}, lives: map[string][]int{}, denied: map[string]denied{},
 		look:  make(chan struct{}, 1),
-		audit: audit.New(cfg.past.ID()), looked: make(chan struct{}),
+		audit: audit.New(cfg.past.ID()), protection: protection{facts: cfg.facts}, looked: make(chan struct{}),
 	}
 	d.loadEnds()
 	ev.log.Tap = func(at time.Time, text string) { d.journal.Add(at, "events", strings.ReplaceAll(text, "\t", " ")) }

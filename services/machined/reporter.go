@@ -21,7 +21,6 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/internal/peer"
 	"github.com/bulkhead-os/bulkhead/internal/version"
-	"github.com/bulkhead-os/bulkhead/services/machined/security"
 )
 
 // The register of nodes takes a node for lost after 30 s without a report.
@@ -116,8 +115,8 @@ func afterFailures(n int, chance float64) time.Duration {
 // later: the node does its job without.
 func (d *Daemon) reportSelf(ctx context.Context) error {
 	var told *clusterv1.Node
-	var at, looked time.Time // of the last report, and of the last look at the hardening
-	var open, said, clock string
+	var at time.Time // of the last report
+	var said, clock string
 	var ordered *clusterv1.ReportResponse
 	var failures int
 	var pause time.Duration // after the last of them
@@ -129,10 +128,7 @@ func (d *Daemon) reportSelf(ctx context.Context) error {
 		if failures > 0 {
 			due = time.Since(at) >= pause
 		}
-		if time.Since(looked) >= reportPause {
-			open, looked = security.Trouble(security.Report(d.cfg.facts())), time.Now() // many files, which seldom change
-		}
-		if n := d.self(open); n != nil && (due || failures == 0 && (told == nil || n.GetState() != told.GetState() || n.GetDetail() != told.GetDetail())) {
+		if n := d.self(d.protection.trouble()); n != nil && (due || failures == 0 && (told == nil || n.GetState() != told.GetState() || n.GetDetail() != told.GetDetail())) {
 			call, cancel := context.WithTimeout(ctx, reportTime)
 			var err error
 			ordered, err = d.report(call, n)

@@ -21,7 +21,6 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/internal/initctl"
 	"github.com/bulkhead-os/bulkhead/services/machined/logs"
-	"github.com/bulkhead-os/bulkhead/services/machined/security"
 	"github.com/bulkhead-os/bulkhead/services/machined/why"
 )
 
@@ -84,7 +83,7 @@ func (s *machineServer) Why(ctx context.Context, _ *machinev1.WhyRequest) (*mach
 		return nil, err
 	}
 	s.d.witness(ctx)
-	snapshot, err := s.d.snapshot(ctx, security.Trouble(security.Report(s.d.cfg.facts())))
+	snapshot, err := s.d.snapshot(ctx, s.d.protection.trouble())
 	if err != nil {
 		return nil, err
 	}
