@@ -162,7 +162,7 @@ func (b *box) boot() {
 	b.conn = map[uid.ID]*grpc.ClientConn{}
 	for _, id := range []uid.ID{uid.Apid, uid.Etcdd, uid.Kubeletd, uid.KubeAPIServer} {
 		as.Store(uint32(id))
-		c, err := peer.Dial(path)
+		c, err := peer.Dial(path, grpc.WithStatsHandler(b.answers))
 		b.must(err)
 		_, err = trustv1.NewJoinClient(c).Join(b.t.Context(), &trustv1.JoinRequest{}, grpc.WaitForReady(true)) // the user is read when the connection is made
 		if err == nil {

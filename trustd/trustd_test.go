@@ -37,12 +37,13 @@ type machine struct {
 	cfg     Config
 	console *bytes.Buffer
 	log     *bytes.Buffer
+	answers *answers
 }
 
 func newMachine(t testing.TB) *machine {
 	t.Helper()
 	dir := t.TempDir()
-	m := &machine{t: t, console: &bytes.Buffer{}, log: &bytes.Buffer{}}
+	m := &machine{t: t, console: &bytes.Buffer{}, log: &bytes.Buffer{}, answers: &answers{all: map[string]string{}}}
 	m.cfg = Config{
 		Runtime: filepath.Join(dir, "run"), StateDir: filepath.Join(dir, "state"), ClaimKey: filepath.Join(dir, "claim-key"),
 		Blocks: filepath.Join(dir, "block"), Console: m.console, Locked: filepath.Join(dir, "locked"),
@@ -51,6 +52,7 @@ func newMachine(t testing.TB) *machine {
 	for _, d := range []string{m.cfg.Runtime, m.cfg.Blocks} {
 		m.must(os.Mkdir(d, 0o700))
 	}
+	t.Cleanup(func() { m.answers.judge(t, m.cfg.StateDir) })
 	return m
 }
 
@@ -470,7 +472,7 @@ func (m *machine) serve() (*Daemon, func(uid.ID) *grpc.ClientConn) {
 	m.t.Cleanup(func() { cancel(); <-done })
 	return d, func(id uid.ID) *grpc.ClientConn {
 		as.Store(uint32(id))
-		c, err := peer.Dial(path)
+		c, err := peer.Dial(path, grpc.WithStatsHandler(m.answers))
 		m.must(err)
 		c.Connect()
 		for s := c.GetState(); s.String() != "READY"; s = c.GetState() { // the user is read when the connection is made

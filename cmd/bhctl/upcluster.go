@@ -169,8 +169,12 @@ func (a *app) upCluster(ctx context.Context, c *localCluster) error {
 		if i == c.seed {
 			continue
 		}
+		usual := time.Minute
+		if c.places[i].role == "controlplane" { // which waits until those before it are well
+			usual = 5 * time.Minute
+		}
 		steps = append(steps,
-			clusterStep{"join " + m.Name, time.Minute, m, func(ctx context.Context) error { return a.joinLocal(ctx, c, i, p.say) }},
+			clusterStep{"join " + m.Name, usual, m, func(ctx context.Context) error { return a.joinLocal(ctx, c, i, p.say) }},
 			clusterStep{"configure " + m.Name, time.Minute, m, func(ctx context.Context) error { return a.configure(ctx, c, i) }})
 	}
 	for _, s := range steps {
@@ -182,7 +186,7 @@ func (a *app) upCluster(ctx context.Context, c *localCluster) error {
 		return err
 	}
 	a.contextName, a.endpoint = c.f.name, ""
-	if err := p.step(ctx, "wait for all nodes", 5*time.Minute, func(ctx context.Context) error { return a.waitNodes(ctx, c, p.say) }); err != nil {
+	if err := p.step(ctx, "wait for all nodes", 5*time.Minute, func(ctx context.Context) error { return a.waitNodes(ctx, c.places, p.say) }); err != nil {
 		return err
 	}
 	a.printCluster(c)
@@ -194,6 +198,14 @@ type clusterStep struct {
 	usual   time.Duration
 	machine *qemu.Machine
 	do      func(context.Context) error
+}
+
+// joined are the places of those that are in the cluster.
+func (c *localCluster) joined() (all []place) {
+	for _, i := range c.members {
+		all = append(all, c.places[i])
+	}
+	return all
 }
 
 // endpoint is where a machine's API is reached from here.
@@ -294,6 +306,7 @@ func (a *app) joinLocal(ctx context.Context, c *localCluster, i int, say func(st
 	if err != nil {
 		return err
 	}
+	well := false // all that are in the cluster
 	for deadline := time.Now().Add(5 * time.Minute); ; {
 		if m.Status().State != qemu.Running {
 			return errors.New("the machine ended while it booted")
@@ -303,6 +316,14 @@ func (a *app) joinLocal(ctx context.Context, c *localCluster, i int, say func(st
 		switch {
 		case ours:
 			err = askVersion(ctx, known)
+		case there && at.role == "controlplane" && !well:
+			// One after the other: API servers that make a new cluster's first objects together need many times as long, and each ends and begins anew
+			// when that is more than a minute.
+			if err := a.at(c, c.seed).waitNodes(ctx, c.joined(), say); err != nil {
+				return err
+			}
+			well, deadline = true, time.Now().Add(5*time.Minute)
+			continue
 		case there:
 			err = a.tryJoin(ctx, c, i, code)
 		}
@@ -396,9 +417,9 @@ func (c *localCluster) saveEndpoints() error {
 	return cfg.save()
 }
 
-// waitNodes waits until every node has said that it is ready.
-func (a *app) waitNodes(ctx context.Context, c *localCluster, say func(string)) error {
-	deadline := time.Now().Add(15*time.Minute + time.Duration(len(c.places))*5*time.Minute)
+// waitNodes waits until each of these nodes has said that it is ready.
+func (a *app) waitNodes(ctx context.Context, want []place, say func(string)) error {
+	deadline := time.Now().Add(15*time.Minute + time.Duration(len(want))*5*time.Minute)
 	for {
 		var nodes []*clusterv1.Node
 		err := a.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
@@ -406,7 +427,7 @@ func (a *app) waitNodes(ctx context.Context, c *localCluster, say func(string)) 
 			nodes = r.GetNodes()
 			return err
 		})
-		missing := missingNode(c.places, nodes)
+		missing := missingNode(want, nodes)
 		if err != nil {
 			missing = oneLine(errs.Text(err))
 		}
