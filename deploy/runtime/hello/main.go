@@ -9,7 +9,6 @@
 //
 // and for tests of the node itself, in a privileged pod that sees its processes:
 //
-//	hello ps                        print every process, as JSON
 //	hello read FILE OFFSET LENGTH   print that many bytes of a file or device
 //	hello kill PID                  end a process with SIGKILL
 //	hello prowl DIR                 look for ways out of the pod, which has the host's root at DIR, and print them, as JSON
@@ -34,7 +33,7 @@ const (
 	address  = ":8080"
 	patience = 10 * time.Second // for one question; longer than a resolver's two tries
 	maxBody  = 1 << 20          // bytes of an answer that get prints
-	usage    = "usage: hello [get URL | lookup NAME | env | ps | read FILE OFFSET LENGTH | kill PID | prowl DIR]"
+	usage    = "usage: hello [get URL | lookup NAME | env | read FILE OFFSET LENGTH | kill PID | prowl DIR]"
 )
 
 func main() {
@@ -59,8 +58,6 @@ func run(ctx context.Context, out io.Writer, args []string) error {
 			fmt.Fprintln(out, line)
 		}
 		return nil
-	case len(args) == 1 && args[0] == "ps":
-		return ps(out, "/proc", "/sys/fs/cgroup")
 	case len(args) == 4 && args[0] == "read":
 		return read(out, args[1], args[2], args[3])
 	case len(args) == 2 && args[0] == "kill":

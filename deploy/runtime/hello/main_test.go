@@ -1,12 +1,10 @@
 package main
 
 import (
-	"encoding/json"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 )
@@ -51,29 +49,6 @@ func TestUsage(t *testing.T) {
 			t.Errorf("hello %s: got %v, want the usage", args, err)
 		}
 	}
-}
-
-// The process that a machine knows best is the one that asks.
-func TestPsFindsItself(t *testing.T) {
-	var out strings.Builder
-	if err := run(t.Context(), &out, []string{"ps"}); err != nil {
-		t.Fatal(err)
-	}
-	var list []process
-	if err := json.Unmarshal([]byte(out.String()), &list); err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range list {
-		if p.PID != os.Getpid() {
-			continue
-		}
-		uid := uint32(os.Getuid())
-		if p.Name != os.Args[0] || !slices.Equal(p.UID, []uint32{uid, uid, uid, uid}) || p.NoFile == 0 || p.Namespaces["mnt"] == "" {
-			t.Errorf("got %+v for uid %d, %s", p, uid, os.Args[0])
-		}
-		return
-	}
-	t.Errorf("process %d is not among %d", os.Getpid(), len(list))
 }
 
 func TestRead(t *testing.T) {
