@@ -32,6 +32,7 @@ need sgdisk gdisk
 need sbverify sbsigntool
 need tpm2_pcrread tpm2-tools
 need cpio cpio
+ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || missing="$missing libfaketime"
 [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || missing="$missing debian-archive-keyring"
 [ -n "$missing" ] || exit 0
 

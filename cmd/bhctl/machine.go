@@ -44,6 +44,9 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 	}
 	m.Memory, m.CPUs, m.DiskSize = f.memoryMiB, f.cpus, int64(f.diskGiB)<<30
 	m.LAN, m.LANAddress = f.lan, f.lanAddress
+	if m.Slow = f.slow; m.Slow != 0 {
+		m.SlowSince = f.slowSince
+	}
 	m.Firmware, m.SecureBoot, m.TPM, m.Medium = f.firmware, f.secureBoot, f.tpm, f.install
 	m.Forwards = []qemu.Forward{
 		{Name: "api", Host: f.apiPort, Guest: 50000, Flag: "--api-port"},

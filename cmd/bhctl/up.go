@@ -28,11 +28,12 @@ type upFlags struct {
 	secureBoot, tpm                      bool
 	files, forwards                      []string
 	apiPort, gatewayPort, kubernetesPort int
-	memoryMiB, cpus, diskGiB             int
+	memoryMiB, cpus, diskGiB, slow       int
 	noBootstrap, install                 bool
 	controlPlanes, workers               int
 
 	portsChosen bool         // by the user
+	slowSince   time.Time    // with slow
 	lan         string       // of a cluster's machine; see qemu.Machine
 	lanAddress  netip.Prefix //
 }
@@ -63,6 +64,7 @@ cluster. Again with larger numbers, it adds machines. Documents (-f) go to all o
 	fl.IntVar(&f.memoryMiB, "memory", 4096, "memory in MiB")
 	fl.IntVar(&f.cpus, "cpus", 2, "processors")
 	fl.IntVar(&f.diskGiB, "disk", 10, "disk in GiB; it takes only what is used")
+	fl.IntVar(&f.slow, "slow-clocks", 0, "clocks that run so many times slower than this host's, 2 to 10: under emulation, a cluster too large for the host's processors has time enough")
 	fl.StringVar(&f.firmware, "firmware", "", "uefi boots the disk as a real machine does; without it QEMU starts the image's kernel, which is quicker")
 	fl.BoolVar(&f.secureBoot, "secure-boot", false, "with --firmware uefi: start nothing that the image's keys have not signed")
 	fl.BoolVar(&f.tpm, "tpm", false, "a TPM 2.0 in software, which is kept with the machine")
@@ -83,6 +85,7 @@ func (a *app) up(ctx context.Context, f upFlags) error {
 	} else if c != nil {
 		return a.upCluster(ctx, c)
 	}
+	f.slowSince = time.Now()
 	m, err := openMachine(f)
 	if err != nil {
 		return err

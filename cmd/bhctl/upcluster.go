@@ -124,6 +124,9 @@ func (a *app) cluster(f upFlags) (*localCluster, error) {
 	case f.portsChosen || slices.ContainsFunc(f.forwards, func(s string) bool { return !strings.HasPrefix(s, "0:") }):
 		return nil, errors.New("ports and forwards are for a single machine; those of a cluster's are chosen among the free ones (bhctl status). --forward 0:30080 has each of its machines forward a port of its own to 30080")
 	}
+	if f.slowSince = time.Now(); len(members) > 0 { // who joins them has their time
+		f.slow, f.slowSince = members[0].Slow, members[0].SlowSince
+	}
 	c := &localCluster{f: f, places: all, fresh: len(members) == 0, token: map[string]string{}}
 	if len(f.files) > 0 {
 		var name string

@@ -31,7 +31,7 @@ func (m Machine) args(cmdline, accel string, tsc int, claimed bool) []string {
 	cpu, accelerator := "host", "kvm"
 	if accel == accelTCG {
 		cpu, accelerator = EmulatedCPU, "tcg,thread=multi"
-		cmdline += " " + emulated + clockArgs(tsc)
+		cmdline += " " + emulated + clockArgs(tsc*max(1, m.Slow))
 	}
 	if m.Append != "" {
 		cmdline += " " + m.Append

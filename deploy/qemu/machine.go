@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"time"
 )
 
 // Names of the files in a machine's folder.
@@ -60,6 +61,11 @@ type Machine struct {
 	// their frames. "": none. LANAddress is what the switch gives the machine by DHCP, an IPv4 address with the length of the network's prefix.
 	LAN        string       `json:"lan,omitempty"`
 	LANAddress netip.Prefix `json:"lan_address,omitzero"`
+
+	// Slow is how many times slower than the host's the machine's clocks run, 2 to 10, since SlowSince, when they had the same time: then an emulated machine has as many times more
+	// of the host's processors for each of its own seconds. 0: they run as the host's. It needs software emulation and libfaketime, and the kernel to be started directly.
+	Slow      int       `json:"slow,omitempty"`
+	SlowSince time.Time `json:"slow_since,omitzero"`
 
 	Isolated bool `json:"isolated,omitempty"` // the guest reaches nothing; forwards still work
 	Durable  bool `json:"durable,omitempty"`  // the disk survives a crash of the host, and is slower
@@ -159,6 +165,12 @@ func (m Machine) Validate() error {
 		return fmt.Errorf("machine %s: an installation medium is started by the firmware uefi", m.Name)
 	case m.Append != "" && m.Firmware == UEFI:
 		return fmt.Errorf("machine %s: append: with the firmware uefi the kernel's command line is part of the signed image", m.Name)
+	case m.Slow != 0 && (m.Slow < 2 || m.Slow > maxSlow):
+		return fmt.Errorf("machine %s: slow clocks: %d is not in 2 to %d", m.Name, m.Slow, maxSlow)
+	case m.Slow != 0 && m.Firmware == UEFI:
+		return fmt.Errorf("machine %s: slow clocks: with the firmware uefi nobody tells the kernel how fast its counter counts", m.Name)
+	case (m.Slow != 0) == m.SlowSince.IsZero():
+		return fmt.Errorf("machine %s: slow clocks: %d times since %v; want both or none", m.Name, m.Slow, m.SlowSince)
 	case m.Record != filepath.Base(m.Record) && m.Record != "":
 		return fmt.Errorf("machine %s: record: %q is not the name of a file in its folder", m.Name, m.Record)
 	case m.Accel != "" && m.Accel != accelKVM && m.Accel != accelTCG:

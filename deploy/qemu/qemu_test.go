@@ -68,6 +68,7 @@ func TestArgs(t *testing.T) {
 	recorded.Record = "record"
 	clustered := plain
 	clustered.LAN, clustered.LANAddress = "demo", netip.MustParsePrefix("10.5.0.11/24")
+	clustered.Slow, clustered.SlowSince = 3, time.Now()
 	installs := secure
 	installs.Medium = true
 	var b strings.Builder
@@ -76,7 +77,7 @@ func TestArgs(t *testing.T) {
 		m       Machine
 		accel   string
 		claimed bool
-	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}, {"an installation medium", installs, accelTCG, true}, {"recorded", recorded, accelTCG, false}, {"on a LAN", clustered, accelTCG, false}} {
+	}{{"plain, emulated", plain, accelTCG, false}, {"everything, kvm", full, accelKVM, true}, {"firmware, Secure Boot, TPM", secure, accelTCG, true}, {"an installation medium", installs, accelTCG, true}, {"recorded", recorded, accelTCG, false}, {"on a LAN, slow", clustered, accelTCG, false}} {
 		fmt.Fprintf(&b, "# %s", test.name)
 		for _, arg := range test.m.args("bulkhead a=b\n", test.accel, 2596120, test.claimed) {
 			if strings.HasPrefix(arg, "-") {
@@ -99,6 +100,20 @@ func TestArgs(t *testing.T) {
 	}
 }
 
+// Machines of one cluster have the same time, whenever each is started.
+func TestFakeTime(t *testing.T) {
+	since := time.Date(2026, 11, 28, 5, 0, 0, 0, time.UTC)
+	m := Machine{Slow: 4, SlowSince: since}
+	for after, want := range map[time.Duration]string{0: "-0.000 x0.250000000", 100 * time.Second: "-75.000 x0.250000000", -time.Second: "-0.000 x0.250000000"} {
+		if got := m.fakeTime(since.Add(after)); got != want {
+			t.Errorf("after %v: %q, want %q", after, got, want)
+		}
+	}
+	if env, err := (Machine{}).slowEnv(since); env != nil || err != nil {
+		t.Errorf("a machine with the host's clocks: %q, %v", env, err)
+	}
+}
+
 func TestValidate(t *testing.T) {
 	for want, change := range map[string]func(*Machine){
 		`machine name "A b": want 1 to 32 small letters`:  func(m *Machine) { m.Name = "A b" },
@@ -115,6 +130,9 @@ func TestValidate(t *testing.T) {
 		`LAN "a/b": want 1 to 32 small letters`:           func(m *Machine) { m.LAN = "a/b" },
 		`LAN address fd00::1/64: want one of IPv4`:        func(m *Machine) { m.LAN, m.LANAddress = "a", netip.MustParsePrefix("fd00::1/64") },
 		`LAN address 10.5.0.11/24: want one of IPv4, and`: func(m *Machine) { m.LANAddress = netip.MustParsePrefix("10.5.0.11/24") },
+		`slow clocks: 11 is not in 2 to 10`:               func(m *Machine) { m.Slow, m.SlowSince = 11, time.Now() },
+		`slow clocks: 3 times since 0001-01-01`:           func(m *Machine) { m.Slow = 3 },
+		`slow clocks: with the firmware uefi`:             func(m *Machine) { m.Slow, m.SlowSince, m.Firmware = 3, time.Now(), UEFI },
 		`folder "rel" is not absolute`:                    func(m *Machine) { m.Dir = "rel" },
 	} {
 		m := aMachine(t)

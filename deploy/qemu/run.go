@@ -76,8 +76,17 @@ func (m *Machine) Start(ctx context.Context, log func(string)) error {
 	if err := errors.Join(m.rotateConsole(), m.makeRecord()); err != nil {
 		return err
 	}
+	tsc := hostTSC()
+	if m.Slow != 0 && (accel != accelTCG || tsc == 0) {
+		return fmt.Errorf("machine %s: slow clocks need emulation (this is %s) and a time stamp counter of one rate (this host's counts %d kHz; 0 is unknown)", m.Name, accel, tsc)
+	}
+	env, err := m.slowEnv(time.Now())
+	if err != nil {
+		return err
+	}
 	_, err = os.Stat(filepath.Join(m.Dir, ClaimKeyFile))
-	cmd := exec.CommandContext(ctx, program, m.args(string(cmdline), accel, hostTSC(), err == nil)...)
+	cmd := exec.CommandContext(ctx, program, m.args(string(cmdline), accel, tsc, err == nil)...)
+	cmd.Env = env
 	cmd.Dir = m.Dir
 	tpm, err := m.startTPM(ctx)
 	if err != nil {

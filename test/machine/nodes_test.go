@@ -187,7 +187,7 @@ func (c *cluster) forwards(t *testing.T) {
 func (c *cluster) survives(t *testing.T) {
 	leader := c.leader(t)
 	m := c.machine(t, leader)
-	writes := c.tokenWrites(t)
+	writes := c.tokenWrites(t, 1)
 	writes.start(t.Context(), c.nodes[:3]...)
 	writes.beatsAt(t, time.Minute, "each takes writes", time.Now(), c.nodes[:3]...)
 	writes.takesOver(t, "writes", c.dies(t, leader))

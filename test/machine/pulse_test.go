@@ -17,6 +17,7 @@ import (
 // are over, so one that hangs hides nothing. The zero value with its exported fields set is ready.
 type pulse struct {
 	Every, Limit time.Duration // between two tries of a door; and of one try
+	Slow         int           // times that the machines' clocks are slower; 0: they are not
 	// Try says who answered, if that can be told.
 	Try func(ctx context.Context, door string) (who string, err error)
 
@@ -130,7 +131,7 @@ const (
 )
 
 // tokenWrites are writes to etcd by the node's own API: join tokens, made at each control plane over a connection that is there. They stop when the test does.
-func (c *cluster) tokenWrites(t *testing.T) *pulse {
+func (c *cluster) tokenWrites(t *testing.T, slow int) *pulse {
 	t.Helper()
 	doors := map[string]trustv1.MembershipClient{}
 	for _, name := range c.nodes[:3] {
@@ -141,7 +142,7 @@ func (c *cluster) tokenWrites(t *testing.T) *pulse {
 		t.Cleanup(func() { conn.Close() })
 		doors[name] = trustv1.NewMembershipClient(conn)
 	}
-	return &pulse{Every: 500 * time.Millisecond, Limit: 10 * time.Second, Try: func(ctx context.Context, door string) (string, error) {
+	return &pulse{Every: 500 * time.Millisecond, Limit: time.Duration(slow) * 10 * time.Second, Slow: slow, Try: func(ctx context.Context, door string) (string, error) {
 		_, err := doors[door].MakeJoinToken(ctx, &trustv1.MakeJoinTokenRequest{Role: "worker", TtlSeconds: 600})
 		return door, err
 	}}
@@ -164,17 +165,22 @@ func (c *cluster) dies(t *testing.T, name string) death {
 	return d
 }
 
+// since is how long after a death something succeeded, in the machines' time.
+func (p *pulse) since(d death, b beat) time.Duration {
+	return b.ended.Sub(d.struck) / time.Duration(max(1, p.Slow))
+}
+
 // takesOver waits for the first write at another machine that begins when one is surely dead, and returns how long after the cut it was acknowledged.
 func (p *pulse) takesOver(t *testing.T, what string, d death) time.Duration {
 	t.Helper()
 	var b beat
-	eventually(t, leaderEmulated, what+" are accepted again", func() (err error) {
+	eventually(t, time.Duration(max(1, p.Slow))*leaderEmulated, what+" are accepted again", func() (err error) {
 		b, err = p.after(d.proved, func(b beat) bool { return b.door != d.machine })
 		return err
 	})
 	usual, n := p.usual(d.struck)
-	took := b.ended.Sub(d.struck)
-	t.Logf("» %s: accepted again at %s %s after %s died (budget %s on real machines); one took %s before, the median of %d", what, b.door, took.Round(10*time.Millisecond), d.machine, leaderBudget, usual.Round(time.Millisecond), n)
+	took := p.since(d, b)
+	t.Logf("» %s: accepted again at %s %s after %s died (budget %s on real machines); one took %s before, the median of %d", what, b.door, took.Round(10*time.Millisecond), d.machine, leaderBudget, (usual / time.Duration(max(1, p.Slow))).Round(time.Millisecond), n)
 	return took
 }
 

@@ -17,8 +17,8 @@ import (
 
 // What a client of the Service does about a request that fails: as a balancer in front of the nodes does, it goes to another node. Each try is a connection of its own.
 const (
-	visitTries    = 4                // of one request, each at another node
-	visitPatience = 10 * time.Second // of one try; a node that has just died accepts and says nothing, because QEMU accepts for it
+	visitTries    = 4                         // of one request, each at another node
+	visitPatience = haSlow * 10 * time.Second // of one try, 10 s for the machines; a node that has just died accepts and says nothing, because QEMU accepts for it
 	visitPause    = 200 * time.Millisecond
 	visitorCount  = 2
 	mostMissed    = 5 // requests that failed for good which a report tells of
