@@ -189,7 +189,7 @@ func (a *app) upCluster(ctx context.Context, c *localCluster) error {
 		return err
 	}
 	a.contextName, a.endpoint = c.f.name, ""
-	if err := p.step(ctx, "wait for all nodes", 5*time.Minute, func(ctx context.Context) error { return a.waitNodes(ctx, c.places, p.say) }); err != nil {
+	if err := p.step(ctx, "wait for all nodes", 5*time.Minute, func(ctx context.Context) error { return a.waitNodes(ctx, c, p.say) }); err != nil {
 		return err
 	}
 	a.printCluster(c)
@@ -201,14 +201,6 @@ type clusterStep struct {
 	usual   time.Duration
 	machine *qemu.Machine
 	do      func(context.Context) error
-}
-
-// joined are the places of those that are in the cluster.
-func (c *localCluster) joined() (all []place) {
-	for _, i := range c.members {
-		all = append(all, c.places[i])
-	}
-	return all
 }
 
 // endpoint is where a machine's API is reached from here.
@@ -322,8 +314,10 @@ func (a *app) joinLocal(ctx context.Context, c *localCluster, i int, say func(st
 		case there && at.role == "controlplane" && !well:
 			// One after the other: API servers that make a new cluster's first objects together need many times as long, and each ends and begins anew
 			// when that is more than a minute.
-			if err := a.at(c, c.seed).waitNodes(ctx, c.joined(), say); err != nil {
-				return err
+			for _, j := range c.members { // asked themselves: what they told the cluster last may be from before
+				if err := a.at(c, j).waitReady(ctx, func(text string) { say("· " + c.places[j].name + " " + strings.TrimPrefix(text, "· ")) }); err != nil {
+					return err
+				}
 			}
 			well, deadline = true, time.Now().Add(5*time.Minute)
 			continue
@@ -420,9 +414,9 @@ func (c *localCluster) saveEndpoints() error {
 	return cfg.save()
 }
 
-// waitNodes waits until each of these nodes has said that it is ready.
-func (a *app) waitNodes(ctx context.Context, want []place, say func(string)) error {
-	deadline := time.Now().Add(15*time.Minute + time.Duration(len(want))*5*time.Minute)
+// waitNodes waits until every node has said that it is ready.
+func (a *app) waitNodes(ctx context.Context, c *localCluster, say func(string)) error {
+	deadline := time.Now().Add(15*time.Minute + time.Duration(len(c.places))*5*time.Minute)
 	for {
 		var nodes []*clusterv1.Node
 		err := a.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {
@@ -430,7 +424,7 @@ func (a *app) waitNodes(ctx context.Context, want []place, say func(string)) err
 			nodes = r.GetNodes()
 			return err
 		})
-		missing := missingNode(want, nodes)
+		missing := missingNode(c.places, nodes)
 		if err != nil {
 			missing = oneLine(errs.Text(err))
 		}
