@@ -372,6 +372,12 @@ func (n *fakeNode) Apply(_ context.Context, r *configv1.ApplyRequest) (*configv1
 	return &configv1.ApplyResponse{}, errors.Join(n.put("document", r.Documents), n.put("config/"+n.name, r.Documents))
 }
 
+// GetHealth is bad once, as of a node that has just got its document.
+func (n *fakeNode) GetHealth(context.Context, *machinev1.GetHealthRequest) (*machinev1.GetHealthResponse, error) {
+	well := n.get("asked") != ""
+	return &machinev1.GetHealthResponse{Healthy: well, Checks: []*machinev1.Check{{Name: "kubernetes.converged", Ok: well, Detail: "wait for kube-apiserver"}}}, n.put("asked", "once")
+}
+
 func (n *fakeNode) GetVersion(context.Context, *machinev1.GetVersionRequest) (*machinev1.GetVersionResponse, error) {
 	return &machinev1.GetVersionResponse{Version: "v1-" + n.name}, nil
 }

@@ -248,7 +248,7 @@ func (h *ha) kubeWrites(t *testing.T) *pulse {
 		doors[name] = h.kube(h.c.machine(t, name).Port(6443), "127.0.0.1")
 		t.Cleanup(doors[name].CloseIdleConnections)
 	}
-	return &pulse{Every: 500 * time.Millisecond, Limit: haSlow * 15 * time.Second, Slow: haSlow, Try: func(ctx context.Context, door string) (string, error) {
+	return &pulse{Every: haSlow * 500 * time.Millisecond, Limit: haSlow * 15 * time.Second, Slow: haSlow, Try: func(ctx context.Context, door string) (string, error) {
 		_, err := call(ctx, doors[door], http.MethodPatch, "/api/v1/namespaces/default/configmaps/written", fmt.Sprintf(`{"data":{"count":"%d"}}`, time.Now().UnixNano()))
 		return door, err
 	}}

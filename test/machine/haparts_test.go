@@ -69,7 +69,7 @@ func (h *ha) holderDies(t *testing.T) {
 // through the address. Then it is powered on again, and all is as before.
 func (h *ha) dies(t *testing.T, pick func(leader, holder string) string) {
 	tokens, kube := h.c.tokenWrites(t, haSlow), h.kubeWrites(t)
-	address := &pulse{Every: 500 * time.Millisecond, Limit: haSlow * 5 * time.Second, Slow: haSlow, Try: h.atVirtual(t)}
+	address := &pulse{Every: haSlow * 500 * time.Millisecond, Limit: haSlow * 5 * time.Second, Slow: haSlow, Try: h.atVirtual(t)}
 	const door = "the virtual address"
 	address.start(t.Context(), door)
 	var name string

@@ -142,7 +142,7 @@ func (c *cluster) tokenWrites(t *testing.T, slow int) *pulse {
 		t.Cleanup(func() { conn.Close() })
 		doors[name] = trustv1.NewMembershipClient(conn)
 	}
-	return &pulse{Every: 500 * time.Millisecond, Limit: time.Duration(slow) * 10 * time.Second, Slow: slow, Try: func(ctx context.Context, door string) (string, error) {
+	return &pulse{Every: time.Duration(slow) * 500 * time.Millisecond, Limit: time.Duration(slow) * 10 * time.Second, Slow: slow, Try: func(ctx context.Context, door string) (string, error) {
 		_, err := doors[door].MakeJoinToken(ctx, &trustv1.MakeJoinTokenRequest{Role: "worker", TtlSeconds: 600})
 		return door, err
 	}}

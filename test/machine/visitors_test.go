@@ -19,7 +19,7 @@ import (
 const (
 	visitTries    = 4                         // of one request, each at another node
 	visitPatience = haSlow * 10 * time.Second // of one try, 10 s for the machines; a node that has just died accepts and says nothing, because QEMU accepts for it
-	visitPause    = 200 * time.Millisecond
+	visitPause    = haSlow * 200 * time.Millisecond
 	visitorCount  = 2
 	mostMissed    = 5 // requests that failed for good which a report tells of
 )
