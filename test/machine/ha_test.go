@@ -39,11 +39,11 @@ const (
 
 // TestHA is a cluster of three control planes and a worker with Kubernetes: all restart in turn while clients ask a Service, and the power of whole machines is cut.
 //
-// BULKHEAD_HA says which parts run: "all", or names of parts with commas between them (roll, leader, virtual). "make test-ha" runs it: an hour or two under emulation.
+// BULKHEAD_HA says which parts run: "all", or names of parts with commas between them (roll, leader, virtual). "make test-ha" runs it: three quarters of an hour under emulation.
 func TestHA(t *testing.T) {
 	want := os.Getenv("BULKHEAD_HA")
 	if want == "" {
-		t.Skip("takes an hour or two: make test-ha")
+		t.Skip("takes three quarters of an hour: make test-ha")
 	}
 	h := &ha{}
 	parts := []haPart{{"roll", h.rolls}, {"leader", h.leaderDies}, {"virtual", h.holderDies}}
