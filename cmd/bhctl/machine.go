@@ -20,6 +20,11 @@ import (
 	"github.com/bulkhead-os/bulkhead/internal/claim"
 )
 
+// otherClocks says that a machine's clocks are not as asked for: nothing would tell, and they cannot change while anything is on its disk.
+func otherClocks(f upFlags, m qemu.Machine) error {
+	return fmt.Errorf("--slow-clocks %d: machine %s was made with %d (0: none), and machines of one cluster have one time: leave it out, or remove what is there (bhctl down --name %s)", f.slow, m.Name, m.Slow, f.name)
+}
+
 // openMachine returns the machine of that name, made if there is none. One that is there keeps what it was made with; to ask for another
 // firmware than it has is an error, because nothing would tell.
 func openMachine(f upFlags) (*qemu.Machine, error) {
@@ -33,6 +38,9 @@ func openMachine(f upFlags) (*qemu.Machine, error) {
 		}
 		if m.LAN != f.lan {
 			return nil, fmt.Errorf("machine %s was made for another cluster (%q): bhctl down --name %s removes it", m.Name, m.LAN, m.Name)
+		}
+		if f.slow != 0 && f.slow != m.Slow {
+			return nil, otherClocks(f, m)
 		}
 		return &m, nil
 	}

@@ -114,7 +114,7 @@ func (a *app) up(ctx context.Context, f upFlags) error {
 	if err := p.step(ctx, "bootstrap the cluster", 20*time.Second, a.bootstrapLocal); err != nil {
 		return a.withConsole(err, m)
 	}
-	if err := p.step(ctx, "wait for Kubernetes", 5*time.Minute, func(ctx context.Context) error { return a.waitReady(ctx, p.say) }); err != nil {
+	if err := p.step(ctx, "wait for Kubernetes", 5*time.Minute, func(ctx context.Context) error { return a.waitReady(ctx, func(why string) { p.say("· " + why) }) }); err != nil {
 		return a.withConsole(err, m)
 	}
 	a.printNext(f)
@@ -277,7 +277,7 @@ func (a *app) bootstrapLocal(ctx context.Context) error {
 	}
 }
 
-// waitReady waits until every check of the node passes, and names the first that does not.
+// waitReady waits until every check of the node passes, and says which is the first that does not.
 func (a *app) waitReady(ctx context.Context, say func(string)) error {
 	deadline := time.Now().Add(15 * time.Minute)
 	for {
@@ -286,7 +286,7 @@ func (a *app) waitReady(ctx context.Context, say func(string)) error {
 			return nil
 		}
 		why := explainHealth(h, err)
-		say("· " + why)
+		say(why)
 		if time.Now().After(deadline) {
 			return fmt.Errorf("not healthy after 15 minutes: %s", why)
 		}

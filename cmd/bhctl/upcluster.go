@@ -125,6 +125,9 @@ func (a *app) cluster(f upFlags) (*localCluster, error) {
 		return nil, errors.New("ports and forwards are for a single machine; those of a cluster's are chosen among the free ones (bhctl status). --forward 0:30080 has each of its machines forward a port of its own to 30080")
 	}
 	if f.slowSince = time.Now(); len(members) > 0 { // who joins them has their time
+		if f.slow != 0 && f.slow != members[0].Slow {
+			return nil, otherClocks(f, members[0])
+		}
 		f.slow, f.slowSince = members[0].Slow, members[0].SlowSince
 	}
 	c := &localCluster{f: f, places: all, fresh: len(members) == 0, token: map[string]string{}}
@@ -312,12 +315,8 @@ func (a *app) joinLocal(ctx context.Context, c *localCluster, i int, say func(st
 		case ours:
 			err = askVersion(ctx, known)
 		case there && at.role == "controlplane" && !well:
-			// One after the other: API servers that make a new cluster's first objects together need many times as long, and each ends and begins anew
-			// when that is more than a minute.
-			for _, j := range c.members { // asked themselves: what they told the cluster last may be from before
-				if err := a.at(c, j).waitReady(ctx, func(text string) { say("· " + c.places[j].name + " " + strings.TrimPrefix(text, "· ")) }); err != nil {
-					return err
-				}
+			if err := a.waitMembers(ctx, c, say); err != nil {
+				return err
 			}
 			well, deadline = true, time.Now().Add(5*time.Minute)
 			continue
@@ -342,6 +341,18 @@ func (a *app) joinLocal(ctx context.Context, c *localCluster, i int, say func(st
 			return err
 		}
 	}
+}
+
+// waitMembers waits until all that are in the cluster are well, before another control plane comes: API servers that make a new cluster's first objects together need
+// many times as long, and each ends and begins anew when that is more than a minute. The nodes are asked themselves: what they told the cluster last may be from before.
+func (a *app) waitMembers(ctx context.Context, c *localCluster, say func(string)) error {
+	for _, j := range c.members {
+		name := c.places[j].name
+		if err := a.at(c, j).waitReady(ctx, func(why string) { say("· " + name + " " + why) }); err != nil {
+			return fmt.Errorf("%s, which is in the cluster already: %w", name, err)
+		}
+	}
+	return nil
 }
 
 func (a *app) tryJoin(ctx context.Context, c *localCluster, i int, code string) error {

@@ -7,7 +7,7 @@ import (
 	"github.com/bulkhead-os/bulkhead/services/machined/security"
 )
 
-// protectionAge is how long a good answer about the node's own protection counts. It is in some forty files, each a way through Landlock's rules, which hardly ever
+// protectionAge is how long a good answer about the node's own protection counts. It is in dozens of files, each a way through Landlock's rules, which hardly ever
 // change, while every question for the health wants to know. A bad answer does not count for later: a machine closes the last doors late in its boot.
 const protectionAge = 10 * time.Second
 

@@ -165,22 +165,25 @@ func (c *cluster) dies(t *testing.T, name string) death {
 	return d
 }
 
+// times is how many times slower the machines' clocks are.
+func (p *pulse) times() time.Duration { return time.Duration(max(1, p.Slow)) }
+
 // since is how long after a death something succeeded, in the machines' time.
 func (p *pulse) since(d death, b beat) time.Duration {
-	return b.ended.Sub(d.struck) / time.Duration(max(1, p.Slow))
+	return b.ended.Sub(d.struck) / p.times()
 }
 
 // takesOver waits for the first write at another machine that begins when one is surely dead, and returns how long after the cut it was acknowledged.
 func (p *pulse) takesOver(t *testing.T, what string, d death) time.Duration {
 	t.Helper()
 	var b beat
-	eventually(t, time.Duration(max(1, p.Slow))*leaderEmulated, what+" are accepted again", func() (err error) {
+	eventually(t, p.times()*leaderEmulated, what+" are accepted again", func() (err error) {
 		b, err = p.after(d.proved, func(b beat) bool { return b.door != d.machine })
 		return err
 	})
 	usual, n := p.usual(d.struck)
 	took := p.since(d, b)
-	t.Logf("» %s: accepted again at %s %s after %s died (budget %s on real machines); one took %s before, the median of %d", what, b.door, took.Round(10*time.Millisecond), d.machine, leaderBudget, (usual / time.Duration(max(1, p.Slow))).Round(time.Millisecond), n)
+	t.Logf("» %s: accepted again at %s %s after %s died (budget %s on real machines); one took %s before, the median of %d", what, b.door, took.Round(10*time.Millisecond), d.machine, leaderBudget, (usual / p.times()).Round(time.Millisecond), n)
 	return took
 }
 
