@@ -91,7 +91,8 @@ func (wire) Unmarshal(data []byte, v any) error {
 	return nil
 }
 
-// Do makes the call and takes at most one answer. A stream that has none within quiet is ended; its outcome is codes.OK then.
+// Do makes the call and takes at most one answer. A stream that has none within quiet is ended; its outcome is codes.OK then. 0 is for calls that must be answered: a refusal
+// may take its time on a busy host, and silence is none.
 func (c Call) Do(ctx context.Context, conn *grpc.ClientConn, quiet time.Duration) error {
 	limit := 10 * time.Second
 	streams := c.Method.IsStreamingServer() || c.Method.IsStreamingClient()
@@ -110,7 +111,7 @@ func (c Call) Do(ctx context.Context, conn *grpc.ClientConn, quiet time.Duration
 		return err
 	}
 	ended := false
-	if streams {
+	if streams && quiet > 0 {
 		timer := time.AfterFunc(quiet, func() { ended = true; cancel() })
 		defer timer.Stop()
 	}
