@@ -131,7 +131,7 @@ func (c *checker) keys(s *Storage) {
 		} {
 			switch {
 			case f.value != "" && string(k.Kind) != f.of:
-				c.add(at+"."+f.name, "is for kind %s; this key is of kind %s", f.of, k.Kind)
+				c.add(at+"."+f.name, "is for kind %s; this key is of kind %.40q", f.of, k.Kind)
 			case f.value == "" && k.Kind == KeyService && f.of == "kms":
 				c.add(at+"."+f.name, "is missing; allowed: %s", rule(at+"."+f.name).allowed)
 			}
@@ -314,7 +314,7 @@ func (c *checker) route(at string, l Interface, r Route) {
 			return
 		}
 	}
-	c.add(at+".via", "%q is in no network of %s; add an address of its network, or a route to it without via", r.Via, l.Name)
+	c.add(at+".via", "%q is in no network of %.40q; add an address of its network, or a route to it without via", r.Via, l.Name)
 }
 
 // subnets checks Kubernetes' networks, and that nothing overlaps.

@@ -135,7 +135,7 @@ func (c Call) Judge(t testing.TB, err error) {
 		t.Errorf("%s with %x: %v", c.Name(), c.Messages, err)
 	}
 	if text == "" || !utf8.ValidString(text) || len(text) > 8<<10 || strings.TrimSpace(text) != text {
-		t.Errorf("%s with %x: the refusal is %d bytes: %.200q", c.Name(), c.Messages, len(text), text)
+		t.Errorf("%s with %x: the refusal is %d bytes: %.600q", c.Name(), c.Messages, len(text), text)
 	}
 }
 
