@@ -18,6 +18,7 @@ const (
 	OK       = "ok"
 	Filter   = "filter"    // the system call ends the process; here it fails with Killed instead
 	Untried  = "not tried" // it would succeed, and do harm
+	NoGate   = "no gate"   // the machine has no way of i386 into its kernel; a node has
 	Door     = "door"      // the daemon ends connections of this user
 	List     = "list"      // the daemon's list of callers does not have this user for the method
 	Unserved = "unserved"  // no such method behind this socket
