@@ -175,9 +175,10 @@ func (m *member) leave(ctx context.Context) error {
 	if errors.Is(err, rpctypes.ErrUnhealthy) {
 		m.stay()
 	}
-	// One that others told of its removal before it had seen that itself stops in the middle of the call: its end says what became of it.
-	stopped := errors.Is(err, rpctypes.ErrStopped)
-	if err != nil && !stopped {
+	// The others may have removed it before it had seen that itself: then nobody tells it any more, until it asks for a leader and stops in the middle of the call, or after
+	// it. Its end says what became of it.
+	unknown := errors.Is(err, rpctypes.ErrStopped) || errors.Is(err, context.DeadlineExceeded)
+	if err != nil && !unknown {
 		// Unless it was refused, whether it was done is not known: the phase stays, and the loop goes on.
 		return memberError("leave", err)
 	}
@@ -185,11 +186,14 @@ func (m *member) leave(ctx context.Context) error {
 	defer cancel()
 	select {
 	case <-ended:
-		if p, e := readPhase(m.cfg.DataDir); stopped && (e != nil || p != left) {
+		if p, e := readPhase(m.cfg.DataDir); unknown && (e != nil || p != left) {
 			return memberError("leave", err)
 		}
 		return nil
 	case <-ctx.Done():
+		if unknown {
+			return errs.New(errs.Unavailable, "leave: whether the others removed the member is not known yet (%w); it goes on: bhctl etcd members", err)
+		}
 		return errs.New(errs.Unavailable, "leave: the member is removed, and its end was not seen within %s; it goes on", leaveTime)
 	}
 }

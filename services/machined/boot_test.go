@@ -11,6 +11,7 @@ import (
 	machinev1 "github.com/bulkhead-os/bulkhead/api/machine/v1"
 	"github.com/bulkhead-os/bulkhead/internal/errs"
 	"github.com/bulkhead-os/bulkhead/services/machined/boots"
+	"github.com/bulkhead-os/bulkhead/services/machined/security"
 )
 
 // bootTexts lists boots as "number end: detail".
@@ -127,15 +128,22 @@ func TestSecurity(t *testing.T) {
 		}
 		d.answered.Store(true)
 		check(true, "")
-		good := n.facts
-		n.facts.Lockdown = "[none] integrity confidentiality"
+		good := n.hardening()
+		become := func(f security.Facts) {
+			n.cluster.mu.Lock()
+			defer n.cluster.mu.Unlock()
+			n.facts = f
+		}
+		bad := good
+		bad.Lockdown = "[none] integrity confidentiality"
+		become(bad)
 		time.Sleep(protectionAge)
 		check(false, "lockdown is none, wanted integrity")
 		r, err := s.GetSecurity(t.Context(), &machinev1.GetSecurityRequest{})
 		if err != nil || len(r.GetSettings()) < 50 || r.GetSettings()[0].GetName() != "lockdown" || r.GetSettings()[0].GetOk() || r.GetSettings()[1].GetActual() != "1" {
 			t.Errorf("%v, %v", r, err)
 		}
-		n.facts = good
+		become(good)
 		check(true, "") // at once: only a good answer is kept
 	})
 }
