@@ -126,7 +126,7 @@ test-faults: IMAGE = out/image-none
 test-faults: image ## three control planes through ten minutes of faults, and through new authorities, while clients write; see docs/cluster.md
 	@BULKHEAD_VM=1 BULKHEAD_ROTATE=1 go test -json -count=1 -timeout 60m -run 'TestFaults$$|TestRotate$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
 
-test-ha: image ## three control planes and a worker with Kubernetes: rolling restart under requests, whole machines killed (three quarters of an hour); BULKHEAD_HA=roll,leader,virtual takes parts
+test-ha: image ## three control planes and a worker with Kubernetes: rolling restart under requests, whole machines killed (three quarters of an hour); BULKHEAD_HA=roll,leader,virtual takes parts, BULKHEAD_HA_SLOW=6 is for a slow host
 	@BULKHEAD_VM=1 BULKHEAD_HA=$${BULKHEAD_HA:-all} go test -json -count=1 -timeout 6h -run 'TestHA$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
 
 test-rollback: image ## every poisoned version, each left by itself, and twenty good ones through power cuts (two hours)

@@ -114,7 +114,7 @@ func (a *app) up(ctx context.Context, f upFlags) error {
 	if err := p.step(ctx, "bootstrap the cluster", 20*time.Second, a.bootstrapLocal); err != nil {
 		return a.withConsole(err, m)
 	}
-	if err := p.step(ctx, "wait for Kubernetes", 5*time.Minute, func(ctx context.Context) error { return a.waitReady(ctx, func(why string) { p.say("· " + why) }) }); err != nil {
+	if err := p.step(ctx, "wait for Kubernetes", 5*time.Minute, func(ctx context.Context) error { return a.waitReady(ctx, m, func(why string) { p.say("· " + why) }) }); err != nil {
 		return a.withConsole(err, m)
 	}
 	a.printNext(f)
@@ -137,7 +137,7 @@ func (a *app) claimLocal(ctx context.Context, m *qemu.Machine, as, endpoint stri
 		return err
 	}
 	known := cfg.Contexts[as]
-	deadline := time.Now().Add(3 * time.Minute)
+	deadline := time.Now().Add(m.HostTime(3 * time.Minute))
 	for {
 		if known != nil && known.Endpoint == endpoint {
 			if err = askVersion(ctx, known); err == nil {
@@ -278,8 +278,9 @@ func (a *app) bootstrapLocal(ctx context.Context) error {
 }
 
 // waitReady waits until every check of the node passes, and says which is the first that does not.
-func (a *app) waitReady(ctx context.Context, say func(string)) error {
-	deadline := time.Now().Add(15 * time.Minute)
+func (a *app) waitReady(ctx context.Context, m *qemu.Machine, say func(string)) error {
+	limit := m.HostTime(15 * time.Minute)
+	deadline := time.Now().Add(limit)
 	for {
 		h, err := a.health(ctx, 0)
 		if err == nil && h.Healthy {
@@ -288,7 +289,7 @@ func (a *app) waitReady(ctx context.Context, say func(string)) error {
 		why := explainHealth(h, err)
 		say(why)
 		if time.Now().After(deadline) {
-			return fmt.Errorf("not healthy after 15 minutes: %s", why)
+			return fmt.Errorf("not healthy after %.0f minutes: %s", limit.Minutes(), why)
 		}
 		if err := pause(ctx, 2*time.Second); err != nil {
 			return err

@@ -252,7 +252,7 @@ func (a *app) claimSeed(ctx context.Context, c *localCluster, say func(string)) 
 		c.members = []int{0}
 		return nil
 	}
-	for deadline := time.Now().Add(3 * time.Minute); ; {
+	for deadline := time.Now().Add(c.machines[0].HostTime(3 * time.Minute)); ; {
 		for i, p := range c.places {
 			known := *cfg.Contexts[c.f.name]
 			known.Endpoint, known.Endpoints = c.endpoint(i), nil
@@ -305,7 +305,7 @@ func (a *app) joinLocal(ctx context.Context, c *localCluster, i int, say func(st
 		return err
 	}
 	well := false // all that are in the cluster
-	for deadline := time.Now().Add(5 * time.Minute); ; {
+	for deadline := time.Now().Add(m.HostTime(5 * time.Minute)); ; {
 		if m.Status().State != qemu.Running {
 			return errors.New("the machine ended while it booted")
 		}
@@ -318,7 +318,7 @@ func (a *app) joinLocal(ctx context.Context, c *localCluster, i int, say func(st
 			if err := a.waitMembers(ctx, c, say); err != nil {
 				return err
 			}
-			well, deadline = true, time.Now().Add(5*time.Minute)
+			well, deadline = true, time.Now().Add(m.HostTime(5*time.Minute))
 			continue
 		case there:
 			err = a.tryJoin(ctx, c, i, code)
@@ -348,7 +348,7 @@ func (a *app) joinLocal(ctx context.Context, c *localCluster, i int, say func(st
 func (a *app) waitMembers(ctx context.Context, c *localCluster, say func(string)) error {
 	for _, j := range c.members {
 		name := c.places[j].name
-		if err := a.at(c, j).waitReady(ctx, func(why string) { say("· " + name + " " + why) }); err != nil {
+		if err := a.at(c, j).waitReady(ctx, c.machines[j], func(why string) { say("· " + name + " " + why) }); err != nil {
 			return fmt.Errorf("%s, which is in the cluster already: %w", name, err)
 		}
 	}
@@ -427,7 +427,7 @@ func (c *localCluster) saveEndpoints() error {
 
 // waitNodes waits until every node has said that it is ready.
 func (a *app) waitNodes(ctx context.Context, c *localCluster, say func(string)) error {
-	deadline := time.Now().Add(15*time.Minute + time.Duration(len(c.places))*5*time.Minute)
+	deadline := time.Now().Add(c.machines[0].HostTime(15*time.Minute + time.Duration(len(c.places))*5*time.Minute))
 	for {
 		var nodes []*clusterv1.Node
 		err := a.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) error {

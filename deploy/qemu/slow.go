@@ -35,3 +35,6 @@ func (m Machine) fakeTime(now time.Time) string {
 	behind := now.Sub(m.SlowSince).Seconds() * (1 - 1/float64(m.Slow))
 	return fmt.Sprintf("-%.3f x%.9f", max(0, behind), 1/float64(m.Slow))
 }
+
+// HostTime is the host's time in which d passes in the machine.
+func (m Machine) HostTime(d time.Duration) time.Duration { return d * time.Duration(max(1, m.Slow)) }

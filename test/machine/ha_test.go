@@ -2,6 +2,7 @@ package machine
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -13,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -22,13 +24,12 @@ import (
 )
 
 // Bounds under software emulation: four machines with Kubernetes on two cores. Idle they would take more than there is, and what the rest of Kubernetes does when it is late is more work: so
-// their clocks run slower than the host's (bhctl up --slow-clocks). Limits of waiting are the host's time; what is measured is told in the machines'.
+// their clocks run slower than the host's (bhctl up --slow-clocks). Limits of waiting are slowed as they are; what is measured is told in the machines' time.
 const (
-	haSlow       = 3                // times
 	haMemory     = 3072             // MiB for each machine; a control plane with Kubernetes runs in it
-	haUp         = time.Hour        //
-	haSettle     = 15 * time.Minute // until a node that was killed is well again
-	haRoll       = 2 * time.Hour    // a rolling restart of all four
+	haUp         = 20 * time.Minute // of the machines
+	haSettle     = 5 * time.Minute  // of the machines, until a node that was killed is well again
+	haRoll       = 40 * time.Minute // of the machines: a rolling restart of all four
 	movedBudget  = 10 * time.Second // of a virtual address, as docs/kubeletd.md says
 	movedSlack   = 10 * time.Second // of the same, for emulated machines that look at each other late
 	virtualIP    = "10.5.0.100"
@@ -36,6 +37,18 @@ const (
 	virtualPort  = 30443
 	haLeastReady = 20 // requests that must have been answered before something is done to the cluster
 )
+
+// haSlow is how many times slower: BULKHEAD_HA_SLOW, or 3, which is enough for two cores that build Kubernetes in ten minutes.
+var haSlow = func() int {
+	n, err := strconv.Atoi(cmp.Or(os.Getenv("BULKHEAD_HA_SLOW"), "3"))
+	if err != nil || n < 1 {
+		panic(fmt.Sprintf("BULKHEAD_HA_SLOW=%q: want a whole number, 1 or more", os.Getenv("BULKHEAD_HA_SLOW")))
+	}
+	return n
+}()
+
+// slowly is the host's time in which d passes for the machines.
+func slowly(d time.Duration) time.Duration { return time.Duration(haSlow) * d }
 
 // TestHA is a cluster of three control planes and a worker with Kubernetes: all restart in turn while clients ask a Service, and the power of whole machines is cut.
 //
@@ -89,28 +102,28 @@ func (h *ha) up(t *testing.T) {
 		}
 	})
 	start := time.Now()
-	if out, err := h.n.try(t.Context(), haUp, "bhctl", "up", "--name", h.n.name, "--controlplanes", "3", "--workers", "1", "--image", h.c.image, "--memory", fmt.Sprint(haMemory), "--cpus", "1", "--slow-clocks", fmt.Sprint(haSlow), // eight emulated processors on two are slower than four
+	if out, err := h.n.try(t.Context(), slowly(haUp), "bhctl", "up", "--name", h.n.name, "--controlplanes", "3", "--workers", "1", "--image", h.c.image, "--memory", fmt.Sprint(haMemory), "--cpus", "1", "--slow-clocks", fmt.Sprint(haSlow), // eight emulated processors on two are slower than four
 		"--forward", fmt.Sprintf("0:%d", servicePort), "--forward", fmt.Sprintf("0:%d", virtualPort)); err != nil {
 		t.Fatalf("bhctl up: %v\n%s", err, out)
 	}
 	t.Logf("» four nodes with Kubernetes are ready after %s", time.Since(start).Round(time.Second))
 	h.addVirtual(t)
-	if _, err := h.n.try(t.Context(), 5*time.Minute, "bhctl", "kubeconfig", "--file", h.n.kubeconfig); err != nil {
+	if _, err := h.n.try(t.Context(), slowly(2*time.Minute), "bhctl", "kubeconfig", "--file", h.n.kubeconfig); err != nil {
 		t.Fatal(err)
 	}
 	h.credentials(t)
-	eventually(t, 5*time.Minute, "the Service is made", func() error {
-		_, err := h.n.try(t.Context(), 2*time.Minute, "kubectl", "apply", "-f", filepath.Join(h.n.root, "test/machine/testdata/ha.yaml"))
+	eventually(t, slowly(2*time.Minute), "the Service is made", func() error {
+		_, err := h.n.try(t.Context(), slowly(time.Minute), "kubectl", "apply", "-f", filepath.Join(h.n.root, "test/machine/testdata/ha.yaml"))
 		return err
 	})
 	h.shopReady(t)
 	for _, name := range h.c.nodes {
-		eventually(t, 5*time.Minute, "the Service answers at "+name, func() error {
+		eventually(t, slowly(2*time.Minute), "the Service answers at "+name, func() error {
 			_, err := ask(t.Context(), &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, h.shop(t, name))
 			return err
 		})
 	}
-	eventually(t, 5*time.Minute, "an API server answers at the virtual address", func() error {
+	eventually(t, slowly(2*time.Minute), "an API server answers at the virtual address", func() error {
 		_, err := h.atVirtual(t)(t.Context(), "")
 		return err
 	})
@@ -119,7 +132,7 @@ func (h *ha) up(t *testing.T) {
 // addVirtual puts the address into each control plane's document.
 func (h *ha) addVirtual(t *testing.T) {
 	for _, name := range h.c.nodes[:3] {
-		out, err := h.n.try(t.Context(), 2*time.Minute, "bhctl", "-n", name, "get", "config")
+		out, err := h.n.try(t.Context(), slowly(time.Minute), "bhctl", "-n", name, "get", "config")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -131,7 +144,7 @@ func (h *ha) addVirtual(t *testing.T) {
 		if err := os.WriteFile(file, []byte(strings.Replace(out, kind, kind+"virtualIPs: ["+virtualIP+"]\n", 1)), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if out, err := h.n.try(t.Context(), 5*time.Minute, "bhctl", "-n", name, "apply", "-f", file); err != nil {
+		if out, err := h.n.try(t.Context(), slowly(2*time.Minute), "bhctl", "-n", name, "apply", "-f", file); err != nil {
 			t.Fatalf("apply to %s: %v\n%s", name, err, out)
 		}
 	}
@@ -180,8 +193,8 @@ func (h *ha) shop(t *testing.T, name string) string {
 // shopReady waits until the Deployment is whole.
 func (h *ha) shopReady(t *testing.T) {
 	t.Helper()
-	eventually(t, haSettle, "three pods of the Service are ready", func() error {
-		out, err := h.n.try(t.Context(), time.Minute, "kubectl", "get", "deployment", "shop", "-o", "jsonpath={.status.readyReplicas}")
+	eventually(t, slowly(haSettle), "three pods of the Service are ready", func() error {
+		out, err := h.n.try(t.Context(), slowly(20*time.Second), "kubectl", "get", "deployment", "shop", "-o", "jsonpath={.status.readyReplicas}")
 		if err == nil && strings.TrimSpace(out) != "3" {
 			err = fmt.Errorf("%q are ready", out)
 		}
@@ -248,7 +261,7 @@ func (h *ha) kubeWrites(t *testing.T) *pulse {
 		doors[name] = h.kube(h.c.machine(t, name).Port(6443), "127.0.0.1")
 		t.Cleanup(doors[name].CloseIdleConnections)
 	}
-	return &pulse{Every: haSlow * 500 * time.Millisecond, Limit: haSlow * 15 * time.Second, Slow: haSlow, Try: func(ctx context.Context, door string) (string, error) {
+	return &pulse{Every: slowly(500 * time.Millisecond), Limit: slowly(15 * time.Second), Slow: haSlow, Try: func(ctx context.Context, door string) (string, error) {
 		_, err := call(ctx, doors[door], http.MethodPatch, "/api/v1/namespaces/default/configmaps/written", fmt.Sprintf(`{"data":{"count":"%d"}}`, time.Now().UnixNano()))
 		return door, err
 	}}
@@ -265,7 +278,7 @@ func (h *ha) visited(t *testing.T, f func()) []string {
 	g.Go(func() { v.run(ctx) })
 	defer g.Wait()
 	defer stop()
-	eventually(t, 5*time.Minute, "requests are answered", func() error {
+	eventually(t, slowly(2*time.Minute), "requests are answered", func() error {
 		if n := v.answered(); n < haLeastReady {
 			return fmt.Errorf("%d so far", n)
 		}

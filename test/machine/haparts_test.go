@@ -12,11 +12,11 @@ func (h *ha) rolls(t *testing.T) {
 	before := h.c.mustBoots(t)
 	start := time.Now()
 	missed := h.visited(t, func() {
-		if out, err := h.n.try(t.Context(), 2*time.Minute, "bhctl", "reboot", "--cluster", "--detach", "--drain-timeout", "5m", "--node-timeout", "15m"); err != nil {
+		if out, err := h.n.try(t.Context(), slowly(time.Minute), "bhctl", "reboot", "--cluster", "--detach", "--drain-timeout", "5m", "--node-timeout", "15m"); err != nil {
 			t.Fatalf("bhctl reboot --cluster: %v\n%s", err, out)
 		}
 		last := ""
-		eventually(t, haRoll, "all have restarted", func() error {
+		eventually(t, slowly(haRoll), "all have restarted", func() error {
 			var st rollingStatus
 			if err := h.c.ask(t, &st, "rolling", "status"); err != nil {
 				return err
@@ -45,7 +45,7 @@ func (h *ha) rolls(t *testing.T) {
 	if len(missed) > 0 {
 		t.Errorf("requests failed at every node that they tried: %q", missed)
 	}
-	h.c.states(t, 5*time.Minute, h.c.ready())
+	h.c.states(t, slowly(2*time.Minute), h.c.ready())
 	after := h.c.mustBoots(t)
 	for _, name := range h.c.nodes {
 		if after[name] == before[name] || after[name] == "" {
@@ -69,17 +69,17 @@ func (h *ha) holderDies(t *testing.T) {
 // through the address. Then it is powered on again, and all is as before.
 func (h *ha) dies(t *testing.T, pick func(leader, holder string) string) {
 	tokens, kube := h.c.tokenWrites(t, haSlow), h.kubeWrites(t)
-	address := &pulse{Every: haSlow * 500 * time.Millisecond, Limit: haSlow * 5 * time.Second, Slow: haSlow, Try: h.atVirtual(t)}
+	address := &pulse{Every: slowly(500 * time.Millisecond), Limit: slowly(5 * time.Second), Slow: haSlow, Try: h.atVirtual(t)}
 	const door = "the virtual address"
 	address.start(t.Context(), door)
 	var name string
 	missed := h.visited(t, func() {
 		for _, p := range []*pulse{kube, tokens} { // tokens last, and not for long: a cluster keeps a thousand
 			p.start(t.Context(), h.c.nodes[:3]...)
-			p.beatsAt(t, time.Minute, "each takes writes", time.Now(), h.c.nodes[:3]...)
+			p.beatsAt(t, slowly(20*time.Second), "each takes writes", time.Now(), h.c.nodes[:3]...)
 		}
 		leader, asked := h.c.leader(t), time.Now()
-		address.beatsAt(t, 5*time.Minute, door+" answers", asked, door)
+		address.beatsAt(t, slowly(2*time.Minute), door+" answers", asked, door)
 		at, err := address.after(asked, anyBeat)
 		if err != nil {
 			t.Fatal(err)
@@ -99,19 +99,19 @@ func (h *ha) dies(t *testing.T, pick func(leader, holder string) string) {
 
 	lost := h.c.ready()
 	lost[name] = "lost"
-	h.c.states(t, 5*time.Minute, lost)
+	h.c.states(t, slowly(2*time.Minute), lost)
 	m := h.c.machine(t, name)
 	if err := m.Start(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
-	h.c.states(t, haSettle, h.c.ready())
+	h.c.states(t, slowly(haSettle), h.c.ready())
 	h.shopReady(t)
 }
 
 // moves waits until another than the dead machine answers at the virtual address. detected is how long etcd needed to take writes again: until then nobody can take the address.
 func (h *ha) moves(t *testing.T, address *pulse, d death, detected time.Duration) {
 	var b beat
-	eventually(t, haSlow*2*time.Minute, "the virtual address is at another node", func() (err error) {
+	eventually(t, slowly(2*time.Minute), "the virtual address is at another node", func() (err error) {
 		b, err = address.after(d.proved, func(b beat) bool { return b.who != d.machine })
 		return err
 	})
@@ -126,8 +126,8 @@ func (h *ha) moves(t *testing.T, address *pulse, d death, detected time.Duration
 func (h *ha) kubectlWorks(t *testing.T, away string) {
 	try := func(what string, args ...string) {
 		t.Helper()
-		eventually(t, 3*time.Minute, "kubectl works through "+what, func() error {
-			_, err := h.n.try(t.Context(), time.Minute, "kubectl", append(args, "get", "nodes")...)
+		eventually(t, slowly(time.Minute), "kubectl works through "+what, func() error {
+			_, err := h.n.try(t.Context(), slowly(20*time.Second), "kubectl", append(args, "get", "nodes")...)
 			return err
 		})
 	}
@@ -138,8 +138,8 @@ func (h *ha) kubectlWorks(t *testing.T, away string) {
 	}
 	try("the virtual address", fmt.Sprintf("--server=https://127.0.0.1:%d", h.c.machine(t, "test-w1").Port(virtualPort)), "--tls-server-name="+virtualIP)
 	// The worker's kubelet calls by its own node's balancer: it reports all the same.
-	eventually(t, 5*time.Minute, "the worker is Ready", func() error {
-		out, err := h.n.try(t.Context(), time.Minute, "kubectl", fmt.Sprintf("--server=https://127.0.0.1:%d", h.c.machine(t, "test-w1").Port(virtualPort)), "--tls-server-name="+virtualIP,
+	eventually(t, slowly(2*time.Minute), "the worker is Ready", func() error {
+		out, err := h.n.try(t.Context(), slowly(20*time.Second), "kubectl", fmt.Sprintf("--server=https://127.0.0.1:%d", h.c.machine(t, "test-w1").Port(virtualPort)), "--tls-server-name="+virtualIP,
 			"get", "node", "test-w1", "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
 		if err == nil && out != "True" {
 			err = fmt.Errorf("Ready is %q", out)

@@ -17,11 +17,14 @@ import (
 
 // What a client of the Service does about a request that fails: as a balancer in front of the nodes does, it goes to another node. Each try is a connection of its own.
 const (
-	visitTries    = 4                         // of one request, each at another node
-	visitPatience = haSlow * 10 * time.Second // of one try, 10 s for the machines; a node that has just died accepts and says nothing, because QEMU accepts for it
-	visitPause    = haSlow * 200 * time.Millisecond
-	visitorCount  = 2
-	mostMissed    = 5 // requests that failed for good which a report tells of
+	visitTries   = 4 // of one request, each at another node
+	visitorCount = 2
+	mostMissed   = 5 // requests that failed for good which a report tells of
+)
+
+var (
+	visitPatience = slowly(10 * time.Second) // of one try; a node that has just died accepts and says nothing, because QEMU accepts for it
+	visitPause    = slowly(200 * time.Millisecond)
 )
 
 // visitors ask a Service all the time, beginning at each node in turn. The zero value with doors set is ready.
