@@ -81,10 +81,7 @@ dist: image ## other forms of the image, beside it: qcow2 for clouds, an ISO to 
 	@out/bin/mkimage convert qcow2 $(IMAGE)
 	@out/bin/mkimage convert iso $(IMAGE)
 
-reproducible: dist again ## build the image a second time, elsewhere and from nothing, and compare
-
-.PHONY: again
-again:
+reproducible: dist ## build the image a second time, elsewhere and from nothing, and compare
 	@rm -rf out/again && mkdir -p out/again/bin
 	@GOCACHE=$(abspath out/again/gocache) $(GOBUILD) -o out/again/bin/ $(NODE) $(HOST)
 	@out/again/bin/mkimage build --bin out/again/bin --kubernetes $(KUBERNETES) --out out/again/image $(IMAGEFLAGS)
@@ -106,17 +103,11 @@ CALM = ./test/machine:Faults ./test/machine:Upgrade ./test/machine:Cut ./test/ma
   ./test/machine:BootSecurity ./deploy/qemu:LANInVM ./deploy/qemu:Boot ./services/kubeletd:NodesAndTheRealAPIServer ./services/kubeletd:NodeDrainAndTheRealAPIServer
 CALMHERE := $(shell echo $(patsubst ./test/machine:%,%,$(filter ./test/machine:%,$(CALM))) | tr ' ' '|')
 
-test-vm: ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
-	@$(MAKE) -k test-vm-calm test-vm-rest
-
-.PHONY: test-vm-calm test-vm-rest
-test-vm-calm: image observer
-	@out/bin/mkimage fetch && rm -rf out/test-kernel && dpkg-deb -x $(KERNEL_DEB) out/test-kernel && ln -s usr/lib out/test-kernel/lib
-	@printf '%s\n' $(CALM) | xargs -P 2 -I@ sh -c 't=@; f=out/vm-$$$$.json; $(VMTEST) -run "^Test$${t#*:}$$" $${t%:*} > $$f; flock out cat $$f; rm $$f' | REPORT_LIVE=1 go run ./test/report
-
-test-vm-rest: image observer
+test-vm: image observer ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
 	@test/tools/install.sh
-	@$(VMTEST) -skip '^Test($(CALMHERE))$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
+	@out/bin/mkimage fetch && rm -rf out/test-kernel && dpkg-deb -x $(KERNEL_DEB) out/test-kernel && ln -s usr/lib out/test-kernel/lib
+	@{ printf '%s\n' $(CALM) | xargs -P 2 -I@ sh -c 't=@; f=out/vm-$$$$.json; $(VMTEST) -run "^Test$${t#*:}$$" $${t%:*} > $$f; flock out cat $$f; rm $$f'; \
+	  $(VMTEST) -skip '^Test($(CALMHERE))$$' ./test/machine; } | REPORT_LIVE=1 go run ./test/report
 
 test-matrix: observer ## one node, every daemon killed, stopped, starved, flooded and without what it needs (a quarter of an hour); see docs/faults.md
 	@BULKHEAD_VM=1 BULKHEAD_VM_STEPS=up,faults go test -json -count=1 -timeout 60m -run 'TestNode$$' ./test/machine | REPORT_LIVE=1 go run ./test/report
@@ -147,16 +138,11 @@ bench: image observer ## the figures of the design with their budgets, measured 
 fuzz: ## every fuzz target for FUZZTIME (20s, 5m), or those that ONLY matches; see docs/fuzzing.md
 	@go run ./test/fuzz -time $(FUZZTIME) -only '$(ONLY)'
 
-lint: vet staticcheck ## gofmt, vet, staticcheck; generated code is what gen makes
-
-.PHONY: vet staticcheck
-vet:
+lint: ## gofmt, vet, staticcheck; generated code is what gen makes
 	@test -z "$$(gofmt -l $$(git ls-files '*.go') | tee /dev/stderr)"
 	@go vet ./...
-	@$(MAKE) -s gen && git diff --exit-code -- '*.pb.go' '*.pb.gw.go' gateway/openapi.json init/units.go internal/syscalls/names.go internal/methods/table.go config/methods.go || { echo "lint: commit what \"make gen\" made" >&2; exit 1; }
-
-staticcheck:
 	@go tool staticcheck ./...
+	@$(MAKE) -s gen && git diff --exit-code -- '*.pb.go' '*.pb.gw.go' gateway/openapi.json init/units.go internal/syscalls/names.go internal/methods/table.go config/methods.go || { echo "lint: commit what \"make gen\" made" >&2; exit 1; }
 
 gen: ## generated code: protocols, units
 	@go run ./api/gen
