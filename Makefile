@@ -83,7 +83,7 @@ dist: image ## other forms of the image, beside it: qcow2 for clouds, an ISO to 
 
 reproducible: dist ## build the image a second time, elsewhere and from nothing, and compare
 	@rm -rf out/again && mkdir -p out/again/bin
-	@GOCACHE=$(abspath out/again/gocache) $(GOBUILD) -o out/again/bin/ $(NODE) $(HOST)
+	@GOCACHE=$(abspath out/again/gocache) $(GOBUILD) -o out/again/bin/ $(NODE) ./cmd/mkimage
 	@out/again/bin/mkimage build --bin out/again/bin --kubernetes $(KUBERNETES) --out out/again/image $(IMAGEFLAGS)
 	@for f in qcow2 iso; do out/again/bin/mkimage convert $$f out/again/image || exit 1; done
 	@cmp $(IMAGE)/manifest.json out/again/image/manifest.json
