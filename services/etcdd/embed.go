@@ -132,7 +132,8 @@ func (m *member) forget() error {
 	if err := dropData(m.cfg.DataDir); err != nil {
 		return err
 	}
-	return writePhase(m.cfg.DataDir, left)
+	_, err := m.changePhase(left, leaving, abandoning, removed, left) // not if it was ordered to come back, or to be restored, meanwhile
+	return err
 }
 
 // certify asks for a certificate with an address, and the node's name.
@@ -278,9 +279,9 @@ func (m *member) retire() error {
 	m.mu.Lock()
 	ended := m.ended
 	m.mu.Unlock()
-	p, err := readPhase(m.cfg.DataDir)
-	if err == nil && p != leaving {
-		err = writePhase(m.cfg.DataDir, removed) // before its files are closed: a restart from here on knows
+	p, err := m.changePhase(removed, inCluster, removed) // before its files are closed: a restart from here on knows
+	if errs.Is(err, errs.Precondition) {                 // by order: that goes on
+		err = nil
 	}
 	m.Stop()
 	if err == nil && p == leaving {

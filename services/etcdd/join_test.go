@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -276,5 +277,34 @@ func TestPhase(t *testing.T) {
 	}
 	if p, err := readPhase(dir); err == nil {
 		t.Errorf("an unknown phase was read as %q; to join by mistake is worse than to wait", p)
+	}
+}
+
+// TestPhasesAtOnce: orders and the loop change the phase at once; none fails, and an order to abandon is not taken back by who had another one in mind.
+func TestPhasesAtOnce(t *testing.T) {
+	m := &member{cfg: Config{DataDir: t.TempDir()}}
+	var g sync.WaitGroup
+	for range 8 {
+		g.Go(func() {
+			for range 20 {
+				if _, err := m.changePhase(abandoning); err != nil {
+					t.Errorf("abandon: %v", err)
+				}
+				if _, err := m.changePhase(left, leaving, abandoning, left); err != nil {
+					t.Errorf("forget: %v", err)
+				}
+			}
+		})
+	}
+	g.Wait()
+	if _, err := m.changePhase(abandoning); err != nil {
+		t.Fatal(err)
+	}
+	m.stay()
+	if _, err := m.changePhase(leaving, inCluster, leaving); !errs.Is(err, errs.Precondition) || !strings.Contains(errs.Text(err), "abandoning") {
+		t.Errorf("leave while it is abandoned: %v", err)
+	}
+	if p, err := readPhase(m.cfg.DataDir); p != abandoning || err != nil {
+		t.Errorf("the phase is %q, %v, want abandoning", p, err)
 	}
 }

@@ -68,6 +68,7 @@ type member struct {
 	name    string           // guarded by mu; of the node, "" until it is known
 	started chan *embed.Etcd // the one that runs now, for awaitEnd
 	changes chan struct{}    // one slot, for who changes the membership
+	phases  sync.Mutex       // held while the phase is changed
 	level   zap.AtomicLevel  // of etcd's log
 	wait    time.Duration    // for an answer of the member; tests that break it have less patience
 	tick    uint             // milliseconds between two heartbeats; the same

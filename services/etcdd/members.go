@@ -135,7 +135,7 @@ func (s *server) abandon() error {
 	if !isDir(m.cfg.DataDir) {
 		return errs.New(errs.Unavailable, "leave: volume VAR is not there yet")
 	}
-	if err := writePhase(m.cfg.DataDir, abandoning); err != nil {
+	if _, err := m.changePhase(abandoning); err != nil {
 		return err
 	}
 	s.d.env.Log.Warn("member abandoned by order: others may count on its vote still", "step", "member leave")
@@ -166,8 +166,8 @@ func (m *member) leave(ctx context.Context) error {
 	m.mu.Lock()
 	ended := m.ended
 	m.mu.Unlock()
-	if err := writePhase(m.cfg.DataDir, leaving); err != nil {
-		return err
+	if _, err := m.changePhase(leaving, inCluster, leaving); err != nil {
+		return errs.New(errs.Of(err), "leave: %w", err)
 	}
 	call, cancel := context.WithTimeout(ctx, callTime)
 	err = connected(call, func(ctx context.Context) error { _, err := client.MemberRemove(ctx, own); return err })
@@ -200,7 +200,7 @@ func (m *member) leave(ctx context.Context) error {
 
 // stay takes an order to leave back that was refused.
 func (m *member) stay() {
-	if err := writePhase(m.cfg.DataDir, inCluster); err != nil {
+	if was, err := m.changePhase(inCluster, inCluster, leaving); err != nil && was != abandoning {
 		m.cfg.Env.Log.Error("order to leave not taken back", "err", err.Error())
 	}
 }
@@ -227,7 +227,7 @@ func (s *server) Rejoin(context.Context, *etcdv1.RejoinRequest) (*etcdv1.RejoinR
 	if err := dropData(dir); err != nil {
 		return nil, err
 	}
-	if err := writePhase(dir, inCluster); err != nil {
+	if _, err := s.d.kernel.changePhase(inCluster, left, removed); err != nil {
 		return nil, err
 	}
 	s.d.loop.Wake()

@@ -1,12 +1,16 @@
 package etcdd
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+
+	"github.com/bulkhead-os/bulkhead/internal/errs"
 )
 
 // phase is where a member is on its way out, or to another beginning. It lies in a file of the data folder, so that a restart at any moment goes on from there; reset
@@ -41,7 +45,22 @@ func readPhase(dir string) (phase, error) {
 	}
 }
 
-// writePhase returns when it is on the disk.
+// changePhase writes the phase if it is one of from, any if none are named, and returns what it was; an error if it was another. Orders and the loop may call it at once: no order
+// is lost that one of them did not know of.
+func (m *member) changePhase(to phase, from ...phase) (phase, error) {
+	m.phases.Lock()
+	defer m.phases.Unlock()
+	was, err := readPhase(m.cfg.DataDir)
+	if err != nil && len(from) > 0 {
+		return was, err
+	}
+	if len(from) > 0 && !slices.Contains(from, was) {
+		return was, errs.New(errs.Precondition, "this node's etcd member is %s", cmp.Or(string(was), "in the cluster"))
+	}
+	return was, writePhase(m.cfg.DataDir, to)
+}
+
+// writePhase returns when it is on the disk. One at a time: see changePhase.
 func writePhase(dir string, p phase) error {
 	path := filepath.Join(dir, phaseFile)
 	if p == inCluster {

@@ -53,7 +53,7 @@ func (s *server) Restore(in grpc.ClientStreamingServer[etcdv1.RestoreRequest, et
 	if err := os.Rename(filepath.Join(m.cfg.DataDir, restoreNew), filepath.Join(m.cfg.DataDir, restoreFile)); err != nil {
 		return err
 	}
-	if err := writePhase(m.cfg.DataDir, restoring); err != nil {
+	if _, err := m.changePhase(restoring); err != nil {
 		return err
 	}
 	s.d.env.Log.Warn("restore ordered: what was written since the snapshot is lost", "step", "member restore")
@@ -148,7 +148,7 @@ func (m *member) restore(name, url string) error {
 	if err := syncDir(dir); err != nil {
 		return err
 	}
-	if err := writePhase(dir, inCluster); err != nil {
+	if _, err := m.changePhase(inCluster, restoring); err != nil {
 		return err
 	}
 	return errors.Join(os.RemoveAll(made), os.Remove(filepath.Join(dir, restoreFile)))
