@@ -383,3 +383,20 @@ func TestNodeNamesItself(t *testing.T) {
 		}
 	})
 }
+
+// TestApplyName: what a text is called stands before every error, and in lists that people see.
+func TestApplyName(t *testing.T) {
+	n := newNode(t)
+	n.host.mounted = true
+	d, stop := n.start()
+	defer stop()
+	for _, name := range []string{" n.yaml", "n.yaml\n", "a\x1b[2Jb", "\t", "a\u202eb"} {
+		_, err := (&configServer{d: d}).Apply(t.Context(), &configv1.ApplyRequest{Name: name})
+		if !errs.Is(err, errs.Invalid) || !strings.HasPrefix(errs.Text(err), "name: found ") || strings.ContainsAny(errs.Text(err), "\n\t\x1b\u202e") {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+	if _, err := (&configServer{d: d}).Apply(t.Context(), &configv1.ApplyRequest{Name: "Äpfel und Birnen.yaml"}); err != nil {
+		t.Error(err)
+	}
+}

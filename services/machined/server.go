@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"strings"
 	"time"
+	"unicode"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -31,6 +33,10 @@ func (s *configServer) Apply(ctx context.Context, r *configv1.ApplyRequest) (*co
 	}
 	if len(name) > maxName {
 		return nil, errs.New(errs.Invalid, "name: %d bytes; at most %d are allowed", len(name), maxName)
+	}
+	// It begins the lines of errors, and stands in lists that people see.
+	if strings.TrimSpace(name) != name || strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return nil, errs.New(errs.Invalid, "name: found %q; printable characters are allowed, without a space at either end", name)
 	}
 	set, err := config.Parse(name, []byte(r.GetDocuments()))
 	if err != nil {
