@@ -94,7 +94,7 @@ func Normalize(kind, text string) ([]byte, error) {
 		}
 		return []byte(text), nil
 	}
-	return nil, fmt.Errorf("%q is no kind of key that a person has", kind)
+	return nil, fmt.Errorf("%.32q is no kind of key that a person has", kind)
 }
 
 // Verifier returns what a node keeps of a key: from a passphrase by argon2id, with the cost of the keyslot, so that it is no easier to guess

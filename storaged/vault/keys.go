@@ -111,7 +111,7 @@ func (v *Vault) wished(ctx context.Context, folder *os.Root, w Wish) (c luks.Cha
 			c.Token, err = newToken(Service, s)
 		}
 	default:
-		return c, errs.New(errs.Invalid, "a key of kind %q cannot be added", w.Kind)
+		return c, errs.New(errs.Invalid, "a key of kind %.32q cannot be added", w.Kind)
 	}
 	if err != nil {
 		return c, errs.New(errs.Precondition, "%s: %w", w.Kind, err)
