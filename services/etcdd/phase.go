@@ -45,8 +45,8 @@ func readPhase(dir string) (phase, error) {
 	}
 }
 
-// changePhase writes the phase if it is one of from, any if none are named, and returns what it was; an error if it was another. Orders and the loop may call it at once: no order
-// is lost that one of them did not know of.
+// changePhase writes the phase, and returns what it was. If from is named and it was none of these, nothing is written, and the error's kind is Precondition. Orders and the
+// loop may call it at once: none takes back an order that it did not know of.
 func (m *member) changePhase(to phase, from ...phase) (phase, error) {
 	m.phases.Lock()
 	defer m.phases.Unlock()

@@ -41,8 +41,8 @@ const (
 // haSlow is how many times slower: BULKHEAD_HA_SLOW, or 3, which is enough for two cores that build Kubernetes in ten minutes.
 var haSlow = func() int {
 	n, err := strconv.Atoi(cmp.Or(os.Getenv("BULKHEAD_HA_SLOW"), "3"))
-	if err != nil || n < 1 {
-		panic(fmt.Sprintf("BULKHEAD_HA_SLOW=%q: want a whole number, 1 or more", os.Getenv("BULKHEAD_HA_SLOW")))
+	if err != nil || n < 2 || n > 10 {
+		panic(fmt.Sprintf("BULKHEAD_HA_SLOW=%q: want a whole number from 2 to 10", os.Getenv("BULKHEAD_HA_SLOW")))
 	}
 	return n
 }()
@@ -108,22 +108,22 @@ func (h *ha) up(t *testing.T) {
 	}
 	t.Logf("» four nodes with Kubernetes are ready after %s", time.Since(start).Round(time.Second))
 	h.addVirtual(t)
-	if _, err := h.n.try(t.Context(), slowly(2*time.Minute), "bhctl", "kubeconfig", "--file", h.n.kubeconfig); err != nil {
+	if _, err := h.n.try(t.Context(), slowly(100*time.Second), "bhctl", "kubeconfig", "--file", h.n.kubeconfig); err != nil {
 		t.Fatal(err)
 	}
 	h.credentials(t)
-	eventually(t, slowly(2*time.Minute), "the Service is made", func() error {
-		_, err := h.n.try(t.Context(), slowly(time.Minute), "kubectl", "apply", "-f", filepath.Join(h.n.root, "test/machine/testdata/ha.yaml"))
+	eventually(t, slowly(100*time.Second), "the Service is made", func() error {
+		_, err := h.n.try(t.Context(), slowly(40*time.Second), "kubectl", "apply", "-f", filepath.Join(h.n.root, "test/machine/testdata/ha.yaml"))
 		return err
 	})
 	h.shopReady(t)
 	for _, name := range h.c.nodes {
-		eventually(t, slowly(2*time.Minute), "the Service answers at "+name, func() error {
+		eventually(t, slowly(100*time.Second), "the Service answers at "+name, func() error {
 			_, err := ask(t.Context(), &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, h.shop(t, name))
 			return err
 		})
 	}
-	eventually(t, slowly(2*time.Minute), "an API server answers at the virtual address", func() error {
+	eventually(t, slowly(100*time.Second), "an API server answers at the virtual address", func() error {
 		_, err := h.atVirtual(t)(t.Context(), "")
 		return err
 	})
@@ -132,7 +132,7 @@ func (h *ha) up(t *testing.T) {
 // addVirtual puts the address into each control plane's document.
 func (h *ha) addVirtual(t *testing.T) {
 	for _, name := range h.c.nodes[:3] {
-		out, err := h.n.try(t.Context(), slowly(time.Minute), "bhctl", "-n", name, "get", "config")
+		out, err := h.n.try(t.Context(), slowly(40*time.Second), "bhctl", "-n", name, "get", "config")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -144,7 +144,7 @@ func (h *ha) addVirtual(t *testing.T) {
 		if err := os.WriteFile(file, []byte(strings.Replace(out, kind, kind+"virtualIPs: ["+virtualIP+"]\n", 1)), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if out, err := h.n.try(t.Context(), slowly(2*time.Minute), "bhctl", "-n", name, "apply", "-f", file); err != nil {
+		if out, err := h.n.try(t.Context(), slowly(100*time.Second), "bhctl", "-n", name, "apply", "-f", file); err != nil {
 			t.Fatalf("apply to %s: %v\n%s", name, err, out)
 		}
 	}
@@ -278,7 +278,7 @@ func (h *ha) visited(t *testing.T, f func()) []string {
 	g.Go(func() { v.run(ctx) })
 	defer g.Wait()
 	defer stop()
-	eventually(t, slowly(2*time.Minute), "requests are answered", func() error {
+	eventually(t, slowly(100*time.Second), "requests are answered", func() error {
 		if n := v.answered(); n < haLeastReady {
 			return fmt.Errorf("%d so far", n)
 		}

@@ -12,7 +12,7 @@ func (h *ha) rolls(t *testing.T) {
 	before := h.c.mustBoots(t)
 	start := time.Now()
 	missed := h.visited(t, func() {
-		if out, err := h.n.try(t.Context(), slowly(time.Minute), "bhctl", "reboot", "--cluster", "--detach", "--drain-timeout", "5m", "--node-timeout", "15m"); err != nil {
+		if out, err := h.n.try(t.Context(), slowly(40*time.Second), "bhctl", "reboot", "--cluster", "--detach", "--drain-timeout", "5m", "--node-timeout", "15m"); err != nil {
 			t.Fatalf("bhctl reboot --cluster: %v\n%s", err, out)
 		}
 		last := ""
@@ -45,7 +45,7 @@ func (h *ha) rolls(t *testing.T) {
 	if len(missed) > 0 {
 		t.Errorf("requests failed at every node that they tried: %q", missed)
 	}
-	h.c.states(t, slowly(2*time.Minute), h.c.ready())
+	h.c.states(t, slowly(100*time.Second), h.c.ready())
 	after := h.c.mustBoots(t)
 	for _, name := range h.c.nodes {
 		if after[name] == before[name] || after[name] == "" {
@@ -79,7 +79,7 @@ func (h *ha) dies(t *testing.T, pick func(leader, holder string) string) {
 			p.beatsAt(t, slowly(20*time.Second), "each takes writes", time.Now(), h.c.nodes[:3]...)
 		}
 		leader, asked := h.c.leader(t), time.Now()
-		address.beatsAt(t, slowly(2*time.Minute), door+" answers", asked, door)
+		address.beatsAt(t, slowly(100*time.Second), door+" answers", asked, door)
 		at, err := address.after(asked, anyBeat)
 		if err != nil {
 			t.Fatal(err)
@@ -99,7 +99,7 @@ func (h *ha) dies(t *testing.T, pick func(leader, holder string) string) {
 
 	lost := h.c.ready()
 	lost[name] = "lost"
-	h.c.states(t, slowly(2*time.Minute), lost)
+	h.c.states(t, slowly(100*time.Second), lost)
 	m := h.c.machine(t, name)
 	if err := m.Start(t.Context(), nil); err != nil {
 		t.Fatal(err)
@@ -138,7 +138,7 @@ func (h *ha) kubectlWorks(t *testing.T, away string) {
 	}
 	try("the virtual address", fmt.Sprintf("--server=https://127.0.0.1:%d", h.c.machine(t, "test-w1").Port(virtualPort)), "--tls-server-name="+virtualIP)
 	// The worker's kubelet calls by its own node's balancer: it reports all the same.
-	eventually(t, slowly(2*time.Minute), "the worker is Ready", func() error {
+	eventually(t, slowly(100*time.Second), "the worker is Ready", func() error {
 		out, err := h.n.try(t.Context(), slowly(20*time.Second), "kubectl", fmt.Sprintf("--server=https://127.0.0.1:%d", h.c.machine(t, "test-w1").Port(virtualPort)), "--tls-server-name="+virtualIP,
 			"get", "node", "test-w1", "-o", `jsonpath={.status.conditions[?(@.type=="Ready")].status}`)
 		if err == nil && out != "True" {

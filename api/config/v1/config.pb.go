@@ -30,7 +30,7 @@ type ApplyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// YAML, one or more documents; at most 1 MiB.
 	Documents string `protobuf:"bytes,1,opt,name=documents,proto3" json:"documents,omitempty"`
-	// What the caller calls the text, for messages: a file's name. "" means "document".
+	// What the caller calls the text, for messages: a file's name, at most 255 bytes of printable characters without a space at either end. "" means "document".
 	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	// Say what would happen and change nothing.
 	DryRun        bool `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
