@@ -4,6 +4,9 @@ VERSION    ?= 0.1.0-dev
 KUBERNETES ?= out/kubernetes# or "none": an image without Kubernetes, built in seconds
 LEVEL      ?= 9# of zstd for the root; 3 packs in half the time and is 8 % larger, 15 takes three times as long and is 7 % smaller
 FUZZTIME   ?= 20s
+ONLY       ?= # tests, for "make fuzz" and "make test-vm": those whose names this regular expression matches
+UNTIL      ?= 0# for "make test-vm": seconds since 1970; what would not end before is left out, and named
+SLOW       ?= 1# how many times slower than usual this host has been
 POISON     ?= init/panic# for "make poison": what is wrong with it, a file of test/machine/testdata/poison
 KEYS       ?= out/keys# to sign the image with: a folder of "mkimage keys"; development keys are made if this one is not there
 BUILT      ?= $(shell TZ=UTC0 git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null)# time of the commit: a node whose clock is before it says so
@@ -13,9 +16,11 @@ CACHE       = $(or $(BULKHEAD_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulk
 KERNEL_DEB  = $(CACHE)/debian/$(shell awk '/^linux-image-[0-9]/ { print $$4 }' deploy/image/debian.lock).deb
 
 export CGO_ENABLED ?= 0
-# With tracing grpc links html/template, and the linker then keeps every method there is: 2.6 MB. Lint and tests say the same, so that each package is compiled once for all of them.
-export GOFLAGS ?= -trimpath -tags=grpcnotrace
-GOBUILD = go build -tags grpcnotrace -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION) -X github.com/bulkhead-os/bulkhead/internal/version.Built=$(BUILT)"
+# With tracing grpc links html/template, and the linker then keeps every method there is: 2.6 MB. Debug information would be made for each package, and left out by the linker.
+# Lint and tests say the same, so that each package is compiled once for all of them.
+export GOFLAGS ?= -trimpath -tags=grpcnotrace -gcflags=all=-dwarf=false
+# The compiler, told nothing, lets its memory grow to 128 MiB first; with this it is a tenth quicker where pages are dear to get.
+GOBUILD = GOGC=200 go build -tags grpcnotrace -trimpath -buildvcs=false -ldflags "-s -w -X github.com/bulkhead-os/bulkhead/internal/version.Version=v$(VERSION) -X github.com/bulkhead-os/bulkhead/internal/version.Built=$(BUILT)"
 IMAGEFLAGS = --version $(VERSION) --level $(LEVEL) --keys $(KEYS) --epoch $(EPOCH)
 POISONED = $(patsubst %/,%,$(dir $(POISON)))
 POISONED_SOURCE = $(if $(filter init,$(POISONED)),init,cmd/$(POISONED))
@@ -95,19 +100,10 @@ test: export CGO_ENABLED = 1
 test: ## every test that needs no virtual machine; "make lint" has vet
 	@{ go test -race -vet=off -json ./trustd ./...; cd test/issuer && go test -race -json ./...; } | go run ./test/report
 
-VMTEST = env BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go test -json -count=1 -timeout 75m
-# Tests that measure nothing and leave a processor or most of two idle: two at a time, the longest first. All others take all processors and have the host for themselves, after
-# these: with one of these beside it, a node with Kubernetes takes twice as long and is not well all the time.
-CALM = ./test/machine:Faults ./test/machine:Upgrade ./test/machine:Cut ./test/machine:CutDisk ./test/machine:BootEnds ./test/machine:Install ./test/machine:VMTwin \
-  ./test/machine:Firmware ./init:VM ./test/machine:Reset ./test/machine:Poison ./test/machine:Full ./storaged:VMCrypt ./test/machine:NodeKeyServer ./deploy/image:VMMeasured \
-  ./test/machine:BootSecurity ./deploy/qemu:LANInVM ./deploy/qemu:Boot ./services/kubeletd:NodesAndTheRealAPIServer ./services/kubeletd:NodeDrainAndTheRealAPIServer
-CALMHERE := $(shell echo $(patsubst ./test/machine:%,%,$(filter ./test/machine:%,$(CALM))) | tr ' ' '|')
-
-test-vm: image observer ## the tests that need a kernel: PID 1 by itself, then the real image, in QEMU
+test-vm: image observer ## the tests that need a kernel, in QEMU, or those that ONLY matches; see docs/testing.md
 	@test/tools/install.sh
 	@out/bin/mkimage fetch && rm -rf out/test-kernel && dpkg-deb -x $(KERNEL_DEB) out/test-kernel && ln -s usr/lib out/test-kernel/lib
-	@{ printf '%s\n' $(CALM) | xargs -P 2 -I@ sh -c 't=@; f=out/vm-$$$$.json; $(VMTEST) -run "^Test$${t#*:}$$" $${t%:*} > $$f; flock out cat $$f; rm $$f'; \
-	  $(VMTEST) -skip '^Test($(CALMHERE))$$' ./test/machine; } | REPORT_LIVE=1 go run ./test/report
+	@BULKHEAD_VM=1 BULKHEAD_TEST_KERNEL=$(abspath out/test-kernel) go run ./test/vms -only '$(ONLY)' -until $(UNTIL) -slow $(SLOW) | REPORT_LIVE=1 go run ./test/report
 
 test-matrix: observer ## one node, every daemon killed, stopped, starved, flooded and without what it needs (a quarter of an hour); see docs/faults.md
 	@BULKHEAD_VM=1 BULKHEAD_VM_STEPS=up,faults go test -json -count=1 -timeout 60m -run 'TestNode$$' ./test/machine | REPORT_LIVE=1 go run ./test/report

@@ -69,11 +69,14 @@ func testFaults(t *testing.T, n *node) {
 	defer rest()
 	start, rows := time.Now(), 0
 	for _, f := range blows() {
-		if !strings.Contains(f.name, os.Getenv("BULKHEAD_MATRIX")) {
-			continue
-		}
-		rows++
-		if !t.Run(f.name, func(t *testing.T) { n.suffer(t, &a, f, before) }) && t.Context().Err() != nil {
+		t.Run(f.name, func(t *testing.T) {
+			if only := os.Getenv("BULKHEAD_MATRIX"); !strings.Contains(f.name, only) {
+				t.Skipf("only rows with %q in their names were asked for", only)
+			}
+			rows++
+			n.suffer(t, &a, f, before)
+		})
+		if t.Context().Err() != nil {
 			break
 		}
 	}

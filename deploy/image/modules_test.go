@@ -1,0 +1,41 @@
+package image
+
+import (
+	"os"
+	"regexp"
+	"testing"
+)
+
+// What a node needs for Kubernetes is built from three modules. A library that two of them share has one version: one to patch, and compiled once.
+func TestModulesShareVersions(t *testing.T) {
+	required := regexp.MustCompile(`(?m)^\t([^\s/]+\.[^\s]+) (v\S+)`)
+	replaced := regexp.MustCompile(`(?m)^\t(\S+) => \S+ (v\S+)`)
+	type use struct{ version, module string }
+	seen, shared := map[string]use{}, 0
+	for _, module := range []string{"kubernetes", "runtime", "dns"} {
+		text, err := os.ReadFile("../" + module + "/go.mod")
+		if err != nil {
+			t.Fatal(err)
+		}
+		uses := map[string]string{}
+		for _, m := range required.FindAllStringSubmatch(string(text), -1) {
+			uses[m[1]] = m[2]
+		}
+		for _, m := range replaced.FindAllStringSubmatch(string(text), -1) {
+			uses[m[1]] = m[2]
+		}
+		for path, version := range uses {
+			switch before, ok := seen[path]; {
+			case !ok:
+				seen[path] = use{version, module}
+			case before.version != version:
+				t.Errorf("%s: %s in deploy/%s, %s in deploy/%s; in deploy: go work sync, and GOWORK=off go mod tidy in each", path, before.version, before.module, version, module)
+			default:
+				shared++
+			}
+		}
+	}
+	if shared < 20 {
+		t.Errorf("only %d libraries are shared; are the go.mod files read right?", shared)
+	}
+}
