@@ -15,6 +15,7 @@ type progress struct {
 	w     io.Writer
 	live  bool
 	start time.Time
+	slow  int // so many times longer than usual each step takes, as the machines' clocks are slow; 0 and 1: as long
 	mu    sync.Mutex
 	note  string // guarded by mu
 }
@@ -33,6 +34,7 @@ func (p *progress) say(note string) {
 // step runs f and shows it. expected is the longest usual time; f may take longer, up to its own limit.
 func (p *progress) step(ctx context.Context, name string, expected time.Duration, f func(context.Context) error) error {
 	p.say("")
+	expected *= time.Duration(max(1, p.slow))
 	begin := time.Now()
 	if !p.live {
 		fmt.Fprintf(p.w, "%5s  %s (up to %s)\n", round(time.Since(p.start)), name, expected)

@@ -91,6 +91,7 @@ func (a *app) up(ctx context.Context, f upFlags) error {
 		return err
 	}
 	p := a.progress()
+	p.slow = m.Slow
 	start := func(ctx context.Context) error { return m.Start(ctx, p.say) }
 	if err := p.step(ctx, "start machine "+f.name, 15*time.Second, start); err != nil {
 		return err

@@ -159,6 +159,7 @@ func highest(cluster string, members []qemu.Machine) (controlPlanes, workers int
 // upCluster does the steps that are not done yet, as up does.
 func (a *app) upCluster(ctx context.Context, c *localCluster) error {
 	p := a.progress()
+	p.slow = c.f.slow
 	n := len(c.places)
 	if err := p.step(ctx, fmt.Sprintf("start %d machines and the network between them", n), time.Duration(15*n)*time.Second, func(ctx context.Context) error { return a.startCluster(ctx, c, p.say) }); err != nil {
 		return err

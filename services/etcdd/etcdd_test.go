@@ -228,3 +228,34 @@ func TestRenewedCertificateIsServed(t *testing.T) {
 		t.Error("the certificate's file was not restored")
 	}
 }
+
+// TestWhileRunning: what waits for a member over a connection of its own ends when the member was stopped, and hears why; before, or after it was released, nothing ends.
+func TestWhileRunning(t *testing.T) {
+	m := &member{ended: make(chan struct{})}
+	client, err := clientv3.New(clientv3.Config{Endpoints: []string{"http://" + free(t)}, Logger: zap.NewNop()}) // nobody is there: it waits
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	ctx, release := m.whileRunning(t.Context())
+	defer release()
+	done := make(chan error, 1)
+	go func() {
+		_, err := client.Defragment(ctx, client.Endpoints()[0])
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		t.Fatalf("it ended while the member runs: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(m.ended)
+	select {
+	case err := <-done:
+		if cause := context.Cause(ctx); err == nil || !errs.Is(cause, errs.Unavailable) || !strings.Contains(errs.Text(cause), "was stopped meanwhile") {
+			t.Errorf("it ended with %v, because of %v", err, cause)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it waits for a member that was stopped")
+	}
+}

@@ -49,6 +49,23 @@ func (m *member) reconfigure(ctx context.Context) (done func(), c *clientv3.Clie
 	return func() { <-m.changes }, c, nil
 }
 
+// whileRunning returns a context that ends with the member, too, with that as its cause. For what etcd's client does over a connection of its own to one endpoint (maintenance): it is not
+// closed with the client, and waits for a member that was stopped meanwhile. The caller calls release. Callers have the client of reconfigure.
+func (m *member) whileRunning(ctx context.Context) (running context.Context, release func()) {
+	m.mu.Lock()
+	ended := m.ended
+	m.mu.Unlock()
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() {
+		select {
+		case <-ctx.Done():
+		case <-ended:
+			cancel(errs.New(errs.Unavailable, "the etcd member was stopped meanwhile"))
+		}
+	}()
+	return ctx, func() { cancel(nil) }
+}
+
 // connected carries out a change of the membership. etcd refuses it until this member has been connected to enough others for five seconds
 // (etcdserver.HealthInterval): right after one came, that is waited for.
 func connected(ctx context.Context, change func(context.Context) error) error {
@@ -293,17 +310,25 @@ func (s *server) Defragment(ctx context.Context, _ *etcdv1.DefragmentRequest) (*
 	}
 	ctx, cancel := context.WithTimeout(ctx, defragTime)
 	defer cancel()
+	ctx, release := m.whileRunning(ctx)
+	defer release()
+	failed := func(what string, err error) error {
+		if cause := context.Cause(ctx); errs.Is(cause, errs.Unavailable) {
+			return errs.New(errs.Unavailable, "%s: %w", what, cause)
+		}
+		return memberError(what, err)
+	}
 	endpoint := client.Endpoints()[0]
 	before, err := client.Status(ctx, endpoint)
 	if err != nil {
-		return nil, memberError("status", err)
+		return nil, failed("status", err)
 	}
 	if _, err := client.Defragment(ctx, endpoint); err != nil {
-		return nil, memberError("defragment", err)
+		return nil, failed("defragment", err)
 	}
 	after, err := client.Status(ctx, endpoint)
 	if err != nil {
-		return nil, memberError("status", err)
+		return nil, failed("status", err)
 	}
 	s.d.env.Log.Info("database defragmented", "step", "defragment")
 	return &etcdv1.DefragmentResponse{BeforeBytes: uint64(before.DbSize), AfterBytes: uint64(after.DbSize)}, nil
