@@ -16,10 +16,6 @@ import (
 // kubeNodes are the machines of "bhctl up --controlplanes 1 --workers 1", and the addresses at which they reach each other.
 var kubeNodes = map[string]string{"test-1": "10.5.0.11", "test-w1": "10.5.0.101"}
 
-// kubeSlow is how many times slower than the host's the machines' clocks run (bhctl up --slow-clocks), for two machines with Kubernetes have a processor of the host each. Limits are in the
-// host's time.
-const kubeSlow = 2
-
 // TestKubeNodes is Kubernetes on a control plane and a worker: pods reach pods of the other node, kubelets have their certificates and a worker's kubeletd cannot give any.
 func TestKubeNodes(t *testing.T) {
 	n := newNode(t)
@@ -30,9 +26,7 @@ func TestKubeNodes(t *testing.T) {
 		}
 	})
 	start := time.Now()
-	// Four emulated processors on two are slower than two.
-	if out, err := n.try(t.Context(), 20*time.Minute, "bhctl", "up", "--name", n.name, "--controlplanes", "1", "--workers", "1", "--image", filepath.Join(n.root, "out/image"),
-		"--memory", "3072", "--cpus", "1", "--slow-clocks", fmt.Sprint(kubeSlow)); err != nil {
+	if out, err := n.try(t.Context(), 20*time.Minute, "bhctl", "up", "--name", n.name, "--controlplanes", "1", "--workers", "1", "--image", filepath.Join(n.root, "out/image"), "--memory", "3072"); err != nil {
 		t.Fatalf("bhctl up: %v\n%s", err, out)
 	}
 	t.Logf("» both nodes are ready after %s", time.Since(start).Round(time.Second))
@@ -135,7 +129,7 @@ func (n *node) podsAcross(t *testing.T) {
 	pods := []string{"on-cp", "on-worker"}
 	address := map[string]string{}
 	for _, pod := range pods {
-		eventually(t, 6*time.Minute, pod+" runs", func() error {
+		eventually(t, 4*time.Minute, pod+" runs", func() error {
 			out, err := n.try(t.Context(), time.Minute, "kubectl", "get", "pod", pod, "-o", "jsonpath={.status.phase} {.status.podIP}")
 			phase, ip, _ := strings.Cut(out, " ")
 			if address[pod] = ip; err == nil && (phase != "Running" || ip == "") {
@@ -148,7 +142,7 @@ func (n *node) podsAcross(t *testing.T) {
 		to := pods[1-i]
 		service := strings.TrimSpace(n.run(t, "kubectl", "get", "service", to, "-o", "jsonpath={.spec.clusterIP}"))
 		for _, url := range []string{"http://" + address[to] + ":8080", "http://" + service, "http://" + to, "http://" + to + ".default.svc.cluster.local"} {
-			eventually(t, 4*time.Minute, from+" reads "+url, func() error {
+			eventually(t, 2*time.Minute, from+" reads "+url, func() error {
 				out, err := n.try(t.Context(), time.Minute, "kubectl", "exec", from, "--", "/hello", "get", url)
 				if err == nil && !strings.Contains(out, "hello from "+to) {
 					err = fmt.Errorf("somebody else answers: %s", out)
@@ -164,7 +158,7 @@ func (n *node) podsAcross(t *testing.T) {
 
 // kubeletCertificates: each kubelet has one to ask with and one to serve with, by way of the certificates API. That "exec" and "logs" went through says that they are good.
 func (n *node) kubeletCertificates(t *testing.T) {
-	eventually(t, 4*time.Minute, "each kubelet has both certificates", func() error {
+	eventually(t, 2*time.Minute, "each kubelet has both certificates", func() error {
 		var list struct {
 			Items []struct {
 				Spec   struct{ SignerName, Username string }
@@ -236,10 +230,10 @@ func lineOf(text, word string) string {
 
 // workerReboots: with nobody's help its pod is reached again.
 func (n *node) workerReboots(t *testing.T) {
-	if _, err := n.try(t.Context(), 16*time.Minute, "bhctl", "-n", "test-w1", "reboot", "--wait=15m"); err != nil {
+	if _, err := n.try(t.Context(), 12*time.Minute, "bhctl", "-n", "test-w1", "reboot", "--wait=10m"); err != nil {
 		t.Fatalf("bhctl reboot: %v", err)
 	}
-	eventually(t, 8*time.Minute, "its pod is reached by name", func() error {
+	eventually(t, 5*time.Minute, "its pod is reached by name", func() error {
 		_, err := n.try(t.Context(), time.Minute, "kubectl", "exec", "on-cp", "--", "/hello", "get", "http://on-worker")
 		return err
 	})
@@ -250,7 +244,7 @@ func (n *node) kubeNodeRemoved(t *testing.T) {
 	if _, err := n.try(t.Context(), 3*time.Minute, "bhctl", "node", "remove", "test-w1", "--yes"); err != nil {
 		t.Fatalf("node remove: %v", err)
 	}
-	eventually(t, 6*time.Minute, "its Node is gone", func() error {
+	eventually(t, 3*time.Minute, "its Node is gone", func() error {
 		out, err := n.try(t.Context(), time.Minute, "kubectl", "get", "nodes", "-o", "jsonpath={.items[*].metadata.name}")
 		if err == nil && out != "test-1" {
 			err = fmt.Errorf("nodes: %s", out)
