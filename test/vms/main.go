@@ -165,7 +165,7 @@ func (r *runner) one(t test) {
 		r.event("fail", t, "")
 		return
 	}
-	cmd := exec.Command("go", "tool", "test2json", "-p", module+t.pkg, r.program(t), "-test.v=test2json", "-test.timeout="+limit.String(), "-test.run="+pattern)
+	cmd := exec.Command("go", "tool", "test2json", "-t", "-p", module+t.pkg, r.program(t), "-test.v=test2json", "-test.timeout="+limit.String(), "-test.run="+pattern)
 	cmd.Dir = t.pkg
 	var out bytes.Buffer // of one test at a time, or lines of several would mingle
 	cmd.Stdout, cmd.Stderr = &out, &out
