@@ -167,8 +167,11 @@ func (r *runner) one(t test) {
 	}
 	cmd := exec.Command("go", "tool", "test2json", "-t", "-p", module+t.pkg, r.program(t), "-test.v=test2json", "-test.timeout="+limit.String(), "-test.run="+pattern)
 	cmd.Dir = t.pkg
-	var out bytes.Buffer // of one test at a time, or lines of several would mingle
+	var out bytes.Buffer // lines of several tests would mingle
 	cmd.Stdout, cmd.Stderr = &out, &out
+	if t.lanes == lanes {
+		cmd.Stdout, cmd.Stderr = r.out, r.out // as it says it: nobody else does
+	}
 	start := time.Now()
 	_ = cmd.Run() // whether it passed is in what it wrote
 	r.ended(t, time.Since(start), out.Bytes())
