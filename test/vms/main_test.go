@@ -14,7 +14,7 @@ import (
 func TestNoTimeIsLeft(t *testing.T) {
 	var out bytes.Buffer
 	r := &runner{out: &out, begun: time.Now(), until: time.Now().Add(time.Minute), pace: 1, programs: t.TempDir()}
-	one := test{"test/machine", "Faults", 1, 40 * time.Second}
+	one := test{pkg: "test/machine", name: "Faults", lanes: 1, usual: 40 * time.Second}
 	r.took, r.usual = 100*time.Second, 50*time.Second // twice as slow
 	r.one(one)
 	var actions []string
@@ -38,7 +38,7 @@ func TestNoTimeIsLeft(t *testing.T) {
 
 // Tests are made shorter only where there is not time for all.
 func TestShort(t *testing.T) {
-	todo := []test{{"a", "A", 1, time.Minute}, {"b", "B", 2, time.Minute}} // a minute and a half
+	todo := []test{{lanes: 1, usual: time.Minute}, {lanes: 2, usual: time.Minute}} // a minute and a half
 	for _, c := range []struct {
 		until time.Duration
 		pace  float64
