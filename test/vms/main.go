@@ -5,8 +5,8 @@
 //	go run ./test/vms -only 'Faults|Upgrade'
 //	go run ./test/vms -until 1795874400
 //
-// With -until, on a host on which there is no time for all: TestFaults is shorter, the fault matrix has its rows with kills, and a test that would not end in
-// time is not begun, by how long it usually takes and how quick this host has been. All that is left out is written as skipped, with the reason.
+// With -until, on a host on which there is no time for all, which is said: TestFaults is shorter, the fault matrix has its rows with kills, and a test that would
+// not end in time is not begun, by how long it usually takes and how quick this host has been. Rows and tests that are left out are written as skipped, with the reason.
 package main
 
 import (
@@ -64,6 +64,7 @@ func main() {
 
 type runner struct {
 	programs string // the folder of test programs
+	events   string // the program that makes events of what a test program says (go tool test2json)
 	begun    time.Time
 	until    time.Time // zero: there is time for all
 	pace     float64   // before a test has ended: how many times longer than usual things take
@@ -85,6 +86,11 @@ func (r *runner) run(only string) error {
 	if r.programs, err = filepath.Abs("out/vms"); err != nil {
 		return err
 	}
+	tool, err := exec.Command("go", "tool", "-n", "test2json").Output()
+	if err != nil {
+		return fmt.Errorf("go tool test2json: %w", err)
+	}
+	r.events = strings.TrimSpace(string(tool))
 	if err := r.build(todo); err != nil {
 		return err
 	}
@@ -171,7 +177,7 @@ func (r *runner) one(t test) {
 		r.event("fail", t, "")
 		return
 	}
-	cmd := exec.Command("go", "tool", "test2json", "-t", "-p", module+t.pkg, r.program(t), "-test.v=test2json", "-test.timeout="+limit.String(), "-test.run="+pattern)
+	cmd := exec.Command(r.events, "-t", "-p", module+t.pkg, r.program(t), "-test.v=test2json", "-test.timeout="+limit.String(), "-test.run="+pattern)
 	cmd.Dir = t.pkg
 	var out bytes.Buffer // lines of several tests would mingle
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -179,8 +185,12 @@ func (r *runner) one(t test) {
 		cmd.Stdout, cmd.Stderr = r.out, r.out // as it says it: nobody else does
 	}
 	start := time.Now()
-	_ = cmd.Run() // whether it passed is in what it wrote
+	err = cmd.Run()
 	r.ended(t, time.Since(start), out.Bytes())
+	if err != nil && cmd.ProcessState.ExitCode() != 1 { // with 1 the events say what failed; else it did not get as far
+		r.event("output", t, fmt.Sprintf("%s: %v\n", cmd, err))
+		r.event("fail", t, "")
+	}
 }
 
 // pattern is the argument of -test.run.

@@ -36,6 +36,16 @@ func TestNoTimeIsLeft(t *testing.T) {
 	}
 }
 
+// What did not get as far as to say what failed has failed, too.
+func TestNotRun(t *testing.T) {
+	var out bytes.Buffer
+	r := &runner{out: &out, begun: time.Now(), pace: 1, programs: t.TempDir(), events: "no-such-program"}
+	r.one(test{pkg: "../../test/machine", name: "Faults", lanes: 1, usual: time.Second})
+	if text := out.String(); !strings.Contains(text, "no-such-program") || !strings.Contains(text, `"Action":"fail"`) {
+		t.Errorf("a test that was not run is told as %q, want a failure with the reason", text)
+	}
+}
+
 // Tests are made shorter only where there is not time for all.
 func TestShort(t *testing.T) {
 	todo := []test{{lanes: 1, usual: time.Minute}, {lanes: 2, usual: time.Minute}} // a minute and a half
