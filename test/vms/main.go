@@ -29,6 +29,7 @@ const (
 	module = "github.com/bulkhead-os/bulkhead/"
 	lanes  = 2                // side by side: what two processors do without one test making another late
 	limit  = 75 * time.Minute // for one test: a bound, not a measure
+	vague  = 6                // what is usual is known no better than by this part of it
 )
 
 // A test is one function of a package's tests, or, with no name, all those of a package that no other entry names.
@@ -134,7 +135,7 @@ func (r *runner) short(todo []test) bool {
 		turns += t.usual * time.Duration(t.lanes)
 	}
 	need, left := time.Duration(float64(turns/lanes)*r.pace), time.Until(r.until)
-	if need <= left+left/6 { // what is usual is known no better
+	if need <= left+left/vague {
 		return false
 	}
 	fmt.Fprintf(r.out, "vms: this host is slow: it needs %s for all, and has %s; what is left out is named; with all: make test-vm\n", need.Round(time.Minute), left.Round(time.Minute))
@@ -164,7 +165,7 @@ func (r *runner) program(t test) string {
 // one runs a test, or writes why not.
 func (r *runner) one(t test) {
 	expected := r.expected(t)
-	if !r.until.IsZero() && time.Now().Add(expected).After(r.until) {
+	if !r.until.IsZero() && time.Now().Add(expected+expected/vague).After(r.until) {
 		r.event("output", t, fmt.Sprintf("    no time is left: on this host it takes %s, and %s are left; by itself: BULKHEAD_VM=1 go run ./test/vms -only '^%s$'\n",
 			expected.Round(time.Second), max(0, time.Until(r.until)).Round(time.Second), t.name))
 		r.event("skip", t, "")
