@@ -235,7 +235,7 @@ func (m *machine) boot(t *testing.T, disk []byte, word, drive string) string {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", qemu.EmulatedCPU, "-smp", "2", "-m", "1024",
 		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", m.kernel, "-initrd", m.dir+"/initramfs",
-		"-append", "console=ttyS0 quiet panic=-1 mitigations=off no5lvl tsc=reliable nokaslr apparmor=0 cryptomgr.notests bulkhead bulkhead.verity="+m.hash+" "+hardening.CommandLine()+" "+word,
+		"-append", "console=ttyS0 quiet panic=-1 tsc=reliable "+qemu.EmulatedCommandLine+" bulkhead bulkhead.verity="+m.hash+" "+hardening.CommandLine()+" "+word,
 		"-drive", "if=virtio,format=raw,file="+path+drive, "-drive", "if=virtio,format=raw,file="+m.dir+"/volume",
 		"-fw_cfg", "name=opt/dev.bulkhead/claim-key,string=the-claim", "-device", "i6300esb")
 	out, err := cmd.Output()

@@ -16,11 +16,11 @@ const (
 // board is a PC of today without the parts that a node has no use for and that the kernel would look for.
 const board = "q35,sata=off,smbus=off,i8042=off,hpet=off"
 
-// emulated is added to the command line where every instruction is emulated: it turns off what guards against real
+// EmulatedCommandLine is added to the command line where every instruction is emulated: it turns off what guards against real
 // hardware's flaws and against nothing here, and what costs seconds at boot; and it has timers tick. A timer that is set for
 // a moment of its own wakes QEMU twice, 10,000 times a second in all on a node that starts Kubernetes: with 250 ticks a
 // second it is Ready after 102 s instead of 148. It never belongs to the image.
-const emulated = "mitigations=off no5lvl nokaslr apparmor=0 cryptomgr.notests highres=off nohz=off"
+const EmulatedCommandLine = "mitigations=off no5lvl nokaslr apparmor=0 cryptomgr.notests highres=off nohz=off"
 
 // EmulatedCPU is QEMU's -cpu under software emulation: all that it can do, but for what QEMU 7.2 does wrong (cx16) and what it does slowest. See docs/boot.md, "Traps".
 const EmulatedCPU = "max,-cx16,-erms,-avx2,-avx,-sse4.2"
@@ -33,7 +33,7 @@ func (m Machine) args(cmdline, accel string, tsc int, claimed bool) []string {
 	cpu, accelerator := "host", "kvm"
 	if accel == accelTCG {
 		cpu, accelerator = EmulatedCPU, "tcg,thread=multi"
-		cmdline += " " + emulated + clockArgs(tsc*max(1, m.Slow))
+		cmdline += " " + EmulatedCommandLine + clockArgs(tsc*max(1, m.Slow))
 	}
 	if m.Append != "" {
 		cmdline += " " + m.Append
