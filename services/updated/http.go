@@ -83,6 +83,9 @@ func do(c *http.Client, r *http.Request) (*http.Response, error) {
 	case errs.Is(err, errs.Precondition), errs.Is(err, errs.Invalid):
 		kind = errs.Of(err)
 	}
+	if text := err.Error(); len(text) > maxLine { // it shows what a server sent, a header for one: no length that it chooses
+		return nil, errs.New(kind, "%s", cut(text))
+	}
 	return nil, errs.New(kind, "%w", err)
 }
 
