@@ -83,8 +83,8 @@ func do(c *http.Client, r *http.Request) (*http.Response, error) {
 	case errs.Is(err, errs.Precondition), errs.Is(err, errs.Invalid):
 		kind = errs.Of(err)
 	}
-	if text := err.Error(); len(text) > maxLine { // it shows what a server sent, a header for one: no length that it chooses
-		return nil, errs.New(kind, "%s", cut(text))
+	if text := err.Error(); len(text) > 2*maxLine { // it shows what a server sent, a header for one, in a length that is not the server's to choose; the end says what is wrong
+		return nil, errs.New(kind, "%s", strings.ToValidUTF8(text[:maxLine]+" … "+text[len(text)-maxLine:], ""))
 	}
 	return nil, errs.New(kind, "%w", err)
 }
