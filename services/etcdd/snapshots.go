@@ -106,7 +106,7 @@ func (k *keeper) round(ctx context.Context) {
 	if err != nil {
 		return // a client has it, for as long as that takes
 	}
-	s, err := k.make(ctx, next(have), k.now())
+	s, err := k.make(ctx, next(have))
 	done()
 	if ctx.Err() != nil {
 		return
@@ -182,7 +182,7 @@ func (m *member) led() bool {
 }
 
 // make saves the database under a number, and returns when it is on the disk and found right.
-func (k *keeper) make(ctx context.Context, number int, now time.Time) (s saved, err error) {
+func (k *keeper) make(ctx context.Context, number int) (s saved, err error) {
 	ctx, cancel := context.WithTimeout(ctx, snapshotTime)
 	defer cancel()
 	_, client := k.m.running()
@@ -210,6 +210,7 @@ func (k *keeper) make(ctx context.Context, number int, now time.Time) (s saved, 
 			err = errors.Join(err, rest(os.Remove(path)))
 		}
 	}()
+	now := k.now()
 	db, err := client.Snapshot(ctx)
 	if err != nil {
 		return s, memberError("snapshot", err)
