@@ -95,27 +95,28 @@ func (r *runner) run(only string) error {
 	if err := r.build(todo); err != nil {
 		return err
 	}
-	if r.short(todo) {
-		for k, v := range shorter {
-			os.Setenv(k, v)
-		}
-		for i, t := range todo {
-			if t.short > 0 {
-				todo[i].usual = t.short
-			}
-		}
-	}
 	free := make(chan struct{}, lanes)
 	for range lanes {
 		free <- struct{}{}
 	}
 	var all sync.WaitGroup
-	for _, t := range todo {
+	shortened := false
+	for i := range todo {
+		t := &todo[i]
 		for range t.lanes {
 			<-free
 		}
+		if t.short > 0 && !shortened && r.short(todo[i:]) {
+			shortened = true
+			for k, v := range shorter {
+				os.Setenv(k, v)
+			}
+		}
+		if t.short > 0 && shortened {
+			t.usual = t.short
+		}
 		all.Go(func() {
-			r.one(t)
+			r.one(*t)
 			for range t.lanes {
 				free <- struct{}{}
 			}
@@ -125,7 +126,7 @@ func (r *runner) run(only string) error {
 	return nil
 }
 
-// short says whether there is not time for all of them, and says so.
+// short says whether there is not time for all of what is left to do, and says so. It is asked when a test that can be shorter is to begin: the tests before it have shown how quick the host is.
 func (r *runner) short(todo []test) bool {
 	if r.until.IsZero() {
 		return false
@@ -134,11 +135,13 @@ func (r *runner) short(todo []test) bool {
 	for _, t := range todo {
 		turns += t.usual * time.Duration(t.lanes)
 	}
-	need, left := time.Duration(float64(turns/lanes)*r.pace), time.Until(r.until)
+	need, left := r.expected(turns/lanes), time.Until(r.until)
 	if need <= left+left/vague {
 		return false
 	}
-	fmt.Fprintf(r.out, "vms: this host is slow: it needs %s for all, and has %s; what is left out is named; with all: make test-vm\n", need.Round(time.Minute), left.Round(time.Minute))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	fmt.Fprintf(r.out, "vms: this host is slow: it needs %s for what is left, and has %s; what is left out is named; with all: make test-vm\n", need.Round(time.Minute), left.Round(time.Minute))
 	return true
 }
 
@@ -164,7 +167,7 @@ func (r *runner) program(t test) string {
 
 // one runs a test, or writes why not.
 func (r *runner) one(t test) {
-	expected := r.expected(t)
+	expected := r.expected(t.usual)
 	if !r.until.IsZero() && time.Now().Add(expected+expected/vague).After(r.until) {
 		r.event("output", t, fmt.Sprintf("    no time is left: on this host it takes %s, and %s are left; by itself: BULKHEAD_VM=1 go run ./test/vms -only '^%s$'\n",
 			expected.Round(time.Second), max(0, time.Until(r.until)).Round(time.Second), t.name))
@@ -211,15 +214,15 @@ func (r *runner) pattern(t test) (string, error) {
 	return "^(" + strings.Join(rest, "|") + ")$", nil
 }
 
-// expected is how long a test will take, if this host goes on as it was.
-func (r *runner) expected(t test) time.Duration {
+// expected is how long something will take that usually takes as long as said, if this host goes on as it was.
+func (r *runner) expected(usual time.Duration) time.Duration {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	pace := r.pace
 	if r.usual > 0 {
 		pace = float64(r.took) / float64(r.usual)
 	}
-	return time.Duration(float64(t.usual) * pace)
+	return time.Duration(float64(usual) * pace)
 }
 
 func (r *runner) ended(t test, took time.Duration, out []byte) {
