@@ -101,7 +101,7 @@ SEQUENTIAL := deploy/image internal/bundle internal/fat internal/powercut intern
 # trustd first: its tests wait more than they work, and the others fill that.
 test: export CGO_ENABLED = 1
 test: ## every test that needs no virtual machine, with the race detector where it can find something; "make lint" has vet
-	@{ go test -race -vet=off -json ./trustd $$(go list ./... | grep -vxF $(SEQUENTIAL:%=-e github.com/bulkhead-os/bulkhead/%)); \
+	@all=$$(go list ./...) && { go test -race -vet=off -json ./trustd $$(echo "$$all" | grep -vxF $(SEQUENTIAL:%=-e github.com/bulkhead-os/bulkhead/%)); \
 	   CGO_ENABLED=0 go test -vet=off -json $(SEQUENTIAL:%=./%); \
 	   cd test/issuer && go test -race -json ./...; } | go run ./test/report
 
