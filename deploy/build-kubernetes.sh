@@ -1,5 +1,5 @@
 #!/bin/bash
-# Builds what a node needs for Kubernetes and is not ours, from the pinned modules next to this script, and prints the
+# Builds what a node needs for Kubernetes and is not ours, from the pinned modules in upstream/, and prints the
 # folder that holds it as the last line of stdout:
 #
 #     bin/   kube containerd containerd-shim-runc-v2 ctr runc
@@ -9,7 +9,7 @@
 # The folder is named after a hash of everything that goes in, so a second run with the same inputs only prints it.
 # BULKHEAD_CACHE moves the cache. Nothing is written into the clone.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "${BASH_SOURCE[0]}")/upstream"
 
 say() { printf 'kubernetes: [%4d s] %s\n' "$SECONDS" "$*" >&2; }
 die() { printf 'kubernetes: %s\n' "$*" >&2; exit 1; }
@@ -23,7 +23,7 @@ export GOGC=200
 unset CC CFLAGS CPPFLAGS LDFLAGS CGO_CFLAGS CGO_CPPFLAGS CGO_LDFLAGS PKG_CONFIG_PATH PKG_CONFIG_LIBDIR SOURCE_DATE_EPOCH
 umask 022
 
-command -v go >/dev/null || die "Go is missing: install the version that deploy/runtime/go.mod names, or a newer one"
+command -v go >/dev/null || die "Go is missing: install the version that deploy/upstream/runtime/go.mod names, or a newer one"
 
 # runc must join namespaces before the Go runtime starts threads, which takes C, and filters system calls with libseccomp.
 packages=(gcc libc6-dev libseccomp-dev pkg-config)
@@ -42,7 +42,7 @@ fi
 # hash prints one number for all inputs: this script, the sources, the Go that each module selects, the C side.
 hash() {
 	{
-		find build-kubernetes.sh kubernetes runtime dns -type f \
+		find ../build-kubernetes.sh kubernetes runtime dns -type f \
 			\( -name '*.go' -o -name '*.c' -o -name '*.sh' -o -name go.mod -o -name go.sum \) ! -name '*_test.go' -print0 |
 			sort -z | xargs -0 sha256sum
 		for module in kubernetes runtime dns; do (cd "$module" && go version); done

@@ -2,7 +2,9 @@ package image
 
 import (
 	"os"
+	"os/exec"
 	"regexp"
+	"strings"
 	"testing"
 )
 
@@ -13,7 +15,7 @@ func TestModulesShareVersions(t *testing.T) {
 	type use struct{ version, module string }
 	seen, shared := map[string]use{}, 0
 	for _, module := range []string{"kubernetes", "runtime", "dns"} {
-		text, err := os.ReadFile("../" + module + "/go.mod")
+		text, err := os.ReadFile("../upstream/" + module + "/go.mod")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -29,7 +31,7 @@ func TestModulesShareVersions(t *testing.T) {
 			case !ok:
 				seen[path] = use{version, module}
 			case before.version != version:
-				t.Errorf("%s: %s in deploy/%s, %s in deploy/%s; in deploy: go work sync, and GOWORK=off go mod tidy in each", path, before.version, before.module, version, module)
+				t.Errorf("%s: %s in deploy/upstream/%s, %s in deploy/upstream/%s; in deploy/upstream: go work sync, and GOWORK=off go mod tidy in each", path, before.version, before.module, version, module)
 			default:
 				shared++
 			}
@@ -37,5 +39,16 @@ func TestModulesShareVersions(t *testing.T) {
 	}
 	if shared < 20 {
 		t.Errorf("only %d libraries are shared; are the go.mod files read right?", shared)
+	}
+}
+
+// A workspace holds for every folder below its own, and go does nothing for a package in it that is in none of its modules: ours must not be below one.
+func TestNoWorkspace(t *testing.T) {
+	out, err := exec.Command("go", "env", "GOWORK").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if work := strings.TrimSpace(string(out)); work != "" && work != "off" {
+		t.Errorf("deploy/image is below the workspace %s: go build and go test fail here", work)
 	}
 }

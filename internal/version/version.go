@@ -18,5 +18,5 @@ func BuildTime() time.Time {
 	return t
 }
 
-// Kubernetes is the version of Kubernetes in the image; deploy/kubernetes/go.mod is where it comes from, and a test keeps them equal.
+// Kubernetes is the version of Kubernetes in the image; deploy/upstream/kubernetes/go.mod is where it comes from, and a test keeps them equal.
 const Kubernetes = "v1.37.2"

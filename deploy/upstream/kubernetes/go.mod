@@ -1,4 +1,4 @@
-module github.com/bulkhead-os/bulkhead/deploy/kubernetes
+module github.com/bulkhead-os/bulkhead/deploy/upstream/kubernetes
 
 go 1.26.0
 

@@ -1,4 +1,4 @@
-module github.com/bulkhead-os/bulkhead/deploy/runtime
+module github.com/bulkhead-os/bulkhead/deploy/upstream/runtime
 
 go 1.26.6
 

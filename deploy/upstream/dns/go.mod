@@ -1,4 +1,4 @@
-module github.com/bulkhead-os/bulkhead/deploy/dns
+module github.com/bulkhead-os/bulkhead/deploy/upstream/dns
 
 go 1.26.0
 
