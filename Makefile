@@ -28,7 +28,7 @@ NODE    = ./init ./cmd/bulkheadd ./cmd/etcdd ./cmd/kubeletd
 HOST    = ./cmd/mkimage ./cmd/bhctl
 
 .DELETE_ON_ERROR:
-.PHONY: help setup up down build kubernetes image poison observer twin dist reproducible test test-vm test-matrix test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
+.PHONY: help setup up down build kubernetes image poison observer twin dist reproducible test test-beside test-vm test-matrix test-faults test-ha test-rollback test-powercut test-pid1 bench fuzz lint gen clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -98,12 +98,15 @@ reproducible: dist ## build the image a second time, elsewhere and from nothing,
 # Where nothing runs at once the race detector has nothing to find, and what copies and cuts disks takes five times as long with it. internal/archtest TestSequential holds this list.
 SEQUENTIAL := deploy/image internal/bundle internal/fat internal/powercut internal/verity storaged/install storaged/luks storaged/vault
 
-# trustd first: its tests wait more than they work, and the others fill that.
+# trustd first: its tests wait more than they work. What is beside fills the time that such tests leave, and takes none of theirs.
 test: export CGO_ENABLED = 1
 test: ## every test that needs no virtual machine, with the race detector where it can find something; "make lint" has vet
-	@all=$$(go list ./...) && { go test -race -vet=off -json ./trustd $$(echo "$$all" | grep -vxF $(SEQUENTIAL:%=-e github.com/bulkhead-os/bulkhead/%)); \
-	   CGO_ENABLED=0 go test -vet=off -json $(SEQUENTIAL:%=./%); \
-	   cd test/issuer && go test -race -json ./...; } | go run ./test/report
+	@all=$$(go list ./...) && mkdir -p out && { { chrt --idle 0 make -s test-beside >out/beside.json; echo $$? >out/beside.status; } & \
+	   go test -race -vet=off -json ./trustd $$(echo "$$all" | grep -vxF $(SEQUENTIAL:%=-e github.com/bulkhead-os/bulkhead/%)); \
+	   wait; cat out/beside.json; } | go run ./test/report && exit $$(cat out/beside.status)
+
+test-beside:
+	@CGO_ENABLED=0 go test -vet=off -json $(SEQUENTIAL:%=./%); status=$$?; cd test/issuer && go test -race -json ./... && exit $$status
 
 test-vm: image observer ## the tests that need a kernel, in QEMU, or those that ONLY matches; see docs/testing.md
 	@test/tools/install.sh
