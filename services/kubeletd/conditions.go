@@ -99,7 +99,7 @@ func component(r rule, want spec, have State) string {
 		var wait []string
 		for _, what := range r.after {
 			if !p.reached(what) {
-				wait = append(wait, what)
+				wait = append(wait, p.named(what))
 			}
 		}
 		if len(wait) > 0 {

@@ -105,7 +105,8 @@ type rule struct {
 // rules are in the order of starting. Nothing is started before it can work: under load, a process that fails and is started
 // again costs the others more than the wait.
 var rules = []rule{
-	{unit: "workload", worker: true, after: []string{"volume VAR"}}, // it shows the volume to the others: what is mounted later is not there
+	// Outside a cluster there is nothing to run, and nobody who could ask for it. The volume comes first, for it is shown to the others: what is mounted later is not there.
+	{unit: "workload", worker: true, after: []string{"volume VAR", "bootstrap"}},
 	{unit: "containerd", worker: true, after: []string{"volume VAR", "workload"}},
 	{unit: "image-load", worker: true, once: true, after: []string{"containerd"}},
 	{unit: "kube-apiserver", after: []string{"volume VAR", "bootstrap", "address", "hostname", "etcd"}}, // its lease in the cluster is named after the kernel's host name
@@ -230,10 +231,7 @@ func (p *planner) planUnits() {
 		open := complete
 		for _, what := range r.after {
 			if !p.reached(what) {
-				if what == "kube-apiserver" && p.want.Role == config.Worker {
-					what = apiProbe
-				}
-				p.wait(what)
+				p.wait(p.named(what))
 				open = false
 			}
 		}
@@ -253,6 +251,14 @@ func (p *planner) planUnits() {
 	}
 }
 
+// named is what a node waits for where a rule names something: a worker has no API server of its own.
+func (p *planner) named(what string) string {
+	if what == "kube-apiserver" && p.want.Role == config.Worker {
+		return apiProbe
+	}
+	return what
+}
+
 // reached reports whether something that a rule names is there.
 func (p *planner) reached(what string) bool {
 	switch what {
@@ -269,7 +275,7 @@ func (p *planner) reached(what string) bool {
 	case "node":
 		return p.have.Node != nil
 	case "kube-apiserver":
-		return p.have.API || p.want.Role == config.Worker
+		return p.have.API // on a worker any of the cluster's
 	case "workload":
 		return p.have.Units[what].State == "up"
 	case "containerd":

@@ -130,7 +130,6 @@ var boot = []struct {
 }{
 	{"nothing", func(*State) {}},
 	{"volume", func(s *State) { s.Volume = true }},
-	{"containerd listens", func(s *State) { s.Health["containerd"] = "" }},
 	{"host name", func(s *State) { s.Hostname = "n1" }},
 	{"address", func(s *State) {
 		s.Address, s.Nameservers = addr("10.0.2.15"), []netip.Addr{addr("10.0.2.3")}
@@ -138,6 +137,7 @@ var boot = []struct {
 	{"bootstrap", func(s *State) {
 		s.Trust = trust{Bootstrapped: true, Kubernetes: "KUBERNETES\n", Etcd: "ETCD\n", FrontProxy: "FRONT\n"}
 	}},
+	{"containerd listens", func(s *State) { s.Health["containerd"] = "" }},
 	{"certificates", func(s *State) {
 		for _, p := range append(profiles(), keeperProfile) {
 			s.Pairs[p] = digest([]byte(p))
@@ -284,28 +284,30 @@ func TestPlanWorker(t *testing.T) {
 	}
 	s.Units["kube-scheduler"] = Unit{State: "up"}
 	s.Units["workload"], s.Units["containerd"], s.Units["image-load"] = Unit{State: "up"}, Unit{State: "up"}, Unit{State: "down", LastExit: "exit 0"}
-	steps, err := plan(want, s)
-	if err != nil {
-		t.Fatal(err)
-	}
 	var b strings.Builder
-	for _, s := range steps {
-		fmt.Fprintln(&b, s)
+	next := func() {
+		t.Helper()
+		steps, err := plan(want, s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range steps {
+			fmt.Fprintln(&b, s)
+		}
+		s = model(s, want, steps)
 	}
+	next()
+	b.WriteString("-- with an API server of the cluster\n")
+	s.API = true
+	next()
 	// Once it has a Node, the API says what it needs to know; what a control plane does there is none of its business.
-	s = model(s, want, steps)
-	s.API, s.Node = true, &Node{Ready: true, PodCIDR: netip.MustParsePrefix("10.244.1.0/24")}
+	b.WriteString("-- with its Node\n")
+	s.Node = &Node{Ready: true, PodCIDR: netip.MustParsePrefix("10.244.1.0/24")}
 	s.Members, s.Strangers = map[string]Member{"n1": {Role: config.Worker}, "cp": {config.ControlPlane, []netip.Addr{addr("10.5.0.11")}}}, []string{"gone"}
 	s.Peers = map[string]Peer{"cp": {PodCIDR: netip.MustParsePrefix("10.244.0.0/24"), Address: addr("10.5.0.11")}}
 	s.CSRs = []CSR{{Name: "x", User: "system:node:n1", Approved: true}}
-	b.WriteString("-- with its Node\n")
-	if steps, err = plan(want, s); err != nil {
-		t.Fatal(err)
-	}
-	for _, s := range steps {
-		fmt.Fprintln(&b, s)
-	}
-	if rest, err := plan(want, model(s, want, steps)); err != nil || len(rest) > 0 {
+	next()
+	if rest, err := plan(want, s); err != nil || len(rest) > 0 {
 		t.Errorf("after all: %v left, %v", rest, err)
 	}
 	golden(t, "worker.plan", b.String())

@@ -118,7 +118,10 @@ type otherImage struct {
 	epoch           int    // 0: 1
 }
 
-// build makes the image and returns its folder.
+// plain reports whether several tests want this image.
+func (i otherImage) plain() bool { return i == otherImage{version: firstVersion} || i == otherImage{version: secondVersion} }
+
+// build makes the image and returns its folder, in which the caller changes nothing: a plain one is made once for all tests.
 func (n *node) build(t *testing.T, i otherImage) string {
 	t.Helper()
 	or := func(a, b string) string {
@@ -128,6 +131,9 @@ func (n *node) build(t *testing.T, i otherImage) string {
 		return a
 	}
 	dir := filepath.Join(n.dir, "image-"+i.version)
+	if i.plain() {
+		dir = filepath.Join(n.root, "out/test-images", i.version)
+	}
 	cmd := exec.CommandContext(t.Context(), filepath.Join(n.root, "out/bin/mkimage"), "build", "--bin", or(i.bin, filepath.Join(n.root, "out/bin")), "--kubernetes", or(i.kube, "none"), "--out", dir,
 		"--version", i.version, "--level", "3", "--keys", or(i.keys, filepath.Join(n.root, "out/keys")), "--epoch", fmt.Sprint(max(i.epoch, 1)))
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -183,11 +189,13 @@ func (n *node) bundleOf(t *testing.T, p poison, version string, cluster bool) st
 		i.keys = n.otherKeys(t)
 	}
 	dir := n.build(t, i)
-	t.Cleanup(func() {
-		if err := os.RemoveAll(dir); err != nil {
-			t.Log(err)
-		}
-	})
+	if !i.plain() {
+		t.Cleanup(func() {
+			if err := os.RemoveAll(dir); err != nil {
+				t.Log(err)
+			}
+		})
+	}
 	return filepath.Join(dir, "bulkhead.update")
 }
 

@@ -27,7 +27,8 @@ var recoveryKey = regexp.MustCompile(`(?m)^ +((?:[0-9A-Z]{4}-){7}[0-9A-Z]{4})$`)
 func TestUpgrade(t *testing.T) {
 	n := newNode(t)
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
-	m, key := n.upSecure(t, filepath.Join(n.root, "out/image"), provedBy, 2048)
+	first := n.build(t, otherImage{version: firstVersion})
+	m, key := n.upSecure(t, first, provedBy, 2048)
 	generations := n.run(t, "bhctl", "get", "generations", "-o", "json")
 	n.encrypted(t)
 	good := n.bundleOf(t, poison{}, "9.1.0", false)
@@ -43,6 +44,14 @@ func TestUpgrade(t *testing.T) {
 		n.runs(t, "9.1.0", generations)
 		n.remembers(t, `installed +9\.1\.0`, `started +9\.1\.0`, `good +9\.1\.0`)
 	})
+	t.Run("back by hand, and forward again", func(t *testing.T) {
+		for _, to := range []string{firstVersion, "9.1.0"} {
+			if out, err := n.try(t.Context(), 8*time.Minute, "bhctl", "rollback"); err != nil {
+				t.Fatalf("bhctl rollback: %v\n%s", err, out)
+			}
+			n.runs(t, to, generations)
+		}
+	})
 	t.Run("a bad version gives way", func(t *testing.T) {
 		start := time.Now()
 		out, err := n.try(t.Context(), 12*time.Minute, "bhctl", "upgrade", "--image", bad)
@@ -56,20 +65,10 @@ func TestUpgrade(t *testing.T) {
 		}
 		n.remembers(t, `good +9\.1\.0`, `failed +9\.2\.0`)
 	})
-	t.Run("back by hand", func(t *testing.T) {
-		out, err := n.try(t.Context(), 8*time.Minute, "bhctl", "upgrade", "--image", filepath.Join(n.root, "out/image"))
-		if err != nil {
-			t.Fatalf("bhctl upgrade: %v\n%s", err, out)
-		}
-		if out, err := n.try(t.Context(), 8*time.Minute, "bhctl", "rollback"); err != nil {
-			t.Fatalf("bhctl rollback: %v\n%s", err, out)
-		}
-		n.runs(t, "9.1.0", generations)
-	})
 	t.Run("others agree", func(t *testing.T) {
 		s := n.says(t)
 		n.off(t, m)
-		s.agree(t, m, filepath.Join(n.root, "out/image/db.crt"), key)
+		s.agree(t, m, filepath.Join(first, "db.crt"), key)
 		if err := m.Start(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
