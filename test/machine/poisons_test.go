@@ -119,7 +119,9 @@ type otherImage struct {
 }
 
 // plain reports whether several tests want this image.
-func (i otherImage) plain() bool { return i == otherImage{version: firstVersion} || i == otherImage{version: secondVersion} }
+func (i otherImage) plain() bool {
+	return i == otherImage{version: firstVersion} || i == otherImage{version: secondVersion}
+}
 
 // build makes the image and returns its folder, in which the caller changes nothing: a plain one is made once for all tests.
 func (n *node) build(t *testing.T, i otherImage) string {
