@@ -24,7 +24,7 @@ func TestBenchUpgrade(t *testing.T) {
 	n := newNode(t)
 	built := filepath.Join(n.root, "out/image")
 	row("complete image, compressed", mib(bundleSize(t, built)), "≤ 160 MiB")
-	m := n.upFirmware(t, built, clustered, 4096)
+	m := n.upFirmware(t, built, clustered, 4096, 2)
 	n.run(t, "bhctl", "kubeconfig", "--file", n.kubeconfig)
 	testWorkload(t, n)
 	next := n.nextImage(t, "9.1.0")

@@ -28,7 +28,7 @@ func hasty() bool { return os.Getenv("BULKHEAD_HASTY") != "" }
 // says why in one sentence; what is on the disk is as it was.
 func TestPoison(t *testing.T) {
 	n := newNode(t)
-	m := n.upFirmware(t, n.build(t, otherImage{version: "9.0.0"}), impatient, 2048, "--no-bootstrap")
+	m := n.upFirmware(t, n.build(t, otherImage{version: firstVersion}), impatient, 2048, secureCPUs, "--no-bootstrap")
 	generations := n.run(t, "bhctl", "get", "generations", "-o", "json")
 	n.encrypted(t)
 	only := os.Getenv("BULKHEAD_POISON") // for work on some: a pattern of their names
@@ -46,14 +46,14 @@ func TestPoison(t *testing.T) {
 }
 
 // upFirmware boots an image as a real machine does, with Secure Boot and TPM, and QEMU's events to be read.
-func (n *node) upFirmware(t *testing.T, image, documents string, memory int, more ...string) qemu.Machine {
+func (n *node) upFirmware(t *testing.T, image, documents string, memory, cpus int, more ...string) qemu.Machine {
 	t.Helper()
 	t.Setenv("BULKHEAD_MACHINES", filepath.Join(n.dir, "machines"))
 	m, err := qemu.New(n.name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Memory, m.Firmware, m.SecureBoot, m.TPM, m.DiskSize = memory, qemu.UEFI, true, true, 10<<30
+	m.Memory, m.CPUs, m.Firmware, m.SecureBoot, m.TPM, m.DiskSize = memory, cpus, qemu.UEFI, true, true, 10<<30
 	m.Forwards = []qemu.Forward{{Name: "api", Host: n.apiPort, Guest: 50000}, {Name: "gateway", Host: n.gatewayPort, Guest: 50001}, {Name: "kubernetes", Host: n.kubePort, Guest: 6443}, {Name: "pod", Host: n.nodePort, Guest: 30080}}
 	m.Extra = []string{"-qmp", "unix:" + eventSocket + ",server=on,wait=off"}
 	if err := m.Create(image, []byte(cutKey)); err != nil {

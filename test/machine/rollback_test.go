@@ -33,7 +33,7 @@ const clustered = "apiVersion: bulkhead.dev/v1\nkind: Machine\nhostname: poisone
 func TestRollbackKubernetes(t *testing.T) {
 	onlyRollback(t)
 	n := newNode(t)
-	m := n.upFirmware(t, filepath.Join(n.root, "out/image"), clustered, 4096)
+	m := n.upFirmware(t, filepath.Join(n.root, "out/image"), clustered, 4096, 2)
 	n.run(t, "bhctl", "kubeconfig", "--file", n.kubeconfig)
 	n.run(t, "kubectl", "apply", "-f", filepath.Join(n.root, "test/machine/testdata/hello.yaml"))
 	works := func(limit time.Duration) {
@@ -114,7 +114,7 @@ func TestRollbackFalse(t *testing.T) {
 	for i := range 3 {
 		images = append(images, n.build(t, otherImage{version: version(i)}))
 	}
-	l := &life{n: n, rnd: rand.New(rand.NewPCG(seed, 0)), m: n.upFirmware(t, images[0], provedBy, 2048, "--no-bootstrap")}
+	l := &life{n: n, rnd: rand.New(rand.NewPCG(seed, 0)), m: n.upFirmware(t, images[0], provedBy, 2048, secureCPUs, "--no-bootstrap")}
 	l.generations = n.run(t, "bhctl", "get", "generations", "-o", "json")
 	upgrades := goodUpgrades
 	if hasty() {
