@@ -14,7 +14,7 @@ import (
 // Every asker's call has askLimit to be answered, and the next one begins askPause later.
 const (
 	askLimit = 10 * time.Second
-	askPause = time.Second
+	askPause = 500 * time.Millisecond
 )
 
 // An asker makes the same small call all the time; who is the daemon that has to answer.

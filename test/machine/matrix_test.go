@@ -169,7 +169,6 @@ func (n *node) settle(t *testing.T, before standing, calm time.Duration) {
 			since = time.Now()
 		}
 		if left := calm - time.Since(since); left > 0 {
-			_ = hold(t.Context(), min(left, 3*time.Second)) // a look is nine calls and kubectl: it takes the processors from who is looked at
 			return fmt.Errorf("it is as before, and has to stay so for %s more", left.Round(time.Second))
 		}
 		return nil
