@@ -123,7 +123,7 @@ func (i otherImage) plain() bool {
 	return i == otherImage{version: firstVersion} || i == otherImage{version: secondVersion}
 }
 
-// build makes the image and returns its folder, in which the caller changes nothing: a plain one is made once for all tests.
+// build makes the image and returns its folder, to which the caller at most adds files: a plain one is made once for all tests, in out/test-images.
 func (n *node) build(t *testing.T, i otherImage) string {
 	t.Helper()
 	or := func(a, b string) string {
