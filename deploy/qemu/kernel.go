@@ -29,7 +29,10 @@ func unpackKernel(vmlinuz []byte) ([]byte, error) {
 	if end > uint64(len(vmlinuz)) || end < start+8 {
 		return nil, fmt.Errorf("payload from %d to %d of %d bytes", start, end, len(vmlinuz))
 	}
-	payload := vmlinuz[start : end-4] // its last four bytes are the unpacked size
+	payload, size := vmlinuz[start:end-4], le.Uint32(vmlinuz[end-4:]) // behind the payload is its unpacked size
+	if size > maxKernel {
+		return nil, fmt.Errorf("unpacked it has %d bytes, and at most %d are taken", size, maxKernel)
+	}
 	if !bytes.HasPrefix(payload, []byte{0x28, 0xb5, 0x2f, 0xfd}) {
 		return nil, errors.New("not packed with zstd")
 	}
@@ -38,7 +41,7 @@ func unpackKernel(vmlinuz []byte) ([]byte, error) {
 		return nil, err
 	}
 	defer d.Close()
-	elf, err := d.DecodeAll(payload, nil)
+	elf, err := d.DecodeAll(payload, make([]byte, 0, size)) // where memory is slow to get, a slice that grows takes seconds
 	if err != nil {
 		return nil, fmt.Errorf("unpack: %w", err)
 	}

@@ -358,8 +358,11 @@ func TestUnpackKernel(t *testing.T) {
 		binary.LittleEndian.PutUint32(b[0x248:], 8)
 		binary.LittleEndian.PutUint32(b[0x24c:], uint32(len(payload)+4))
 		copy(b[3*512+8:], payload)
+		binary.LittleEndian.PutUint32(b[len(b)-4:], 13) // not below what "good" has
 		return b
 	}
+	huge := bzImage(enc.EncodeAll([]byte("\x7fELF"), nil))
+	binary.LittleEndian.PutUint32(huge[len(huge)-4:], maxKernel+1)
 	good := bzImage(enc.EncodeAll([]byte("\x7fELF and more"), nil))
 	if got, err := unpackKernel(good); err != nil || string(got) != "\x7fELF and more" {
 		t.Errorf("got %q, %v", got, err)
@@ -369,6 +372,7 @@ func TestUnpackKernel(t *testing.T) {
 		"not packed with zstd": bzImage([]byte("\x1f\x8b3456789")),
 		"no ELF file inside":   bzImage(enc.EncodeAll([]byte("text"), nil)),
 		"payload from":         good[:len(good)-9],
+		"it has 268435457":     huge,
 		"unpack: ":             bzImage([]byte("\x28\xb5\x2f\xfd nothing good")),
 	} {
 		if _, err := unpackKernel(b); err == nil || !strings.Contains(err.Error(), want) {
