@@ -125,6 +125,7 @@ func build(ctx context.Context, args []string, cache debian.Cache, log *slog.Log
 	folder := f.String("keys", "out/keys", "`folder` of the keys to sign with, made by mkimage keys")
 	f.StringVar(&cfg.ClaimKey, "claim-key", "", "`file` with a claim key that becomes part of the image")
 	f.IntVar(&cfg.Level, "level", 9, "`level` of compression, 1 to 22")
+	f.StringVar(&cfg.Append, "append", "", "`words` at the end of the kernel command line, in a test's image: they may take protection away")
 	f.Func("program", "`file` of one more program for /usr/lib/bulkhead, in a test's image; may be given more than once", func(s string) error {
 		cfg.Programs = append(cfg.Programs, s)
 		return nil

@@ -23,6 +23,7 @@ const (
 type bootSet struct {
 	version      string
 	epoch        int
+	words        string // added to the command line
 	keys         Keys
 	stub, loader []byte // the loader is signed
 	vmlinuz      []byte
@@ -32,7 +33,7 @@ type bootSet struct {
 
 // newBootSet signs the boot loader and packs the initramfs.
 func newBootSet(cfg Config, files debian.Files, k kernel, initramfs []byte) (b bootSet, err error) {
-	b = bootSet{version: cfg.Version, epoch: cfg.Epoch, keys: cfg.Keys, vmlinuz: k.vmlinuz, release: k.release}
+	b = bootSet{version: cfg.Version, epoch: cfg.Epoch, words: cfg.Append, keys: cfg.Keys, vmlinuz: k.vmlinuz, release: k.release}
 	for name, to := range map[string]*[]byte{stubFile: &b.stub, loaderFile: &b.loader} {
 		_, f, ok := files.Lookup(name)
 		if !ok {
@@ -59,9 +60,9 @@ func packInitramfs(cpio []byte) ([]byte, error) {
 	return enc.EncodeAll(cpio, nil), nil
 }
 
-// cmdline is the kernel command line that belongs to the image; machines that boot the kernel directly may add to it.
-func cmdline(rootHash string, epoch int) string {
-	return fmt.Sprintf("bulkhead bulkhead.verity=%s bulkhead.epoch=%d console=ttyS0 panic=10 quiet loglevel=4 %s", rootHash, epoch, protection())
+// cmdline is the kernel command line that belongs to the image, with more words at its end, if any; machines that boot the kernel directly may add to it.
+func cmdline(rootHash string, epoch int, more string) string {
+	return strings.TrimSpace(fmt.Sprintf("bulkhead bulkhead.verity=%s bulkhead.epoch=%d console=ttyS0 panic=10 quiet loglevel=4 %s %s", rootHash, epoch, protection(), more))
 }
 
 // bootRelease is what systemd-boot reads of a kernel image. It has no version, unlike the root's os-release: systemd-boot would order by
@@ -88,7 +89,7 @@ func (b bootSet) kernel(rootHash string) (k signedKernel, err error) {
 	}
 	sections := []uki.Section{
 		{Name: ".osrel", Data: []byte(bootRelease(b.version))},
-		{Name: ".cmdline", Data: []byte(cmdline(rootHash, b.epoch))},
+		{Name: ".cmdline", Data: []byte(cmdline(rootHash, b.epoch, b.words))},
 		{Name: ".uname", Data: []byte(b.release)},
 		{Name: ".pcrpkey", Data: pcrKey},
 		{Name: ".linux", Data: b.vmlinuz},

@@ -118,7 +118,7 @@ func assemble(ctx context.Context, cfg Config, dir string, root Tree, boot bootS
 		return hash, err
 	}
 	m.RootHash = hex.EncodeToString(tree.Root[:])
-	m.Cmdline = cmdline(m.RootHash, cfg.Epoch)
+	m.Cmdline = cmdline(m.RootHash, cfg.Epoch, cfg.Append)
 	kernel, err := boot.kernel(m.RootHash)
 	if err != nil {
 		return hash, err

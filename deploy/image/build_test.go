@@ -39,7 +39,7 @@ func TestBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := Config{Kubernetes: "none", Version: "0.0.1", Epoch: 1, Level: 1, Keys: keys, AllowMissing: true, Cache: debian.Cache{Dir: dir, Log: slog.New(slog.DiscardHandler)}, Log: slog.New(slog.DiscardHandler)}
+	cfg := Config{Kubernetes: "none", Version: "0.0.1", Epoch: 1, Level: 1, Append: "one=1 two", Keys: keys, AllowMissing: true, Cache: debian.Cache{Dir: dir, Log: slog.New(slog.DiscardHandler)}, Log: slog.New(slog.DiscardHandler)}
 	lock, err := Lock()
 	if err != nil {
 		t.Fatal(err)
@@ -72,6 +72,11 @@ func TestBuild(t *testing.T) {
 	if m, built, err := Build(t.Context(), cfg); !built || err != nil || m.RootHash == first.RootHash {
 		t.Errorf("a build of another version: %v, %v", built, err)
 	}
+	cfg.Append = "one=1\ntwo"
+	if _, _, err := Build(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "printable ASCII") {
+		t.Errorf("two lines for the kernel: %v", err)
+	}
+	cfg.Append = ""
 	look(t, first, out)
 	lookAtBoot(t, first, out, keys)
 	lookAtForms(t, first, out)
@@ -202,7 +207,7 @@ func lookAtSections(t *testing.T, m Manifest, image []byte) {
 	if len(measured) != 7 {
 		t.Errorf("sections: %v", slices.Sorted(maps.Keys(data)))
 	}
-	if got := string(data[".cmdline"]); got != m.Cmdline || !strings.Contains(got, m.RootHash) || !strings.Contains(got, " bulkhead.epoch=1 ") {
+	if got := string(data[".cmdline"]); got != m.Cmdline || !strings.Contains(got, m.RootHash) || !strings.Contains(got, " bulkhead.epoch=1 ") || !strings.HasSuffix(got, " one=1 two") {
 		t.Errorf(".cmdline is %q", got)
 	}
 	if text := string(data[".osrel"]); strings.Contains(text, "VERSION") || strings.Contains(text, "BUILD_ID") || !strings.Contains(text, "ID=bulkhead\n") {

@@ -14,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -27,7 +28,7 @@ import (
 //go:embed debian.lock
 var lockText []byte
 
-// Config says what to build from. Every field but Minimum, ClaimKey, Programs and AllowMissing is required.
+// Config says what to build from. Every field but Minimum, Append, ClaimKey, Programs and AllowMissing is required.
 type Config struct {
 	Bin          string   // folder of our binaries
 	Kubernetes   string   // folder that deploy/build-kubernetes.sh made, or "none"
@@ -36,6 +37,7 @@ type Config struct {
 	Minimum      string   // the oldest version that may upgrade to this one; "" for any
 	Epoch        int      // 1 to 63; a node that has seen a higher one opens its disk for this image no more
 	Level        int      // of zstd, 1 to 22
+	Append       string   // words at the end of the kernel command line, of printable ASCII; they may take protection away; for tests' images
 	Keys         Keys     // to sign with
 	ClaimKey     string   // file that becomes /usr/share/bulkhead/claim-key; "" for none
 	Programs     []string // files that become programs in /usr/lib/bulkhead too, by their names: for tests' images
@@ -52,6 +54,8 @@ func (c Config) check() error {
 		return fmt.Errorf("minimum %q: want a version like 1.2.3 or 1.2.3-rc.1", c.Minimum)
 	case c.Epoch < 1 || c.Epoch > pcrpolicy.MaxEpoch:
 		return fmt.Errorf("epoch %d: want 1 to %d", c.Epoch, pcrpolicy.MaxEpoch)
+	case strings.ContainsFunc(c.Append, func(r rune) bool { return r < ' ' || r > '~' }):
+		return fmt.Errorf("append %q: want printable ASCII on one line", c.Append)
 	}
 	return c.Keys.check()
 }

@@ -93,7 +93,7 @@ func (s sources) stamp(cfg Config) (stamp, error) {
 	files["mkimage"] = self
 	tool, _ := exec.Command("mksquashfs", "-version").Output()
 	first, _, _ := strings.Cut(string(tool), "\n")
-	texts := []string{cfg.Version, cfg.Minimum, fmt.Sprint(cfg.Epoch, " ", cfg.Level), string(lockText), first}
+	texts := []string{cfg.Version, cfg.Minimum, cfg.Append, fmt.Sprint(cfg.Epoch, " ", cfg.Level), string(lockText), first}
 	public, err := cfg.Keys.texts()
 	if err != nil {
 		return stamp{}, err

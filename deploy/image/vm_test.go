@@ -39,7 +39,7 @@ func TestVMMeasured(t *testing.T) {
 	for what, want := range map[string]string{
 		"pcr 11":  boot.describe(k).PCR11,
 		"pcr 12":  zero,
-		"cmdline": "[" + cmdline(strings.Repeat("5", 64), 1) + "]",
+		"cmdline": "[" + cmdline(strings.Repeat("5", 64), 1, "") + "]",
 		"extra":   "[/.extra/os-release /.extra/tpm2-pcr-public-key.pem /.extra/tpm2-pcr-signature.json]",
 	} {
 		if plain[what] != want {
