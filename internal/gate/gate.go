@@ -17,6 +17,9 @@ const (
 	graceTime = 30 * time.Second
 	// youth is how long a stranger's connection is safe from being closed to make room: time for a handshake and one call.
 	youth = time.Second
+	// silence is how long one that has not sent a byte is: a client that means to speak does so with the packet after the one that opened the connection. It bounds how
+	// many strangers a second may come without any of them being refused: a place's worth of them in each silence.
+	silence = 200 * time.Millisecond
 	// answerTime is how long a stranger's connection is safe after its call, so that the answer comes out.
 	answerTime = 5 * time.Second
 )
@@ -181,11 +184,19 @@ func (g *Gate) victim(now time.Time) *Conn {
 	}
 	var v *Conn
 	for c := range g.conns {
-		if !c.known.Load() && (c.held == 0 || !now.Before(c.until)) && now.Sub(c.since) >= youth && (v == nil || c.before(v, strangers)) {
+		if !c.known.Load() && (c.held == 0 || !now.Before(c.until)) && now.Sub(c.since) >= c.safe() && (v == nil || c.before(v, strangers)) {
 			v = c
 		}
 	}
 	return v
+}
+
+// safe is how long c is not closed to make room, from its beginning.
+func (c *Conn) safe() time.Duration {
+	if c.spoke.Load() {
+		return youth
+	}
+	return silence
 }
 
 // before reports whether c goes before v: who never said a word, then whose address holds more, then who came earlier. A handshake

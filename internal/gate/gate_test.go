@@ -60,7 +60,18 @@ func TestGateMakesRoom(t *testing.T) {
 			crowd(g, 56, "192.0.2.2", old, false)
 		}, true, "192.0.2.2"},
 		{"everybody is known", func(g *Gate) { crowd(g, maxAll, "192.0.2.1", old, true) }, false, ""},
-		{"everybody is young", func(g *Gate) { crowd(g, maxConns, "192.0.2.1", now.Add(-youth/2), false) }, false, ""},
+		{"everybody has just come", func(g *Gate) { crowd(g, maxConns, "192.0.2.1", now.Add(-silence/2), false) }, false, ""},
+		{"everybody is young and speaks", func(g *Gate) {
+			for _, c := range crowd(g, maxConns, "192.0.2.1", now.Add(-youth/2), false) {
+				c.spoke.Store(true)
+			}
+		}, false, ""},
+		{"among the young that speak, one is silent", func(g *Gate) {
+			for _, c := range crowd(g, maxConns-1, "192.0.2.1", now.Add(-youth/2), false) {
+				c.spoke.Store(true)
+			}
+			crowd(g, 1, "192.0.2.2", now.Add(-silence), false)
+		}, true, "192.0.2.2"},
 	} {
 		g := New(nil, maxConns, maxAll, NewFigures(metrics.New("x"), "bulkhead_x"))
 		c.fill(g)

@@ -222,7 +222,7 @@ const pace = 30 * time.Millisecond
 // the node counted.
 func (f *flood) idle(t *testing.T) {
 	const total, limit = 10_000, 110 * time.Second
-	before, start := f.arrived(t), time.Now()
+	before, turned, start := f.arrived(t), f.figures(t, "connections_refused_total"), time.Now()
 	var dialled, failed, open, most atomic.Int64
 	var wg sync.WaitGroup
 	for _, w := range slices.Concat(f.ways[:]...) {
@@ -249,8 +249,9 @@ func (f *flood) idle(t *testing.T) {
 	wg.Wait()
 	after := f.arrived(t)
 	apid, gateway := after["apid"]-before["apid"], after["gateway"]-before["gateway"]
-	t.Logf("» %d connections dialled, %d failed, at most %d open at once on the host; the node counted %.0f at apid and %.0f at gateway",
-		min(dialled.Load(), total), failed.Load(), most.Load(), apid, gateway)
+	refused := f.figures(t, "connections_refused_total")
+	t.Logf("» %d connections dialled in %s, %d failed, at most %d open at once on the host; the node counted %.0f at apid and %.0f at gateway, and had no place for %.0f and %.0f",
+		min(dialled.Load(), total), time.Since(start).Round(time.Second), failed.Load(), most.Load(), apid, gateway, refused["apid"]-turned["apid"], refused["gateway"]-turned["gateway"])
 	if apid < total/4 || gateway < total/4 {
 		t.Errorf("of %d connections only %.0f reached apid and %.0f gateway: this floods something else", total, apid, gateway)
 	}
