@@ -20,6 +20,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/bulkhead-os/bulkhead/internal/errs"
+	"github.com/bulkhead-os/bulkhead/services/kubeletd/balance"
 )
 
 // Bounds of talking to the API server.
@@ -121,7 +122,7 @@ func refused(r request, resp *http.Response) error {
 	data, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 	var st struct{ Message string }
 	if json.Unmarshal(data, &st) != nil || st.Message == "" {
-		st.Message = resp.Status
+		st.Message = resp.Status + balance.Unready(data)
 	}
 	kind := errs.Internal
 	switch resp.StatusCode {

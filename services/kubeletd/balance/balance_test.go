@@ -122,6 +122,9 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request) {
 		defer s.mu.Unlock()
 		s.asked = append(s.asked, r.RemoteAddr)
 		w.WriteHeader(s.ready)
+		if s.ready == http.StatusInternalServerError { // as kube-apiserver says it
+			fmt.Fprint(w, "[+]ping ok\n[-]etcd failed: reason withheld\n[+]log ok\nreadyz check failed\n")
+		}
 	case "/watch": // a line now, and then nothing until the client goes
 		fmt.Fprintln(w, s.name)
 		w.(http.Flusher).Flush()
@@ -373,8 +376,8 @@ func TestUnreadyDrains(t *testing.T) {
 	r.await(t, 2)
 	_, ended := r.watch(t)
 	a.setReady(500)
-	if s := r.await(t, 1); !strings.Contains(s.Backends[0].Error, "/readyz: 500") {
-		t.Errorf("%+v: want what it answered", s)
+	if s := r.await(t, 1); !strings.HasSuffix(s.Backends[0].Error, `GET /readyz: 500 Internal Server Error: "etcd" failed`) {
+		t.Errorf("%+v: want what it answered, and the check that failed", s)
 	}
 	if who := r.who(t); who != b.name {
 		t.Errorf("%s answers, want the one that is ready", who)
@@ -545,4 +548,21 @@ func (zeros) Read(p []byte) (int, error) { return len(p), nil }
 func isTimeout(err error) bool {
 	var n net.Error
 	return errors.As(err, &n) && n.Timeout()
+}
+
+func TestUnready(t *testing.T) {
+	t.Parallel()
+	for body, want := range map[string]string{
+		"":                         "",
+		"ok":                       "",
+		"[+]ping ok\n[+]etcd ok\n": "",
+		"[+]ping ok\n[-]etcd failed: reason withheld\n[-]poststarthook/rbac/bootstrap-roles failed: reason withheld\nreadyz check failed\n": `: "etcd", "poststarthook/rbac/bootstrap-roles" failed`,
+		strings.Repeat("[-]a failed\n", 6): `: "a", "a", "a", "a" and 2 more failed`,
+		"[-]\x1b[2J\n[-]":                  `: "\x1b[2J", "" failed`,
+		"[-]" + strings.Repeat("x", 100):   `: "` + strings.Repeat("x", 64) + `" failed`,
+	} {
+		if got := Unready([]byte(body)); got != want {
+			t.Errorf("%q: got %q, want %q", body, got, want)
+		}
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync"
 	"time"
 )
@@ -103,14 +104,37 @@ func probe(ctx context.Context, address netip.AddrPort, tr *http.Transport) (ans
 		return false, err
 	}
 	defer answer.Body.Close()
-	if _, err := io.Copy(io.Discard, io.LimitReader(answer.Body, maxAnswer)); err != nil { // or the connection could not be used again
+	body, err := io.ReadAll(io.LimitReader(answer.Body, maxAnswer)) // all of it, or the connection could not be used again
+	if err != nil {
 		return false, fmt.Errorf("GET /readyz: %w", err)
 	}
 	switch answer.StatusCode {
 	case http.StatusOK, http.StatusUnauthorized, http.StatusForbidden: // it lives, and does not tell us more
 		return true, nil
 	}
-	return true, fmt.Errorf("GET /readyz: %s", answer.Status)
+	return true, fmt.Errorf("GET /readyz: %s%s", answer.Status, Unready(body))
+}
+
+// maxChecks is how many of the checks that failed are named: more would push what else is said off the line.
+const maxChecks = 4
+
+// Unready names the checks that failed in the body of an API server's answer to /readyz, as ": etcd, informer-sync failed". It is "" where there are none: other
+// bodies have no such lines. It is pure. See https://kubernetes.io/docs/reference/using-api/health-checks/.
+func Unready(body []byte) string {
+	var failed []string
+	for line := range strings.Lines(string(body)) {
+		if check, ok := strings.CutPrefix(line, "[-]"); ok {
+			name, _, _ := strings.Cut(strings.TrimSpace(check), " ")
+			failed = append(failed, fmt.Sprintf("%.64q", name))
+		}
+	}
+	switch n := len(failed); {
+	case n == 0:
+		return ""
+	case n > maxChecks:
+		return fmt.Sprintf(": %s and %d more failed", strings.Join(failed[:maxChecks], ", "), n-maxChecks)
+	}
+	return ": " + strings.Join(failed, ", ") + " failed"
 }
 
 // pool reads PEM certificates; anything else in there is an error.
