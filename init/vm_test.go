@@ -233,7 +233,7 @@ func (m *machine) boot(t *testing.T, disk []byte, word, drive string) string {
 	write(t, path, disk)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", qemu.EmulatedCPU, "-smp", "2", "-m", "1024",
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", qemu.EmulatedCPU, "-smp", "1", "-m", "1024",
 		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", m.kernel, "-initrd", m.dir+"/initramfs",
 		"-append", "console=ttyS0 quiet panic=-1 tsc=reliable "+qemu.EmulatedCommandLine+" bulkhead bulkhead.verity="+m.hash+" "+hardening.CommandLine()+" "+word,
 		"-drive", "if=virtio,format=raw,file="+path+drive, "-drive", "if=virtio,format=raw,file="+m.dir+"/volume",

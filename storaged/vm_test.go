@@ -241,7 +241,7 @@ func (m *vm) boot(phase, key string, more ...string) string {
 	}
 	start := time.Now()
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", append([]string{
-		"-M", "q35", "-accel", "tcg,thread=multi", "-cpu", qemu.EmulatedCPU, "-smp", "2", "-m", "1024", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot",
+		"-M", "q35", "-accel", "tcg,thread=multi", "-cpu", qemu.EmulatedCPU, "-smp", "1", "-m", "1024", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot",
 		"-kernel", m.kernel, "-initrd", m.initrd, "-append", "console=ttyS0 quiet loglevel=4 panic=-1 " + qemu.EmulatedCommandLine + " bulkhead.epoch=1 test.phase=" + phase + " test.key=" + key,
 		"-drive", "if=virtio,format=raw,cache=unsafe,file=" + m.dir + "/disk", "-drive", "if=virtio,format=raw,cache=unsafe,file=" + m.dir + "/other",
 		"-chardev", "socket,id=tpm,path=" + sock, "-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm0",

@@ -292,7 +292,7 @@ func (n *node) create(t *testing.T) qemu.Machine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Memory = 2048
+	m.Memory, m.CPUs = 2048, 1 // as bare's
 	m.Forwards = []qemu.Forward{{Name: "api", Host: n.apiPort, Guest: 50000}, {Name: "gateway", Host: n.gatewayPort, Guest: 50001}, {Name: "kubernetes", Host: n.kubePort, Guest: 6443}}
 	if err := m.Create(filepath.Join(n.root, "out/image"), []byte(cutKey)); err != nil {
 		t.Fatal(err)
