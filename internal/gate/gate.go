@@ -58,15 +58,22 @@ type Gate struct {
 	now   func() time.Time
 
 	mu        sync.Mutex
-	conns     map[*Conn]struct{} // guarded by mu
-	strangers int                // guarded by mu; those of conns that are not known
+	conns     map[*Conn]struct{}     // guarded by mu
+	strangers int                    // guarded by mu; those of conns that are not known
+	sources   map[netip.Addr]*source // guarded by mu; of strangers
+}
+
+// source is an address that strangers come from.
+type source struct {
+	addr      netip.Addr
+	strangers int // guarded by gate.mu
 }
 
 // Conn is a connection that has a place in a gate.
 type Conn struct {
 	net.Conn
 	gate   *Gate
-	from   netip.Addr
+	from   *source
 	since  time.Time
 	timer  *time.Timer // guarded by gate.mu
 	held   int         // guarded by gate.mu; calls that are being worked at
@@ -78,7 +85,7 @@ type Conn struct {
 
 // New returns a gate in front of l, for at most so many connections of strangers, and so many in all. Closing it closes l, and no connection.
 func New(l net.Listener, strangers, all int, count Figures) *Gate {
-	return &Gate{Listener: l, Grace: graceTime, most: strangers, all: all, count: count, now: time.Now, conns: map[*Conn]struct{}{}}
+	return &Gate{Listener: l, Grace: graceTime, most: strangers, all: all, count: count, now: time.Now, conns: map[*Conn]struct{}{}, sources: map[netip.Addr]*source{}}
 }
 
 // Accept returns the next connection that has a place.
@@ -90,10 +97,11 @@ func (g *Gate) Accept() (net.Conn, error) {
 		}
 		g.count.Accepted.Add(1)
 		c := &Conn{Conn: raw, gate: g, since: g.now()}
-		if a, err := netip.ParseAddrPort(raw.RemoteAddr().String()); err == nil {
-			c.from = a.Addr()
+		var from netip.AddrPort // the zero value is a source too
+		if a, ok := raw.RemoteAddr().(*net.TCPAddr); ok {
+			from = a.AddrPort()
 		}
-		victim, ok := g.admit(c)
+		victim, ok := g.admit(c, from.Addr().Unmap())
 		if victim != nil {
 			g.count.Evicted.Add(1)
 			_ = victim.Close() // a stranger's; nobody is told
@@ -151,7 +159,7 @@ func (c *Conn) Hold(most time.Duration) (release func()) {
 }
 
 // admit gives c a place if there is one or one can be made; victim is whom to close for it.
-func (g *Gate) admit(c *Conn) (victim *Conn, ok bool) {
+func (g *Gate) admit(c *Conn, from netip.Addr) (victim *Conn, ok bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.strangers >= g.most || len(g.conns) >= g.all {
@@ -160,31 +168,44 @@ func (g *Gate) admit(c *Conn) (victim *Conn, ok bool) {
 		}
 		g.forget(victim)
 	}
-	g.conns[c] = struct{}{}
-	g.strangers++
+	g.place(c, from)
 	g.count.Open.Set(float64(len(g.conns)))
 	return victim, true
 }
 
+// place gives c, a stranger, a place. The caller holds g.mu.
+func (g *Gate) place(c *Conn, from netip.Addr) {
+	if c.from = g.sources[from]; c.from == nil {
+		c.from = &source{addr: from}
+		g.sources[from] = c.from
+	}
+	g.conns[c] = struct{}{}
+	g.strangers++
+	c.from.strangers++
+}
+
 // forget gives a place back. The caller holds g.mu.
 func (g *Gate) forget(c *Conn) {
-	if _, ok := g.conns[c]; ok && !c.known.Load() {
-		g.strangers--
-	}
+	g.meet(c)
 	delete(g.conns, c)
+}
+
+// meet counts c among the strangers no more. The caller holds g.mu, and marks c as known or forgets it.
+func (g *Gate) meet(c *Conn) {
+	if _, ok := g.conns[c]; !ok || c.known.Load() {
+		return
+	}
+	g.strangers--
+	if c.from.strangers--; c.from.strangers == 0 {
+		delete(g.sources, c.from.addr)
+	}
 }
 
 // victim returns whom to close at a moment; nil if everybody is known or young. The caller holds g.mu.
 func (g *Gate) victim(now time.Time) *Conn {
-	strangers := map[netip.Addr]int{}
-	for c := range g.conns {
-		if !c.known.Load() {
-			strangers[c.from]++
-		}
-	}
 	var v *Conn
 	for c := range g.conns {
-		if !c.known.Load() && (c.held == 0 || !now.Before(c.until)) && now.Sub(c.since) >= c.safe() && (v == nil || c.before(v, strangers)) {
+		if !c.known.Load() && (c.held == 0 || !now.Before(c.until)) && now.Sub(c.since) >= c.safe() && (v == nil || c.before(v)) {
 			v = c
 		}
 	}
@@ -201,11 +222,11 @@ func (c *Conn) safe() time.Duration {
 
 // before reports whether c goes before v: who never said a word, then whose address holds more, then who came earlier. A handshake
 // takes its time on a busy node, and those in the middle of one should not pay for those who only sit there.
-func (c *Conn) before(v *Conn, strangers map[netip.Addr]int) bool {
+func (c *Conn) before(v *Conn) bool {
 	if a, b := c.spoke.Load(), v.spoke.Load(); a != b {
 		return !a
 	}
-	if a, b := strangers[c.from], strangers[v.from]; a != b {
+	if a, b := c.from.strangers, v.from.strangers; a != b {
 		return a > b
 	}
 	return c.since.Before(v.since)
@@ -227,9 +248,7 @@ func (c *Conn) Know() {
 	}
 	c.gate.mu.Lock()
 	defer c.gate.mu.Unlock()
-	if _, ok := c.gate.conns[c]; ok && !c.known.Load() {
-		c.gate.strangers--
-	}
+	c.gate.meet(c)
 	c.known.Store(true)
 }
 

@@ -19,9 +19,8 @@ const (
 func crowd(g *Gate, n int, from string, since time.Time, known bool) []*Conn {
 	var out []*Conn
 	for range n {
-		c := &Conn{gate: g, from: netip.MustParseAddr(from), since: since}
-		g.conns[c] = struct{}{}
-		g.strangers++
+		c := &Conn{gate: g, since: since}
+		g.place(c, netip.MustParseAddr(from))
 		if known {
 			c.Know()
 		}
@@ -76,18 +75,22 @@ func TestGateMakesRoom(t *testing.T) {
 		g := New(nil, maxConns, maxAll, NewFigures(metrics.New("x"), "bulkhead_x"))
 		c.fill(g)
 		before := len(g.conns)
-		victim, ok := g.admit(&Conn{gate: g, from: netip.MustParseAddr("192.0.2.3"), since: now})
-		if ok != c.ok || (victim != nil) != (c.victim != "") || victim != nil && victim.from.String() != c.victim {
+		victim, ok := g.admit(&Conn{gate: g, since: now}, netip.MustParseAddr("192.0.2.3"))
+		if ok != c.ok || (victim != nil) != (c.victim != "") || victim != nil && victim.from.addr.String() != c.victim {
 			t.Errorf("%s: admitted %v, victim %+v", c.name, ok, victim)
 		}
-		if g.strangers > maxConns || len(g.conns) > maxAll || !ok && len(g.conns) != before {
-			t.Errorf("%s: %d connections", c.name, len(g.conns))
+		counted := 0
+		for _, from := range g.sources {
+			counted += from.strangers
+		}
+		if counted != g.strangers || g.strangers > maxConns || len(g.conns) > maxAll || !ok && len(g.conns) != before {
+			t.Errorf("%s: %d connections, %d strangers, by their addresses %d", c.name, len(g.conns), g.strangers, counted)
 		}
 	}
 	g := New(nil, maxConns, maxAll, NewFigures(metrics.New("x"), "bulkhead_x"))
 	oldest := crowd(g, 1, "192.0.2.1", old.Add(-time.Hour), false)[0]
 	crowd(g, maxConns-1, "192.0.2.1", old, false)
-	if v, _ := g.admit(&Conn{gate: g, since: now}); v != oldest {
+	if v, _ := g.admit(&Conn{gate: g, since: now}, netip.Addr{}); v != oldest {
 		t.Error("of one address, the oldest does not go first")
 	}
 }
@@ -180,11 +183,11 @@ func TestHold(t *testing.T) {
 		release := conn.Hold(time.Hour)
 		time.Sleep(time.Minute)
 		crowd(g, maxAll-1, "192.0.2.1", time.Now().Add(-youth), true)
-		if v, ok := g.admit(&Conn{gate: g, since: time.Now()}); v != nil || ok {
+		if v, ok := g.admit(&Conn{gate: g, since: time.Now()}, netip.Addr{}); v != nil || ok {
 			t.Error("one whose call is being worked at makes room for others")
 		}
 		release()
-		if v, _ := g.admit(&Conn{gate: g, since: time.Now()}); v != conn {
+		if v, _ := g.admit(&Conn{gate: g, since: time.Now()}, netip.Addr{}); v != conn {
 			t.Error("after its call it is the only stranger, and does not make room")
 		}
 		conn.Close()
