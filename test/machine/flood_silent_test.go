@@ -222,17 +222,28 @@ const pace = 30 * time.Millisecond
 // the node counted.
 func (f *flood) idle(t *testing.T) {
 	const total, limit = 10_000, 110 * time.Second
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	// At once, more than the doors have places. A node whose processor is too slow for all who come lets them wait in the order in which they came: with no bound on
+	// those before it, an honest one would wait for as long as the strangers' host has sockets.
+	sockets := make(chan struct{}, 1_000)
 	before, turned, start := f.arrived(t), f.figures(t, "connections_refused_total"), time.Now()
 	var dialled, failed, open, most atomic.Int64
 	var wg sync.WaitGroup
 	for _, w := range slices.Concat(f.ways[:]...) {
 		wg.Go(func() {
-			for t.Context().Err() == nil && time.Since(start) < limit && dialled.Add(1) <= total {
-				patience, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			for dialled.Add(1) <= total {
+				select {
+				case <-ctx.Done():
+					return
+				case sockets <- struct{}{}:
+				}
+				patience, cancel := context.WithTimeout(ctx, 20*time.Second)
 				c, err := w.dial(patience)
 				cancel()
 				if err != nil {
 					failed.Add(1)
+					<-sockets
 					continue
 				}
 				f.keep(c)
@@ -241,8 +252,9 @@ func (f *flood) idle(t *testing.T) {
 					_, _ = io.Copy(io.Discard, c) // until the node ends it
 					open.Add(-1)
 					c.Close()
+					<-sockets
 				}()
-				wait(t.Context(), pace)
+				wait(ctx, pace)
 			}
 		})
 	}
