@@ -233,6 +233,7 @@ func (m *machine) boot(t *testing.T, disk []byte, word, drive string) string {
 	write(t, path, disk)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
+	// One processor: with two, QEMU 7.2 may run code that the other one has just changed, and kernels change theirs as they boot.
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", qemu.EmulatedCPU, "-smp", "1", "-m", "1024",
 		"-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel", m.kernel, "-initrd", m.dir+"/initramfs",
 		"-append", "console=ttyS0 quiet panic=-1 tsc=reliable "+qemu.EmulatedCommandLine+" bulkhead bulkhead.verity="+m.hash+" "+hardening.CommandLine()+" "+word,

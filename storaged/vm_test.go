@@ -240,6 +240,7 @@ func (m *vm) boot(phase, key string, more ...string) string {
 		}
 	}
 	start := time.Now()
+	// One processor, as in TestVM of init.
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", append([]string{
 		"-M", "q35", "-accel", "tcg,thread=multi", "-cpu", qemu.EmulatedCPU, "-smp", "1", "-m", "1024", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot",
 		"-kernel", m.kernel, "-initrd", m.initrd, "-append", "console=ttyS0 quiet loglevel=4 panic=-1 " + qemu.EmulatedCommandLine + " bulkhead.epoch=1 test.phase=" + phase + " test.key=" + key,

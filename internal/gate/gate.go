@@ -18,7 +18,7 @@ const (
 	// youth is how long a stranger's connection is safe from being closed to make room: time for a handshake and one call.
 	youth = time.Second
 	// silence is how long one that has not sent a byte is: a client that means to speak does so with the packet after the one that opened the connection. It bounds how
-	// many strangers a second may come without any of them being refused: a place's worth of them in each silence.
+	// many strangers may come without one being refused: as many as there are places, in each silence.
 	silence = 200 * time.Millisecond
 	// answerTime is how long a stranger's connection is safe after its call, so that the answer comes out.
 	answerTime = 5 * time.Second

@@ -118,7 +118,7 @@ func probe(ctx context.Context, address netip.AddrPort, tr *http.Transport) (ans
 // maxChecks is how many of the checks that failed are named: more would push what else is said off the line.
 const maxChecks = 4
 
-// Unready names the checks that failed in the body of an API server's answer to /readyz, as ": etcd, informer-sync failed". It is "" where there are none: other
+// Unready names the checks that failed in the body of an API server's answer to /readyz, as `: "etcd", "informer-sync" failed`. It is "" where there are none: other
 // bodies have no such lines. It is pure. See https://kubernetes.io/docs/reference/using-api/health-checks/.
 func Unready(body []byte) string {
 	var failed []string
